@@ -1,0 +1,106 @@
+"""Configuration of MC-LLaVA: a SigLIP vision tower, a coordinate embedding, a projector and a Phi language model."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto import CONFIG_MAPPING
+
+
+# SigLIP so400m, patch 14 at 384 x 384.
+SIGLIP_SO400M = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": 14,
+}
+
+# Phi-2. Written out where `PhiConfig` has another default: the rotary factor, and ids that the outer config owns.
+PHI_2 = {
+    "model_type": "phi",
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "hidden_size": 2560,
+    "intermediate_size": 10240,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "partial_rotary_factor": 0.4,
+    "resid_pdrop": 0.1,
+    "vocab_size": 51200,
+}
+
+GENERATION_CLASS = "modeling_mc_llava.MCLlavaForConditionalGeneration"
+AUTO_MAP = {
+    "AutoConfig": "configuration_mc_llava.MCLlavaConfig",
+    "AutoModel": GENERATION_CLASS,
+    "AutoModelForCausalLM": GENERATION_CLASS,
+    "AutoModelForImageTextToText": GENERATION_CLASS,
+    "AutoModelForMultimodalLM": GENERATION_CLASS,
+}
+
+
+@strict
+class MCLlavaConfig(PreTrainedConfig):
+    r"""
+    Args:
+        vision_config (`dict` or `SiglipVisionConfig`, *optional*): the vision tower; SigLIP so400m by default. Its
+            pooling head is never built: the model reads patch tokens.
+        text_config (`dict` or `PhiConfig`, *optional*): the language model; Phi-2 by default.
+        image_token_index (`int`, defaults to 50297): id of `<image>`; also readable as `image_token_id`.
+        projector_hidden_act (`str`, defaults to `"gelu"`): activation between the projector's two layers.
+        eos_token_id, pad_token_id, bos_token_id (`int`): ids of `<|im_end|>`, `<pad>` and `<|endoftext|>`. They stand
+            here because the published `generation_config.json` names none.
+
+    The published configuration is read as it is. Of its other keys, `projector_tokens_num` must be 1 (ValueError
+    otherwise: no other projector was ever published), and `ignore_index` and the outer `vocab_size` are dropped, the
+    loss function and `text_config` own them.
+
+    ```python
+    >>> MCLlavaConfig().text_config.hidden_size
+    2560
+    ```"""
+
+    model_type = "mc-llava"
+    attribute_map = {"image_token_id": "image_token_index"}
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    image_token_index: int = 50297
+    projector_hidden_act: str = "gelu"
+    tie_word_embeddings: bool = False
+    bos_token_id: int | None = 50256
+    eos_token_id: int | list[int] | None = 50295
+    pad_token_id: int | None = 50298
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = self._sub_config(self.vision_config, SIGLIP_SO400M)
+        self.text_config = self._sub_config(self.text_config, PHI_2)
+        self.vision_config.vision_use_head = False
+
+        projector_tokens_num = kwargs.pop("projector_tokens_num", 1)
+        if projector_tokens_num != 1:
+            raise ValueError(f"projector_tokens_num must be 1, got {projector_tokens_num}: use a checkpoint with 1.")
+        kwargs.pop("ignore_index", None)
+        kwargs.pop("vocab_size", None)
+
+        # The published map names files that no longer exist; a map of ours may point to another repository: keep it.
+        auto_map = kwargs.pop("auto_map", None) or {}
+        if not str(auto_map.get("AutoConfig", "")).endswith(AUTO_MAP["AutoConfig"]):
+            auto_map = AUTO_MAP
+        self.auto_map = dict(auto_map)
+        super().__post_init__(**kwargs)
+
+    @staticmethod
+    def _sub_config(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
+        if isinstance(config, PreTrainedConfig):
+            return config
+        config = dict(default if config is None else config)
+        config.pop("auto_map", None)  # the published text_config points to code in a third repository
+        return CONFIG_MAPPING[config.pop("model_type", default["model_type"])](**config)
+
+
+MCLlavaConfig.register_for_auto_class()
+
+__all__ = ["MCLlavaConfig"]

@@ -1,0 +1,463 @@
+"""MC-LLaVA: crops through SigLIP, a few patch tokens of each plus where it lies, projected into Phi's embeddings.
+
+    pixel_values [crops, 3, side, side]
+      -> vision tower, last block               [crops, patches, vision_hidden]
+      -> the last crop_num_tokens[i] patches    [tokens, vision_hidden]
+      -> + coord_embed(crop_coords)             [tokens, vision_hidden]
+      -> projector                              [tokens, hidden], in place of <image> in the prompt
+"""
+
+import copy
+from itertools import accumulate
+
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast, ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_mc_llava import MCLlavaConfig
+
+
+# Crops that go through the vision tower at once: its memory is bounded by this, not by max_crops.
+CROPS_PER_PASS = 16
+
+
+def count_image_tokens(
+    crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None
+) -> list[int]:
+    """How many tokens each image has: the sum over its crops."""
+    if crop_num_tokens is None or image_grid_thw is None:
+        raise ValueError("pixel_values came without crop_num_tokens or image_grid_thw: pass all the processor returned")
+    crops_per_image = image_grid_thw[:, 0].tolist()
+    if sum(crops_per_image) != len(crop_num_tokens):
+        raise ValueError(
+            f"image_grid_thw has {sum(crops_per_image)} crops, crop_num_tokens {len(crop_num_tokens)}: "
+            "pass what the processor returned"
+        )
+    return [int(crops.sum()) for crops in crop_num_tokens.split(crops_per_image)]
+
+
+class MCLlavaMultiModalProjector(nn.Module):
+    def __init__(self, config: MCLlavaConfig):
+        super().__init__()
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(hidden_states)))
+
+
+class MCLlavaPreTrainedModel(PreTrainedModel):
+    config: MCLlavaConfig
+    config_class = MCLlavaConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+    # SigLIP's pooling head, which the published checkpoint carries and nobody reads.
+    _keys_to_ignore_on_load_unexpected = [r"vision_tower\.(vision_model\.)?head\."]
+
+
+class MCLlavaModel(MCLlavaPreTrainedModel):
+    def __init__(self, config: MCLlavaConfig):
+        super().__init__(config)
+        hidden_size = config.vision_config.hidden_size
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.coord_embed = nn.Sequential(
+            nn.Linear(2, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.multi_modal_projector = MCLlavaMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        crop_coords: torch.Tensor,
+        crop_num_tokens: torch.Tensor,
+        image_grid_thw: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        r"""
+        Encode the crops of all images of a batch, `CROPS_PER_PASS` at a time.
+
+        Args:
+            pixel_values: float[crops, 3, side, side].
+            crop_coords: float[crops, 2], centres of the crops as (x / width, y / height).
+            crop_num_tokens: int[crops], tokens to keep of each crop, from 1 to its patches but one.
+            image_grid_thw: int[images, 3] with rows [crops of the image, 1, 1].
+
+        Returns:
+            `pooler_output`: a list with one float[tokens, hidden] per image, the projected tokens.
+            `last_hidden_state`: float[all tokens, vision_hidden], coordinates added, before the projector.
+
+        Raises:
+            ValueError: if the four fields don't describe the same crops.
+        """
+        tokens_per_image = count_image_tokens(crop_num_tokens, image_grid_thw)
+        if crop_coords is None or not len(pixel_values) == len(crop_coords) == len(crop_num_tokens):
+            raise ValueError(
+                f"pixel_values, crop_coords and crop_num_tokens describe {len(pixel_values)}, "
+                f"{0 if crop_coords is None else len(crop_coords)} and {len(crop_num_tokens)} crops: "
+                "pass what the processor returned"
+            )
+        patches = self.vision_tower.embeddings.num_patches
+        low, high = int(crop_num_tokens.min()), int(crop_num_tokens.max())
+        if low < 1 or high >= patches:
+            raise ValueError(
+                f"crop_num_tokens must lie between 1 and {patches - 1} (patches of a crop, without the first), "
+                f"got {low} to {high}"
+            )
+
+        weight = self.coord_embed[0].weight
+        pixel_values = pixel_values.to(weight.device, self.vision_tower.dtype)
+        hidden_states = torch.cat(
+            [
+                self._encode_crops(pixels, kept, **kwargs)
+                for pixels, kept in zip(
+                    pixel_values.split(CROPS_PER_PASS), crop_num_tokens.to(weight.device).split(CROPS_PER_PASS)
+                )
+            ]
+        )
+        positions = self.coord_embed(crop_coords.to(weight.device, weight.dtype))
+        hidden_states = hidden_states + positions.repeat_interleave(
+            crop_num_tokens.to(weight.device), dim=0, output_size=len(hidden_states)
+        )
+        image_features = self.multi_modal_projector(hidden_states)
+
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=list(image_features.split(tokens_per_image))
+        )
+
+    def _encode_crops(self, pixel_values: torch.Tensor, num_tokens: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The last `num_tokens[i]` patches of each crop after the last block, before `post_layernorm`: [sum, hidden]."""
+        hidden_states = self.vision_tower.embeddings(pixel_values)
+        hidden_states = self.vision_tower.encoder(inputs_embeds=hidden_states, **kwargs).last_hidden_state
+        patches = hidden_states.shape[1]
+        kept = torch.arange(patches, device=hidden_states.device) >= patches - num_tokens[:, None]
+        return hidden_states[kept]
+
+    def embed_prompt(self, input_ids: torch.LongTensor | None, image_features: list[torch.Tensor]) -> torch.Tensor:
+        """Embeddings of an expanded prompt with the images' tokens in their places: float[batch, length, hidden]."""
+        mask = self.get_placeholder_mask(input_ids, [len(features) for features in image_features])
+        embeds = self.get_input_embeddings()(input_ids)
+        features = torch.cat(list(image_features)).to(embeds.device, embeds.dtype)
+        return embeds.masked_scatter(mask.to(embeds.device).unsqueeze(-1), features)
+
+    def get_placeholder_mask(
+        self, input_ids: torch.LongTensor | None, tokens_per_image: list[int]
+    ) -> torch.BoolTensor:
+        """
+        Where the image tokens stand: bool[batch, length].
+
+        Raises:
+            ValueError: if the `<image>`s of some row are not as many as the tokens of its images, in batch order.
+        """
+        if input_ids is None:
+            raise ValueError("images need input_ids: their places are found by the id of <image>")
+        mask = input_ids == self.config.image_token_id
+        row_ends, image_ends = mask.sum(-1).cumsum(0).tolist(), list(accumulate(tokens_per_image))
+        if row_ends[-1] != image_ends[-1] or not set(row_ends) <= {0, *image_ends}:
+            raise ValueError(
+                f"the rows have {mask.sum(-1).tolist()} <image> tokens, the images {tokens_per_image} tokens: "
+                "use the processor's input_ids with its images, unshortened"
+            )
+        return mask
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        crop_coords: torch.Tensor | None = None,
+        crop_num_tokens: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | ModelOutput:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("pass either input_ids or inputs_embeds")
+        encoded = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            if encoded is not None:
+                raise ValueError("pass either pixel_values or image features, not both")
+            encoded = self.get_image_features(
+                pixel_values, crop_coords, crop_num_tokens, image_grid_thw, return_dict=True
+            )
+
+        if encoded is not None:
+            inputs_embeds = self.embed_prompt(input_ids, encoded.pooler_output)
+        elif inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        return self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+
+class ContextEnd(StoppingCriteria):
+    """Stops each row where its prompt and new tokens fill the language model's context."""
+
+    def __init__(self, prompt_length: int, room: torch.LongTensor):
+        self.prompt_length = prompt_length  # columns of the sequences that are not new
+        self.room = room  # int[batch]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        room = self.room.to(input_ids.device)
+        room = room.repeat_interleave(len(input_ids) // len(room))  # beams and return sequences
+        return input_ids.shape[1] - self.prompt_length >= room
+
+
+class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
+    def __init__(self, config: MCLlavaConfig):
+        super().__init__(config)
+        self.model = MCLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
+        self.post_init()
+
+    def adjust_generation_fn(self, *args, **kwargs):
+        # The published generation_config.json names no token: generation would run past <|im_end|>.
+        super().adjust_generation_fn(*args, **kwargs)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self.generation_config, name) is None:
+                setattr(self.generation_config, name, getattr(self.config, name))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor,
+        crop_coords: torch.Tensor,
+        crop_num_tokens: torch.Tensor,
+        image_grid_thw: torch.Tensor,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | BaseModelOutputWithPooling:
+        """See `MCLlavaModel.get_image_features`."""
+        return self.model.get_image_features(pixel_values, crop_coords, crop_num_tokens, image_grid_thw, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        crop_coords: torch.Tensor | None = None,
+        crop_num_tokens: torch.Tensor | None = None,
+        image_grid_thw: torch.Tensor | None = None,
+        image_features: list[torch.Tensor] | torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | CausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids: int[batch, length] with one `<image>` per visual token.
+            pixel_values, crop_coords, crop_num_tokens, image_grid_thw: the images, as the processor returns them.
+            image_features: the images, encoded: what `get_image_features(...).pooler_output` gives, or one
+                float[images, tokens, hidden] tensor.
+            labels: int[batch, length], -100 where there is nothing to learn.
+            logits_to_keep: how many logits to compute, counted from the end; 0 for all.
+            mm_encoder_outputs: the images, encoded, as transformers hands them around: `{"image": ...}`.
+
+        Raises:
+            ValueError: if images and their places in the prompt don't match.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            crop_coords=crop_coords,
+            crop_num_tokens=crop_num_tokens,
+            image_grid_thw=image_grid_thw,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=self._encoder_outputs(image_features, mm_encoder_outputs),
+            return_dict=True,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.text_config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def _encoder_outputs(
+        self, image_features: list[torch.Tensor] | torch.Tensor | None, mm_encoder_outputs: dict | None
+    ) -> dict[str, BaseModelOutputWithPooling] | None:
+        """The encoded images in transformers' form, in a new object, as beams change theirs in place."""
+        if image_features is None:
+            return {name: copy.copy(output) for name, output in mm_encoder_outputs.items()} if mm_encoder_outputs else None
+        if mm_encoder_outputs:
+            raise ValueError("pass either image_features or mm_encoder_outputs, not both")
+        image_features = list(image_features)
+        hidden_size = self.config.text_config.hidden_size
+        for features in image_features:
+            if features.ndim != 2 or features.shape[1] != hidden_size:
+                raise ValueError(
+                    f"image_features must be [tokens, {hidden_size}] for each image, got {tuple(features.shape)}: "
+                    "pass a list of what get_image_features returns, or one [images, tokens, hidden] tensor"
+                )
+        return {"image": BaseModelOutputWithPooling(pooler_output=image_features)} if image_features else None
+
+    @torch.no_grad()
+    def generate(
+        self, inputs=None, generation_config=None, *, image_features=None, stopping_criteria=None, **kwargs
+    ) -> torch.LongTensor | ModelOutput:
+        """
+        As transformers' own, and besides:
+
+        - `image_features` takes encoded images. The prompt then has one `<image>` per visual token or, in short, one
+          per image; in the short form sequences and streamers start with the prompt as given, and `max_new_tokens`
+          and `min_new_tokens` count.
+        - A prompt that fills the context is refused before a crop is encoded, and each row ends where it fills it.
+
+        Raises:
+            ValueError: if the prompt leaves no room for an answer, if images and their places don't match, or if
+                `max_length` or `min_length` meets the short form.
+        """
+        input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        inputs_embeds, attention_mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        encoded = self._encoder_outputs(image_features, kwargs.pop("mm_encoder_outputs", None))
+        if encoded:
+            kwargs["mm_encoder_outputs"] = encoded
+        if input_ids is None and inputs_embeds is None:
+            return super().generate(None, generation_config, stopping_criteria=stopping_criteria, **kwargs)
+
+        tokens_per_image = []
+        if kwargs.get("pixel_values") is not None:
+            if encoded:
+                raise ValueError("pass either pixel_values or image features, not both")
+            tokens_per_image = count_image_tokens(kwargs.get("crop_num_tokens"), kwargs.get("image_grid_thw"))
+        elif encoded:
+            tokens_per_image = [len(features) for features in encoded["image"].pooler_output]
+
+        prompt_length = 0 if input_ids is None else input_ids.shape[1]
+        if inputs_embeds is None:
+            if attention_mask is None:
+                attention_mask = (input_ids != self.config.pad_token_id).long()
+            places = int((input_ids == self.config.image_token_id).sum())
+            if places and not tokens_per_image and kwargs.get("past_key_values") is None:
+                raise ValueError(f"the prompt has {places} <image> tokens but no image came: pass images, or remove them")
+            prompt_ids = input_ids
+            if encoded and places == len(tokens_per_image) != sum(tokens_per_image):
+                self._refuse_length_limits(generation_config, kwargs)
+                prompt_ids, attention_mask = self._expand_prompt(input_ids, attention_mask, tokens_per_image)
+            self._check_context(prompt_ids, attention_mask, tokens_per_image)
+            if prompt_ids is not input_ids:
+                # transformers keeps input_ids in the sequences and feeds the embeddings to the model.
+                features = kwargs.pop("mm_encoder_outputs")["image"].pooler_output
+                kwargs["inputs_embeds"] = self.model.embed_prompt(prompt_ids, features)
+            kwargs["attention_mask"] = attention_mask
+        elif tokens_per_image:
+            raise ValueError("images need input_ids, not inputs_embeds: their places are found by the id of <image>")
+        elif attention_mask is None:
+            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long)
+
+        room = self.config.text_config.max_position_embeddings - attention_mask.sum(-1)
+        stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(prompt_length, room)])
+        return super().generate(input_ids, generation_config, stopping_criteria=stopping_criteria, **kwargs)
+
+    @staticmethod
+    def _refuse_length_limits(generation_config, kwargs: dict):
+        for name in ("max_length", "min_length"):
+            if value := kwargs.get(name) or getattr(generation_config, name, None):
+                raise ValueError(
+                    f"{name}={value} can't be counted with one <image> per image: use {name[:3]}_new_tokens instead"
+                )
+
+    def _expand_prompt(
+        self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, tokens_per_image: list[int]
+    ) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """
+        From one `<image>` per image to one per visual token, padded on the left anew. Images of 3 and 2 tokens:
+
+            <pad>  a  <image>  b        a  <image> <image> <image>  b
+              c    d  <image>  e        c     d    <image> <image>  e
+        """
+        counts = iter(tokens_per_image)
+        rows = []
+        for ids, kept in zip(input_ids, attention_mask.bool()):
+            ids = ids[kept]
+            repeats = [next(counts) if place else 1 for place in (ids == self.config.image_token_id).tolist()]
+            rows.append(ids.repeat_interleave(torch.tensor(repeats, device=ids.device)))
+        masks = [torch.ones_like(row) for row in rows]
+        pad_token_id = self.config.pad_token_id or 0
+        return (
+            pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left"),
+            pad_sequence(masks, batch_first=True, padding_side="left"),
+        )
+
+    def _check_context(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, tokens_per_image: list[int]):
+        """ValueError if images don't fit their places, or a row has no room for an answer."""
+        image_tokens = [0] * len(input_ids)
+        if tokens_per_image:
+            image_tokens = self.model.get_placeholder_mask(input_ids, tokens_per_image).sum(-1).tolist()
+        limit = self.config.text_config.max_position_embeddings
+        ends = list(accumulate(tokens_per_image))
+        start, fitting = 0, []
+        for length, in_row in zip(attention_mask.sum(-1).tolist(), image_tokens):
+            images = sum(start < end <= start + in_row for end in ends)
+            start += in_row
+            if length >= limit:
+                fitting.append((limit - 1 - (length - in_row)) // images if images else 0)
+        if fitting:
+            remedy = f"pass num_tokens={min(fitting)} or less" if min(fitting) > 0 else "shorten the text"
+            raise ValueError(
+                f"the prompt has {int(attention_mask.sum(-1).max())} tokens, the context {limit} "
+                f"(max_position_embeddings), which leaves no room for an answer: {remedy}"
+            )
+
+
+# The names in the published checkpoint. transformers itself drops SigLIP's inner `vision_model.`.
+register_checkpoint_conversion_mapping(
+    MCLlavaConfig.model_type,
+    [
+        WeightRenaming(r"^vision_model\.vision_tower\.", "model.vision_tower."),
+        WeightRenaming(r"^vision_model\.coord_embed\.", "model.coord_embed."),
+        WeightRenaming(r"^multi_modal_projector\.", "model.multi_modal_projector."),
+        WeightRenaming(r"^language_model\.model\.", "model.language_model."),
+        WeightRenaming(r"^language_model\.lm_head\.", "lm_head."),
+    ],
+    overwrite=True,
+)
+
+MCLlavaForConditionalGeneration.register_for_auto_class("AutoModel")
+
+__all__ = ["MCLlavaForConditionalGeneration", "MCLlavaModel", "MCLlavaPreTrainedModel"]

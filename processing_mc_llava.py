@@ -1,0 +1,272 @@
+"""From questions and pictures to model inputs: prompt assembly and one `<image>` per visual token.
+
+The processor knows text; where crops lie and what they give is the image processor's business.
+"""
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+
+from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs, flatten_images, load_image
+
+
+# ChatML as Phi-2 was fine-tuned with it: no turn is added, and an image stands before what follows it.
+# `{% generation %}` marks what the assistant says, its <|im_end|> included, for training on those tokens alone.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\\n' -}}
+{%- set ns = namespace(text='') -%}
+{%- if message['content'] is string -%}
+{%- set ns.text = message['content'] -%}
+{%- else -%}
+{%- for part in message['content'] -%}
+{%- set ns.text = ns.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
+{%- endfor -%}
+{%- endif -%}
+{%- if message['role'] == 'assistant' -%}
+{%- generation -%}{{- ns.text + '<|im_end|>' -}}{%- endgeneration -%}
+{%- else -%}
+{{- ns.text + '<|im_end|>' -}}
+{%- endif -%}
+{{- '\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- endif -%}
+"""
+
+ROLES = ("system", "user", "assistant")
+
+
+class MCLlavaProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: MCLlavaImageProcessorKwargs
+    _defaults = {
+        "text_kwargs": {"padding": True, "return_tensors": "pt"},
+        "images_kwargs": {"return_tensors": "pt"},
+    }
+
+
+class MCLlavaProcessor(ProcessorMixin):
+    r"""
+    Puts an image processor and a tokenizer behind one call.
+
+    A question and its image become the published prompt, and its `<image>` one placeholder per visual token:
+
+        <|im_start|>user\n<image>\nWhat animal is it?<|im_end|>\n<|im_start|>assistant\n
+                         └─ becomes num_tokens times <image>, at most
+
+    Args:
+        image_processor (`MCLlavaImageProcessor`): its saved `max_crops` and `num_tokens` are the defaults of a call.
+        tokenizer (`PreTrainedTokenizerBase`): pads on the left.
+        chat_template (`str`, *optional*): the published ChatML by default.
+    """
+
+    valid_processor_kwargs = MCLlavaProcessorKwargs
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        self.image_token = "<image>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+
+    @classmethod
+    def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        # Published folders name transformers' SigLIP processor and code that is gone: say what to load instead.
+        image_processor = MCLlavaImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs |= {"trust_remote_code": False, "padding_side": "left", "clean_up_tokenization_spaces": False}
+        return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The tokens that steer the model. The tokenizer's other added tokens are runs of spaces and tabs."""
+        return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if not str(token).isspace()]
+
+    def _first_special_token(self, text: str) -> str | None:
+        return next((token for token in self.special_tokens if token in text), None)
+
+    def __call__(self, text=None, images=None, model=None, **kwargs) -> BatchFeature:
+        r"""
+        Args:
+            text (`str` or `list[str]`): a question, or a raw prompt. Text that holds a special token is a raw prompt
+                and taken as it is, with one `<image>` per image; text without one is a question and is put into the
+                chat template after its images.
+            images (*optional*): whatever `load_image` reads. A flat list gives all images to a single question, else
+                one to each question and to each raw prompt as many as it has `<image>`; a list of lists gives each
+                text its own.
+            model (`MCLlavaForConditionalGeneration`, *optional*): encode the images here and now, as the published
+                processor did. `input_ids` then keep one `<image>` per image.
+            kwargs: `max_crops`, `num_tokens`, and what transformers' processors take (`padding`, `return_tensors`,
+                ...), flat or in `images_kwargs` and `text_kwargs`.
+
+        Returns:
+            `BatchFeature` with `input_ids` and `attention_mask` [batch, length], padded on the left, and with images
+            the fields of `MCLlavaImageProcessor`, or `image_features`, a list of [tokens, hidden], with `model`.
+            Tensors are torch's unless `return_tensors` says otherwise.
+
+        Raises:
+            ValueError: if an option is unknown or out of range, images and their places don't match, an image can't
+                be read, or truncation would cut visual tokens.
+        """
+        kwargs = self._check_kwargs(kwargs)
+        if text is None:
+            raise ValueError("text is missing: pass a question or a prompt, or call the image processor for images")
+        if model is None:
+            return super().__call__(images=images, text=text, **kwargs)
+
+        prompts, images = self._assemble(text, images, kwargs.get("input_data_format"))
+        kwargs = self._merge_kwargs(
+            self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        inputs = self.tokenizer(prompts, **kwargs["text_kwargs"])
+        self._check_special_mm_tokens(prompts, inputs, ["image"])
+        inputs = BatchFeature(dict(inputs)).to(model.device)
+        if images:
+            image_inputs = self.image_processor(images, **{**kwargs["images_kwargs"], "return_tensors": "pt"})
+            with torch.no_grad():
+                inputs["image_features"] = model.get_image_features(**image_inputs.to(model.device)).pooler_output
+        return inputs
+
+    def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
+        """
+        As transformers' own, with knobs flat or in `processor_kwargs`. An image part may hold whatever `load_image`
+        reads.
+
+        Raises:
+            ValueError: if a role is not one of system, user and assistant, if the text of a message holds a special
+                token (a question can't forge a turn or an image), or if a part is neither text nor an image.
+        """
+        is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
+        conversations = conversation if is_batched else [conversation]
+        checked = [[self._check_message(message) for message in messages] for messages in conversations]
+        # transformers warns about flat processor options and, up to 5.20, lets them replace `processor_kwargs`.
+        known = self._known_kwargs()
+        processor_kwargs = {
+            **(processor_kwargs or {}),
+            **{name: kwargs.pop(name) for name in list(kwargs) if name in known and name != "return_tensors"},
+        }
+        return super().apply_chat_template(
+            checked if is_batched else checked[0], chat_template, processor_kwargs=processor_kwargs, **kwargs
+        )
+
+    def _check_message(self, message: dict) -> dict:
+        """A copy of the message with string content or text and image parts, free of special tokens."""
+        role, content = message.get("role"), message.get("content") or ""
+        if role not in ROLES:
+            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+        run = ""  # text parts that touch are read together, or a token could be split over two of them
+        for part in parts:
+            if part.get("type") == "text":
+                run += part["text"]
+            elif part.get("type") in ("image", "image_url"):
+                run += "\n"
+            else:
+                raise ValueError(f"a content part must have the type text or image, got {part.get('type')!r}")
+        if token := self._first_special_token(run):
+            raise ValueError(f"the text of a message must not hold the special token {token}: remove it")
+        return {**message, "content": content if isinstance(content, str) else parts}
+
+    def _known_kwargs(self) -> set[str]:
+        annotations = self.valid_processor_kwargs.__annotations__
+        text_options = set(annotations["text_kwargs"].__annotations__)
+        return text_options | self.image_processor.option_names | set(annotations) | {"common_kwargs"}
+
+    def _check_kwargs(self, kwargs: dict) -> dict:
+        """The same options with checked knobs; ValueError for an option that transformers would only warn about."""
+        for name in ("videos", "audio", "videos_kwargs", "audio_kwargs"):
+            if kwargs.pop(name, None):
+                raise ValueError(f"{name} can't be processed, only text and images: leave it out")
+        known = self._known_kwargs()
+        if unknown := sorted({*kwargs, *kwargs.get("text_kwargs", {}), *kwargs.get("common_kwargs", {})} - known):
+            raise ValueError(f"unknown options {unknown}: the processor knows {sorted(known)}")
+        image_options = {name: kwargs.pop(name) for name in list(kwargs) if name in self.image_processor.option_names}
+        kwargs |= self.image_processor.check_kwargs(image_options)
+        if "images_kwargs" in kwargs:
+            kwargs["images_kwargs"] = self.image_processor.check_kwargs(kwargs["images_kwargs"])
+        return kwargs
+
+    # What follows is what ProcessorMixin.__call__ asks for.
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        prompts, images = self._assemble(text, images, kwargs.get("input_data_format"))
+        return images or None, prompts, None, None
+
+    def _assemble(self, text, images, input_data_format=None) -> tuple[list[str], list]:
+        """One prompt per text, and the loaded images in the order of their `<image>`."""
+        texts = [text] if isinstance(text, str) else list(text)
+        if not texts or not all(isinstance(entry, str) for entry in texts):
+            raise ValueError(f"text must be a string or a list of strings, got {text!r}")
+        raw = [self._first_special_token(entry) is not None for entry in texts]
+        wanted = [entry.count(self.image_token) if is_raw else None for entry, is_raw in zip(texts, raw)]
+        per_text = self._images_per_text(images, wanted)
+
+        prompts = []
+        for entry, own, count in zip(texts, per_text, wanted):
+            if count is None:
+                content = [{"type": "image"}] * len(own) + [{"type": "text", "text": entry}]
+                messages = [{"role": "user", "content": content}]
+                entry = self.apply_chat_template(messages, add_generation_prompt=True)
+            elif count != len(own):
+                raise ValueError(
+                    f"the prompt has {count} {self.image_token} but {len(own)} images: "
+                    f"write one {self.image_token} per image (prompt: {entry[:80]!r})"
+                )
+            prompts.append(entry)
+        return prompts, [load_image(image, input_data_format) for own in per_text for image in own]
+
+    def _images_per_text(self, images, wanted: list[int | None]) -> list[list]:
+        """
+        Deal the images out to the texts.
+
+        Args:
+            images: None, one image, a flat list, or one list per text.
+            wanted: the number of `<image>` in each raw prompt, None for a question.
+        """
+        if images is None:
+            images = [[]] * len(wanted)
+        if isinstance(images, (list, tuple)) and any(isinstance(entry, (list, tuple)) for entry in images):
+            if len(images) != len(wanted) or not all(isinstance(entry, (list, tuple)) for entry in images):
+                raise ValueError(f"got {len(images)} lists of images for {len(wanted)} texts: pass one list per text")
+            return [flatten_images(entry) for entry in images]
+
+        images = flatten_images(images)
+        if len(wanted) == 1:
+            return [images]
+        counts = [1 if count is None else count for count in wanted]
+        if sum(counts) != len(images):
+            raise ValueError(
+                f"{len(wanted)} texts have places for {counts} images but {len(images)} came: "
+                "pass one image per question, or a list of images for each text"
+            )
+        rest = iter(images)
+        return [[next(rest) for _ in range(count)] for count in counts]
+
+    def replace_image_token(self, image_inputs, image_idx: int, **kwargs) -> str:
+        crops_per_image = [int(row[0]) for row in image_inputs["image_grid_thw"]]
+        start = sum(crops_per_image[:image_idx])
+        num_tokens = image_inputs["crop_num_tokens"][start : start + crops_per_image[image_idx]].sum()
+        return self.image_token * int(num_tokens)
+
+    def _check_special_mm_tokens(self, text: list[str], text_inputs, modalities: list[str]):
+        for prompt, ids in zip(text, text_inputs["input_ids"]):
+            wanted, kept = prompt.count(self.image_token), int((np.asarray(ids) == self.image_token_id).sum())
+            if wanted != kept:
+                raise ValueError(
+                    f"truncation would keep {kept} of {wanted} visual tokens: raise max_length, or lower num_tokens"
+                )
+
+    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
+        """Crops and tokens for images of the sizes (height, width), as serving engines ask for them."""
+        if image_sizes is None:
+            return MultiModalData()
+        options = {name: kwargs[name] for name in ("max_crops", "num_tokens") if name in kwargs}
+        counts = [self.image_processor.get_num_tokens(width, height, **options) for height, width in image_sizes]
+        return MultiModalData(
+            num_image_tokens=[tokens for _, tokens in counts], num_image_patches=[crops for crops, _ in counts]
+        )
+
+
+MCLlavaProcessor.register_for_auto_class()
+
+__all__ = ["MCLlavaProcessor", "MCLlavaProcessorKwargs"]
