@@ -10,6 +10,7 @@ import io
 import operator
 import os
 import urllib.request
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import numpy as np
@@ -106,7 +107,7 @@ def check_knob(name: str, value: int, minimum: int) -> int:
     return value
 
 
-def load_image(image, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+def load_image(image, input_data_format: str | None = None) -> Image.Image:
     """
     Turn anything that shows a picture into an RGB image with 8 bits a channel.
 
@@ -142,7 +143,7 @@ def load_image(image, input_data_format: str | ChannelDimension | None = None) -
 
 
 def flatten_images(images) -> list:
-    """One flat list of the images in an image, a batch array [B, H, W, C] or [B, C, H, W], or (nested) lists of them."""
+    """One flat list of an image, a batch [B, H, W, C] or [B, C, H, W], or (nested) lists of them."""
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in flatten_images(entry)]
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
@@ -218,7 +219,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         raise ValueError(f"{name} is corrupt or cannot be turned into RGB: {error}") from error
 
 
-def _from_array(array: np.ndarray, input_data_format: str | ChannelDimension | None, prefer_first: bool) -> Image.Image:
+def _from_array(array: np.ndarray, input_data_format: str | None, prefer_first: bool) -> Image.Image:
     name = f"the array of shape {array.shape}"
     if array.ndim == 2:
         array = array[..., None]
@@ -320,7 +321,9 @@ class MCLlavaImageProcessor(PilBackend):
             ValueError: if a name is unknown, a knob is out of range or an option asks for what crops can't have.
         """
         if unknown := sorted(set(kwargs) - self.option_names):
-            raise ValueError(f"unknown options {unknown}: the image processor knows {sorted(self.option_names)}")
+            hints = [hint for name in unknown for hint in get_close_matches(name, self.option_names, n=1)]
+            remedy = f"did you mean {', '.join(hints)}?" if hints else "leave them out"
+            raise ValueError(f"unknown options {', '.join(unknown)}: {remedy}")
         for name, fixed in FIXED_OPTIONS.items():
             if kwargs.get(name) not in (None, fixed):
                 raise ValueError(f"{name} must be {fixed}, got {kwargs[name]}: leave it out")
@@ -385,12 +388,16 @@ class MCLlavaImageProcessor(PilBackend):
         }
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def get_num_tokens(self, width: int, height: int, **kwargs) -> tuple[int, int]:
-        """How many crops (the whole image included) and visual tokens an image of this size gets under the knobs."""
-        options = {"max_crops": self.max_crops, "num_tokens": self.num_tokens, "patch_size": self.patch_size}
-        options |= {name: value for name, value in self.check_kwargs(kwargs).items() if name in options}
-        plan = plan_crops(width, height, side=self.size["height"], **options)
-        return len(plan), sum(crop.num_tokens for crop in plan)
+    def plan(self, width: int, height: int, max_crops: int | None = None, num_tokens: int | None = None) -> list[Crop]:
+        """`plan_crops` for an image of this size, with the saved knobs where none are given. No pixel is touched."""
+        return plan_crops(
+            width,
+            height,
+            self.max_crops if max_crops is None else max_crops,
+            self.num_tokens if num_tokens is None else num_tokens,
+            self.size["height"],
+            self.patch_size,
+        )
 
 
 MCLlavaImageProcessor.register_for_auto_class()

@@ -1,10 +1,10 @@
 """MC-LLaVA: crops through SigLIP, a few patch tokens of each plus where it lies, projected into Phi's embeddings.
 
-    pixel_values [crops, 3, side, side]
-      -> vision tower, last block               [crops, patches, vision_hidden]
-      -> the last crop_num_tokens[i] patches    [tokens, vision_hidden]
-      -> + coord_embed(crop_coords)             [tokens, vision_hidden]
-      -> projector                              [tokens, hidden], in place of <image> in the prompt
+pixel_values [crops, 3, side, side]
+  -> vision tower, last block               [crops, patches, vision_hidden]
+  -> the last crop_num_tokens[i] patches    [tokens, vision_hidden]
+  -> + coord_embed(crop_coords)             [tokens, vision_hidden]
+  -> projector                              [tokens, hidden], in place of <image> in the prompt
 """
 
 import copy
@@ -31,12 +31,10 @@ from .configuration_mc_llava import MCLlavaConfig
 CROPS_PER_PASS = 16
 
 
-def count_image_tokens(
-    crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None
-) -> list[int]:
+def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None) -> list[int]:
     """How many tokens each image has: the sum over its crops."""
     if crop_num_tokens is None or image_grid_thw is None:
-        raise ValueError("pixel_values came without crop_num_tokens or image_grid_thw: pass all the processor returned")
+        raise ValueError("pixel_values need crop_num_tokens and image_grid_thw: pass all that the processor returned")
     crops_per_image = image_grid_thw[:, 0].tolist()
     if sum(crops_per_image) != len(crop_num_tokens):
         raise ValueError(
@@ -78,9 +76,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         super().__init__(config)
         hidden_size = config.vision_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.coord_embed = nn.Sequential(
-            nn.Linear(2, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
-        )
+        self.coord_embed = nn.Sequential(nn.Linear(2, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
         self.multi_modal_projector = MCLlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -146,7 +142,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         )
 
     def _encode_crops(self, pixel_values: torch.Tensor, num_tokens: torch.Tensor, **kwargs) -> torch.Tensor:
-        """The last `num_tokens[i]` patches of each crop after the last block, before `post_layernorm`: [sum, hidden]."""
+        """The last `num_tokens[i]` patches of crop i, after the last block and before `post_layernorm`."""
         hidden_states = self.vision_tower.embeddings(pixel_values)
         hidden_states = self.vision_tower.encoder(inputs_embeds=hidden_states, **kwargs).last_hidden_state
         patches = hidden_states.shape[1]
@@ -242,6 +238,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
     def adjust_generation_fn(self, *args, **kwargs):
         # The published generation_config.json names no token: generation would run past <|im_end|>.
         super().adjust_generation_fn(*args, **kwargs)
+        self.generation_config._from_model_config = False
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self.generation_config, name) is None:
                 setattr(self.generation_config, name, getattr(self.config, name))
@@ -323,7 +320,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
     ) -> dict[str, BaseModelOutputWithPooling] | None:
         """The encoded images in transformers' form, in a new object, as beams change theirs in place."""
         if image_features is None:
-            return {name: copy.copy(output) for name, output in mm_encoder_outputs.items()} if mm_encoder_outputs else None
+            return {name: copy.copy(output) for name, output in (mm_encoder_outputs or {}).items()} or None
         if mm_encoder_outputs:
             raise ValueError("pass either image_features or mm_encoder_outputs, not both")
         image_features = list(image_features)
@@ -374,7 +371,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
                 attention_mask = (input_ids != self.config.pad_token_id).long()
             places = int((input_ids == self.config.image_token_id).sum())
             if places and not tokens_per_image and kwargs.get("past_key_values") is None:
-                raise ValueError(f"the prompt has {places} <image> tokens but no image came: pass images, or remove them")
+                raise ValueError(f"the prompt has {places} <image> tokens but no image came: pass one, or remove them")
             prompt_ids = input_ids
             if encoded and places == len(tokens_per_image) != sum(tokens_per_image):
                 self._refuse_length_limits(generation_config, kwargs)

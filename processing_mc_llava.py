@@ -3,9 +3,11 @@
 The processor knows text; where crops lie and what they give is the image processor's business.
 """
 
+from difflib import get_close_matches
+
 import numpy as np
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
@@ -74,8 +76,12 @@ class MCLlavaProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
         # Published folders name transformers' SigLIP processor and code that is gone: say what to load instead.
         image_processor = MCLlavaImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        kwargs |= {"trust_remote_code": False, "padding_side": "left", "clean_up_tokenization_spaces": False}
-        return [image_processor, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)]
+        # With a config at hand AutoTokenizer does not look for one, whose code it would ask to trust.
+        kwargs |= {"config": PreTrainedConfig(), "trust_remote_code": False}
+        tokenizer = AutoTokenizer.from_pretrained(
+            pretrained_model_name_or_path, padding_side="left", clean_up_tokenization_spaces=False, **kwargs
+        )
+        return [image_processor, tokenizer]
 
     @property
     def special_tokens(self) -> list[str]:
@@ -179,7 +185,9 @@ class MCLlavaProcessor(ProcessorMixin):
                 raise ValueError(f"{name} can't be processed, only text and images: leave it out")
         known = self._known_kwargs()
         if unknown := sorted({*kwargs, *kwargs.get("text_kwargs", {}), *kwargs.get("common_kwargs", {})} - known):
-            raise ValueError(f"unknown options {unknown}: the processor knows {sorted(known)}")
+            hints = [hint for name in unknown for hint in get_close_matches(name, known, n=1)]
+            remedy = f"did you mean {', '.join(hints)}?" if hints else "leave them out"
+            raise ValueError(f"unknown options {', '.join(unknown)}: {remedy}")
         image_options = {name: kwargs.pop(name) for name in list(kwargs) if name in self.image_processor.option_names}
         kwargs |= self.image_processor.check_kwargs(image_options)
         if "images_kwargs" in kwargs:
@@ -260,10 +268,11 @@ class MCLlavaProcessor(ProcessorMixin):
         """Crops and tokens for images of the sizes (height, width), as serving engines ask for them."""
         if image_sizes is None:
             return MultiModalData()
-        options = {name: kwargs[name] for name in ("max_crops", "num_tokens") if name in kwargs}
-        counts = [self.image_processor.get_num_tokens(width, height, **options) for height, width in image_sizes]
+        knobs = {name: kwargs.get(name) for name in ("max_crops", "num_tokens")}
+        plans = [self.image_processor.plan(width, height, **knobs) for height, width in image_sizes]
         return MultiModalData(
-            num_image_tokens=[tokens for _, tokens in counts], num_image_patches=[crops for crops, _ in counts]
+            num_image_tokens=[sum(crop.num_tokens for crop in plan) for plan in plans],
+            num_image_patches=[len(plan) for plan in plans],
         )
 
 

@@ -1,0 +1,172 @@
+"""The command line: `mc-llava ask`, `crops` and `convert`."""
+
+import json
+import sys
+import time
+from contextlib import contextmanager
+from enum import Enum
+from typing import Annotated
+
+import torch
+import typer
+from tqdm import tqdm
+from transformers import TextStreamer
+
+from .convert import convert as convert_checkpoint
+from .crop_grid import draw_crop_grid
+from .image_processing_mc_llava import Crop, MCLlavaImageProcessor, load_image
+from .modeling_mc_llava import MCLlavaForConditionalGeneration
+from .processing_mc_llava import MCLlavaProcessor
+
+
+DEFAULT_MODEL = "visheratin/MC-LLaVA-3b"
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Ask MC-LLaVA about pictures. Answers go to standard output, everything else to standard error.",
+)
+
+ModelOption = Annotated[str, typer.Option(help="A model folder or a Hub id.")]
+MaxCrops = Annotated[int | None, typer.Option(help="Upper bound of the crops beside the whole image.")]
+NumTokens = Annotated[int | None, typer.Option(help="Upper bound of the visual tokens of one image.")]
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+@app.command()
+def ask(
+    images_and_question: Annotated[
+        list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Paths, URLs or - for standard input; a question.")
+    ],
+    model: ModelOption = DEFAULT_MODEL,
+    max_crops: MaxCrops = None,
+    num_tokens: NumTokens = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Upper bound of the answer's tokens.", min=1)] = 200,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint was saved.")] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; an accelerator where there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the answer.")] = False,
+):
+    """Ask a question about one or more pictures and stream the answer."""
+    *sources, question = images_and_question
+    if not sources:
+        raise ValueError("got a question without an image: pass IMAGE... and then the question")
+    images = [read_image(source) for source in sources]
+    processor = MCLlavaProcessor.from_pretrained(model)
+    knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
+
+    crops = tokens = 0
+    for source, image in zip(sources, images):
+        plan = processor.image_processor.plan(*image.size, **knobs)
+        say(f"{source}: {image.width} x {image.height} pixels, {describe(plan)}")
+        crops, tokens = crops + len(plan), tokens + sum(crop.num_tokens for crop in plan)
+
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=knobs,
+    )
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator()
+        device = "cpu" if accelerator is None else accelerator.type
+    network = MCLlavaForConditionalGeneration.from_pretrained(model, dtype=dtype.value).to(device).eval()
+
+    start = time.perf_counter()
+    streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    with crop_progress(network, crops):
+        output = network.generate(**inputs.to(device), max_new_tokens=max_new_tokens, streamer=streamer)
+    if as_json:
+        new_tokens = output[0, inputs["input_ids"].shape[1] :]
+        answer = {
+            "answer": processor.decode(new_tokens, skip_special_tokens=True).strip(),
+            "model": model,
+            "crops": crops,
+            "image_tokens": tokens,
+            "prompt_tokens": inputs["input_ids"].shape[1],
+            "new_tokens": len(new_tokens),
+            "seconds": round(time.perf_counter() - start, 3),
+        }
+        print(json.dumps(answer, ensure_ascii=False))
+
+
+@app.command()
+def crops(
+    image: Annotated[str, typer.Argument(help="A path, a URL, or - for standard input.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")],
+    model: Annotated[str | None, typer.Option(help="Take crop side and knobs from this model, not the 3B's.")] = None,
+    max_crops: MaxCrops = None,
+    num_tokens: NumTokens = None,
+):
+    """Draw the crop grid over a picture. Loads no weights."""
+    processor = MCLlavaImageProcessor() if model is None else MCLlavaImageProcessor.from_pretrained(model)
+    picture = read_image(image)
+    plan = processor.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
+    draw_crop_grid(picture, plan).save(output)
+    say(f"{output}: {describe(plan)}")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder or a Hub id in the published layout.")],
+    target: Annotated[str, typer.Argument(help="The folder to write; new or empty.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the folder there.")] = None,
+):
+    """Make a folder with code, configurations, tokenizer and weights that loads by transformers' Auto classes."""
+    say(f"wrote {convert_checkpoint(source, target, revision, push_to_hub)}")
+
+
+def read_image(source: str):
+    return load_image(sys.stdin.buffer.read() if source == "-" else source)
+
+
+def describe(plan: list[Crop]) -> str:
+    tokens = sum(crop.num_tokens for crop in plan)
+    return f"crops: {len(plan)} (the whole image and a grid of {len(plan) - 1}), tokens: {tokens}"
+
+
+def say(message: str):
+    print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def crop_progress(model: MCLlavaForConditionalGeneration, crops: int):
+    """A progress bar over the blocks of the vision tower, which on a CPU take most of the time."""
+    layers = model.model.vision_tower.encoder.layers
+    bar = tqdm(
+        total=crops * len(layers),
+        desc=f"Encoding crops: {crops}",
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+        leave=False,
+    )
+
+    def advance(layer, inputs, output):
+        bar.update(len(output))
+        if bar.n >= bar.total:
+            bar.close()  # before the answer begins to stream
+
+    hooks = [layer.register_forward_hook(advance) for layer in layers]
+    try:
+        yield
+    finally:
+        bar.close()
+        for hook in hooks:
+            hook.remove()
+
+
+def main():
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        say(f"error: {error}")
+        sys.exit(1)

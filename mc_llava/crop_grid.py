@@ -1,0 +1,39 @@
+"""The crop grid as a picture."""
+
+import colorsys
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .image_processing_mc_llava import Crop
+
+
+def draw_crop_grid(image: Image.Image, plan: list[Crop]) -> Image.Image:
+    """
+    A copy of an RGB image with the crops of its plan as numbered frames, each with its number of tokens.
+
+    Neighbours overlap by half, so frames are set inwards by turns and have a colour of their own. Crop 0, the whole
+    image, is the frame around everything.
+    """
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    line = max(2, max(image.size) // 300)
+    font = ImageFont.load_default(size=max(12, max(image.size) // 45))
+    for index, crop in enumerate(plan):
+        color = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(index * 0.381966 % 1, 0.9, 1))
+        inset = line * (1 + index % 4) if index else 0
+        left, top, right, bottom = crop.box
+        # Where frames would meet in an image of a few pixels, there is nothing to set inwards.
+        inset = max(0, min(inset, (right - left) // 2 - line, (bottom - top) // 2 - line))
+        draw.rectangle((left + inset, top + inset, right - 1 - inset, bottom - 1 - inset), outline=color, width=line)
+        if index or len(plan) == 1:
+            draw.text(
+                ((left + right) / 2, (top + bottom) / 2),
+                f"{index}\n{crop.num_tokens} tokens",
+                fill=color,
+                font=font,
+                anchor="mm",
+                align="center",
+                stroke_width=line,
+                stroke_fill="black",
+            )
+    return image
