@@ -85,9 +85,9 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
-        crop_coords: torch.Tensor,
-        crop_num_tokens: torch.Tensor,
-        image_grid_thw: torch.Tensor,
+        crop_coords: torch.Tensor | None = None,
+        crop_num_tokens: torch.LongTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
@@ -249,9 +249,9 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
-        crop_coords: torch.Tensor,
-        crop_num_tokens: torch.Tensor,
-        image_grid_thw: torch.Tensor,
+        crop_coords: torch.Tensor | None = None,
+        crop_num_tokens: torch.LongTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         """See `MCLlavaModel.get_image_features`."""

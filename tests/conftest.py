@@ -1,0 +1,83 @@
+import os
+
+
+# Before the libraries read it: a test that reached for the Hub would pass only where there is a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_published_checkpoint import write_published_checkpoint
+from PIL import Image
+
+from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
+from mc_llava.convert import convert
+
+
+ROOT = Path(__file__).parent.parent
+SIDE, PATCH = 56, 14  # of the small model: 16 patches a crop
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The published code's own outputs."""
+    folder = ROOT.parent / "shared" / "published"
+    if not folder.exists():
+        pytest.skip("the published model's recorded outputs are not here; test_parity.py compares without them")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A random checkpoint in the published layout."""
+    return write_published_checkpoint(tmp_path_factory.mktemp("published") / "checkpoint")
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoint, tmp_path_factory) -> Path:
+    return convert(str(checkpoint), str(tmp_path_factory.mktemp("converted") / "model"))
+
+
+def small_config(**kwargs) -> MCLlavaConfig:
+    text = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "num_hidden_layers": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return MCLlavaConfig(
+        text_config={"model_type": "phi", "partial_rotary_factor": 0.4, "max_position_embeddings": 128, **text},
+        vision_config={"model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": PATCH, **vision},
+        **kwargs,
+    )
+
+
+def small_model(seed: int = 0, attn_implementation: str = "sdpa") -> MCLlavaForConditionalGeneration:
+    torch.manual_seed(seed)
+    model = MCLlavaForConditionalGeneration._from_config(small_config(), attn_implementation=attn_implementation)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "position" not in name:  # wide enough for every input to change the logits
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def model() -> MCLlavaForConditionalGeneration:
+    return small_model()
+
+
+@pytest.fixture(scope="session")
+def processor(checkpoint) -> MCLlavaProcessor:
+    image_processor = MCLlavaImageProcessor(
+        size={"height": SIDE, "width": SIDE}, patch_size=PATCH, max_crops=6, num_tokens=20
+    )
+    return MCLlavaProcessor(image_processor, MCLlavaProcessor.from_pretrained(checkpoint).tokenizer)
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def prompt(question: str, images: int = 1) -> str:
+    """The card's prompt."""
+    return "<|im_start|>user\n" + "<image>\n" * images + question + "<|im_end|>\n<|im_start|>assistant\n"

@@ -1,0 +1,337 @@
+"""Checkpoints: old and new names, conversion, the Auto classes, and the card's snippet."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, prompt
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    AutoProcessor,
+    AutoTokenizer,
+)
+
+from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
+from mc_llava import convert as convert_module
+from mc_llava.convert import REMOTE_CODE, convert
+from mc_llava.processing_mc_llava import CHAT_TEMPLATE
+
+
+PHOTOGRAPH = ROOT / "examples" / "coffee.jpg"
+KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
+
+
+def tensor_names(folder: Path) -> set[str]:
+    names = set()
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            names |= set(file.keys())
+    return names
+
+
+def ask(model, processor) -> list[int]:
+    inputs = processor("What is on the table?", PHOTOGRAPH, num_tokens=60)
+    return model.generate(**inputs, max_new_tokens=6, do_sample=False)[0].tolist()
+
+
+def load(folder, **kwargs):
+    return MCLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **kwargs)
+
+
+class TestPublishedFolders:
+    def test_every_tensor_finds_its_place(self, checkpoint):
+        _, report = load(checkpoint, output_loading_info=True)
+        assert not any(report[kind] for kind in KINDS)
+
+    def test_the_values_are_the_files(self, checkpoint):
+        model = load(checkpoint)
+        tensors = {}
+        for shard in checkpoint.glob("*.safetensors"):
+            tensors |= load_file(shard)
+        for ours, published in (
+            (model.lm_head.bias, "language_model.lm_head.bias"),
+            (model.model.language_model.layers[1].mlp.fc1.weight, "language_model.model.layers.1.mlp.fc1.weight"),
+            (model.model.coord_embed[2].weight, "vision_model.coord_embed.2.weight"),
+            (model.model.multi_modal_projector.linear_2.weight, "multi_modal_projector.linear_2.weight"),
+            (
+                model.model.vision_tower.encoder.layers[2].self_attn.q_proj.weight,
+                "vision_model.vision_tower.vision_model.encoder.layers.2.self_attn.q_proj.weight",
+            ),
+        ):
+            assert torch.equal(ours, tensors[published].float())
+
+    def test_generation_stops_at_the_end_of_a_turn(self, checkpoint):
+        model = load(checkpoint)
+        assert (model.generation_config.eos_token_id, model.generation_config.pad_token_id) == (50295, 50298)
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+            model.lm_head.bias.zero_()
+            model.lm_head.bias[50295] = 1.0
+        inputs = MCLlavaProcessor.from_pretrained(checkpoint)("What?", PHOTOGRAPH)
+        assert model.generate(**inputs, max_new_tokens=9)[0, inputs["input_ids"].shape[1] :].tolist() == [50295]
+
+    def test_the_processor_is_ours(self, checkpoint):
+        processor = MCLlavaProcessor.from_pretrained(checkpoint)
+        assert type(processor.image_processor) is MCLlavaImageProcessor
+        assert (processor.image_processor.max_crops, processor.image_processor.num_tokens) == (100, 728)
+        assert processor.tokenizer.padding_side == "left"
+        text = prompt("Does it work , or n't ?")
+        assert processor.decode(processor.tokenizer(text)["input_ids"]) == text
+
+    @pytest.mark.parametrize("change", ["missing", "unexpected", "renamed"])
+    def test_wrong_names_are_noticed(self, checkpoint, tmp_path, change):
+        folder = tmp_path / "wrong"
+        shutil.copytree(checkpoint, folder)
+        shard = next(folder.glob("*-00002-*.safetensors"))
+        tensors = load_file(shard)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        name = "language_model.lm_head.bias"
+        if change == "unexpected":
+            tensors["vision_model.extra"] = index["weight_map"]["vision_model.extra"] = torch.zeros(1)
+        else:
+            tensors["language_model.head.bias"] = tensors.pop(name)
+            if change == "missing":
+                del tensors["language_model.head.bias"]
+        index["weight_map"] = {
+            **{key: value for key, value in index["weight_map"].items() if value != shard.name},
+            **dict.fromkeys(tensors, shard.name),
+        }
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        save_file(tensors, shard, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match="doesn't hold this model, (missing|unexpected)_keys"):
+            convert(str(folder), str(tmp_path / "target"))
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["wrong"]
+
+
+class TestConversion:
+    def test_the_weights_are_untouched_and_the_rest_is_there(self, checkpoint, converted):
+        def digests(folder):
+            return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors*")}
+
+        assert digests(checkpoint) == digests(converted)
+        files = {path.name for path in converted.iterdir()}
+        assert {*REMOTE_CODE, "config.json", "generation_config.json", "chat_template.jinja"} <= files
+        assert {"processor_config.json", "tokenizer.json", "tokenizer_config.json"} <= files
+        for name in REMOTE_CODE:
+            assert (converted / name).read_bytes() == (ROOT / name).read_bytes()
+        assert json.loads((converted / "tokenizer_config.json").read_text())["padding_side"] == "left"
+        assert converted.stat().st_mode & 0o777 == 0o755
+
+    def test_a_converted_folder_can_be_converted(self, converted, tmp_path):
+        again = convert(str(converted), str(tmp_path / "again"))
+        assert {path.name for path in again.iterdir()} == {path.name for path in converted.iterdir()}
+
+    def test_the_target_must_be_free(self, checkpoint, tmp_path):
+        (tmp_path / "file").write_text("mine")
+        for target in (tmp_path, tmp_path / "file"):
+            with pytest.raises(ValueError, match="not empty"):
+                convert(str(checkpoint), str(target))
+        assert [path.name for path in tmp_path.iterdir()] == ["file"]
+        (tmp_path / "empty").mkdir()
+        assert (convert(str(checkpoint), str(tmp_path / "empty")) / "config.json").exists()
+
+    @pytest.mark.parametrize("damage", ["no weights", "no shard", "cut shard", "foreign shard", "interrupted"])
+    def test_nothing_is_left_behind_by_a_failure(self, checkpoint, tmp_path, monkeypatch, damage):
+        source = tmp_path / "source"
+        shutil.copytree(checkpoint, source)
+        shard = source / "model-00002-of-00002.safetensors"
+        if damage == "no weights":
+            (source / "model.safetensors.index.json").unlink()
+        elif damage == "no shard":
+            shard.unlink()
+        elif damage == "cut shard":
+            shard.write_bytes(shard.read_bytes()[:-1000])
+        elif damage == "foreign shard":
+            index = source / "model.safetensors.index.json"
+            index.write_text(index.read_text().replace(shard.name, "../../secret.safetensors"))
+        else:
+            monkeypatch.setattr(
+                convert_module, "_load_and_save", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt)
+            )
+        with pytest.raises(KeyboardInterrupt if damage == "interrupted" else ValueError):
+            convert(str(source), str(tmp_path / "target"))
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_hub_ids_revisions_and_uploads(self, checkpoint, tmp_path, monkeypatch):
+        calls = []
+
+        class Api:
+            def __getattr__(self, name):
+                return lambda *args, **kwargs: calls.append((name, args, kwargs))
+
+        def download(*args, **kwargs):
+            calls.append(("download", args, kwargs))
+            return str(checkpoint)
+
+        monkeypatch.setattr(convert_module, "snapshot_download", download)
+        monkeypatch.setattr(convert_module, "HfApi", Api)
+        target = tmp_path / "target"
+        convert("visheratin/MC-LLaVA-3b", str(target), revision="main", push_to_hub="somebody/model")
+        assert [name for name, _, _ in calls] == ["download", "create_repo", "upload_folder"]
+        assert calls[0][1] == ("visheratin/MC-LLaVA-3b",) and calls[0][2]["revision"] == "main"
+        assert not any(".bin" in pattern or ".py" in pattern for pattern in calls[0][2]["allow_patterns"])
+        assert calls[2][2]["repo_id"] == "somebody/model" and calls[2][2]["folder_path"] == target
+
+
+# As its users run it: another process, another folder, no package of ours to import, no network.
+CARD_SNIPPET = """
+import sys
+
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+PATH, PICTURE = sys.argv[1:]
+model = AutoModel.from_pretrained(PATH, torch_dtype=torch.float16, trust_remote_code=True)
+processor = AutoProcessor.from_pretrained(PATH, trust_remote_code=True)
+
+with torch.inference_mode():
+    prompt = "<|im_start|>user\\n<image>\\nWhat is on the table?<|im_end|>\\n<|im_start|>assistant\\n"
+    raw_image = Image.open(PICTURE)
+    inputs = processor(prompt, [raw_image], model, max_crops=100, num_tokens=728)
+    assert set(inputs) == {"input_ids", "attention_mask", "image_features"}
+    output = model.generate(
+        **inputs,
+        max_new_tokens=200,
+        use_cache=True,
+        do_sample=False,
+        eos_token_id=processor.tokenizer.eos_token_id,
+        pad_token_id=processor.tokenizer.eos_token_id,
+    )
+answer = processor.tokenizer.decode(output[0]).replace(prompt, "")
+assert answer == processor.tokenizer.decode(output[0][inputs["input_ids"].shape[1] :]) != ""
+
+messages = [{"role": "user", "content": [{"type": "image", "image": raw_image}, {"type": "text", "text": "What?"}]}]
+inputs = processor.apply_chat_template(
+    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", max_crops=2
+)
+assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+print("both ways work")
+"""
+
+
+class TestAutoClasses:
+    def test_both_ways_of_calling_on_a_photograph(self, converted, tmp_path):
+        result = subprocess.run(
+            [sys.executable, "-c", CARD_SNIPPET, str(converted), str(PHOTOGRAPH)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        assert result.stdout == "both ways work\n"
+
+    @pytest.mark.parametrize(
+        "auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM]
+    )
+    def test_models(self, converted, auto_class):
+        model = auto_class.from_pretrained(converted, trust_remote_code=True, dtype=torch.float32)
+        processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
+        ours = MCLlavaProcessor.from_pretrained(converted)
+        assert type(model) is not MCLlavaForConditionalGeneration, "the folder's own code, not the package's"
+        assert ask(model, processor) == ask(load(converted), ours)
+
+    def test_the_others(self, converted):
+        assert AutoConfig.from_pretrained(converted, trust_remote_code=True).model_type == "mc-llava"
+        image_processor = AutoImageProcessor.from_pretrained(converted, trust_remote_code=True)
+        assert type(image_processor).__name__ == "MCLlavaImageProcessor"
+        assert len(AutoTokenizer.from_pretrained(converted, trust_remote_code=True)) == 50299
+
+    def test_saving_twice_in_a_row(self, converted, tmp_path):
+        first, second, third = tmp_path / "first", tmp_path / "second", tmp_path / "third"
+        for source, target in ((converted, first), (first, second), (second, third)):
+            AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.float32).save_pretrained(target)
+            AutoProcessor.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
+        assert {path.name for path in third.iterdir()} == {path.name for path in first.iterdir()} > set(REMOTE_CODE)
+        for name in ("config.json", "processor_config.json", "tokenizer_config.json", "generation_config.json"):
+            assert (second / name).read_text() == (third / name).read_text()
+        reloaded = AutoModel.from_pretrained(third, trust_remote_code=True)
+        assert ask(reloaded, AutoProcessor.from_pretrained(third, trust_remote_code=True)) == ask(
+            load(converted), MCLlavaProcessor.from_pretrained(converted)
+        )
+
+    @pytest.mark.parametrize("save_original_format", [True, False])
+    def test_old_and_new_names(self, checkpoint, tmp_path, save_original_format):
+        model = load(checkpoint)
+        model.save_pretrained(tmp_path, save_original_format=save_original_format)
+        names = tensor_names(tmp_path)
+        assert ("language_model.lm_head.bias" in names) == save_original_format
+        assert ("model.coord_embed.0.bias" in names) != save_original_format
+        again, report = load(tmp_path, output_loading_info=True)
+        assert not any(report[kind] for kind in KINDS)
+        for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items()):
+            assert torch.equal(a, b), name
+
+    def test_a_subfolder_takes_its_code_from_the_root(self, converted, tmp_path):
+        repository, tiny = tmp_path / "repository", tmp_path / "repository" / "tiny"
+        shutil.copytree(converted, tiny, ignore=lambda folder, names: REMOTE_CODE)
+        for name in (*REMOTE_CODE, "config.json"):
+            shutil.copyfile(ROOT / name, repository / name)
+        options = {"subfolder": "tiny", "trust_remote_code": True}
+        model = AutoModel.from_pretrained(repository, dtype=torch.float32, **options)
+        reference = load(converted), MCLlavaProcessor.from_pretrained(converted)
+        assert ask(model, AutoProcessor.from_pretrained(repository, **options)) == ask(*reference)
+
+    def test_push_to_hub(self, converted, monkeypatch, tmp_path):
+        from transformers.utils import hub
+
+        uploads = []
+        monkeypatch.setattr(hub, "create_commit", lambda **kwargs: uploads.append(kwargs), raising=False)
+        monkeypatch.setattr(
+            "huggingface_hub.HfApi.create_commit", lambda self, **kwargs: uploads.append(kwargs), raising=True
+        )
+
+        class Url:
+            repo_id = "somebody/model"
+
+        monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *args, **kwargs: Url())
+        monkeypatch.setattr(hub, "create_repo", lambda *args, **kwargs: Url(), raising=False)
+        monkeypatch.chdir(tmp_path)
+        load(converted).push_to_hub("somebody/model")
+        files = {operation.path_in_repo for upload in uploads for operation in upload["operations"]}
+        assert {"config.json", "modeling_mc_llava.py", "model.safetensors"} <= files
+
+
+class TestTheRootOfTheRepository:
+    def test_configuration(self):
+        config = MCLlavaConfig.from_pretrained(ROOT)
+        expected = MCLlavaConfig(dtype="float16", architectures=["MCLlavaForConditionalGeneration"])
+        ignored = ("transformers_version", "_name_or_path")
+        ours, theirs = ({k: v for k, v in c.to_dict().items() if k not in ignored} for c in (config, expected))
+        assert ours == theirs
+        assert json.loads((ROOT / "config.json").read_text())["auto_map"] == config.auto_map
+
+    def test_generation_configuration_and_template(self, converted):
+        generation = json.loads((ROOT / "generation_config.json").read_text())
+        assert generation == {"bos_token_id": 50256, "eos_token_id": 50295, "pad_token_id": 50298}
+        assert json.loads((converted / "generation_config.json").read_text()).items() >= generation.items()
+        assert (ROOT / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+        assert (converted / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+    def test_processor_configuration(self, converted):
+        assert (ROOT / "processor_config.json").read_text() == (converted / "processor_config.json").read_text()
+
+    def test_the_remote_code_needs_nothing_but_the_core(self):
+        import ast
+
+        allowed = {"torch", "transformers", "safetensors", "PIL", "numpy", "huggingface_hub", *sys.stdlib_module_names}
+        for name in REMOTE_CODE:
+            for node in ast.walk(ast.parse((ROOT / name).read_text())):
+                modules = []
+                if isinstance(node, ast.Import):
+                    modules = [alias.name for alias in node.names]
+                elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                    modules = [node.module]
+                assert {module.split(".")[0] for module in modules} <= allowed, name

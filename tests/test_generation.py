@@ -1,0 +1,226 @@
+"""Everything `generate` offers, with pixels, with features and with the short form of a prompt."""
+
+import pytest
+import torch
+from conftest import picture, prompt, small_model
+from transformers import GenerationConfig, TextStreamer
+from transformers.generation.streamers import BaseStreamer
+
+from mc_llava.modeling_mc_llava import MCLlavaModel
+
+
+IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2)]
+TEXTS = ["What is it?", "And where are they all?", prompt("Two", 2)]
+NESTED = [IMAGES[:1], IMAGES[1:2], IMAGES[1:]]
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+
+def new_tokens(model, inputs, **options) -> list:
+    output = model.generate(**inputs, **{**GREEDY, **options})
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def with_features(model, processor, texts, images):
+    """The same images as features: once with expanded ids, once with one <image> per image."""
+    inputs = processor(texts, images)
+    fields = {name: inputs.pop(name) for name in processor.image_processor.model_input_names}
+    with torch.no_grad():
+        features = model.get_image_features(**fields).pooler_output
+    short = processor(texts, images, model)
+    assert all(torch.equal(a, b) for a, b in zip(short["image_features"], features))
+    assert (short["input_ids"] == 50297).sum() == len(features) < (inputs["input_ids"] == 50297).sum()
+    return {**inputs, "image_features": features}, short
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_a_batch_equals_one_by_one_and_cached_equals_uncached(processor, seed):
+    model = small_model(seed)
+    texts, images = [*TEXTS, "No image at all"], [*NESTED, []]
+    batch = new_tokens(model, processor(texts, images))
+    assert len({tuple(row) for row in batch}) == 4
+    assert batch == new_tokens(model, processor(texts, images), use_cache=False)
+    for row, text, own in zip(batch, texts, images):
+        alone = processor(text, [own])
+        assert [row] == new_tokens(model, alone) == new_tokens(model, alone, use_cache=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3, "top_k": 5},
+        {"cache_implementation": "static", "disable_compile": True},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        {"min_new_tokens": 6, "eos_token_id": 13},
+    ],
+    ids=str,
+)
+def test_features_equal_pixels_in_both_forms(model, processor, options):
+    inputs = processor(TEXTS, NESTED)
+    torch.manual_seed(0)
+    reference = new_tokens(model, inputs, **options)
+    for twin in with_features(model, processor, TEXTS, NESTED):
+        torch.manual_seed(0)
+        assert new_tokens(model, twin, **options) == reference
+        assert len(twin["image_features"]) == 4, "beams must not change what the caller holds"
+
+
+def test_beams_with_several_images_equal_one_by_one(model, processor):
+    options = {"num_beams": 4, "num_return_sequences": 2}
+    batch = new_tokens(model, processor(TEXTS, NESTED), **options)
+    for index, (text, images) in enumerate(zip(TEXTS, NESTED)):
+        assert batch[2 * index : 2 * index + 2] == new_tokens(model, processor(text, [images]), **options)
+
+
+def test_static_cache_equals_dynamic(model, processor):
+    inputs = processor(TEXTS, NESTED)
+    options = {"cache_implementation": "static", "disable_compile": True}
+    assert new_tokens(model, inputs, **options) == new_tokens(model, inputs)
+
+
+def test_encoder_outputs_of_transformers(model, processor):
+    inputs = processor(TEXTS, NESTED)
+    reference = new_tokens(model, inputs, num_beams=2)
+    encoded = model.get_image_features(**{n: inputs.pop(n) for n in processor.image_processor.model_input_names})
+    for _ in range(2):  # the second call meets what the first one left
+        assert new_tokens(model, inputs, num_beams=2, mm_encoder_outputs={"image": encoded}) == reference
+
+
+def test_chunked_prefill(model, processor):
+    inputs = processor(TEXTS[1], IMAGES[1])
+    assert new_tokens(model, inputs, prefill_chunk_size=7) == new_tokens(model, inputs)
+
+
+def test_embeddings_alone(model, processor):
+    inputs = processor("Why?")
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    assert model.generate(inputs_embeds=embeds, **GREEDY).tolist() == new_tokens(model, inputs)
+
+
+def test_positional_ids(model, processor):
+    inputs = processor("Why?")
+    assert model.generate(inputs["input_ids"], **GREEDY)[:, inputs["input_ids"].shape[1] :].tolist() == new_tokens(
+        model, inputs
+    )
+
+
+def test_the_pad_token_stands_in_for_a_missing_mask(model, processor):
+    for inputs in (processor(TEXTS, NESTED), processor(TEXTS, NESTED, model)):
+        reference = new_tokens(model, inputs)
+        inputs.pop("attention_mask")
+        assert new_tokens(model, inputs) == reference
+
+
+def test_dictionaries(model, processor):
+    expanded, short = with_features(model, processor, TEXTS, NESTED)
+    outputs = [
+        model.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+        for inputs in (processor(TEXTS, NESTED), expanded, short)
+    ]
+    for output in outputs[1:]:
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(output.logits, outputs[0].logits))
+
+
+class Recorder(BaseStreamer):
+    def __init__(self):
+        self.ids = []
+
+    def put(self, value):
+        self.ids += value.flatten().tolist()
+
+    def end(self):
+        self.ids.append("end")
+
+
+def test_streaming_starts_with_the_prompt_as_given(model, processor):
+    for inputs in (processor(TEXTS[1], IMAGES[1]), processor(TEXTS[1], IMAGES[1], model)):
+        recorder = Recorder()
+        output = model.generate(**inputs, **GREEDY, streamer=recorder)
+        assert torch.equal(output[:, : inputs["input_ids"].shape[1]], inputs["input_ids"])
+        assert recorder.ids == [*output[0].tolist(), "end"]
+
+
+def test_text_streamer(model, processor, capsys):
+    inputs = processor(TEXTS[1], IMAGES[1])
+    output = model.generate(**inputs, **GREEDY, streamer=TextStreamer(processor.tokenizer, skip_prompt=True))
+    assert capsys.readouterr().out.strip() == processor.decode(output[0, inputs["input_ids"].shape[1] :]).strip()
+
+
+@pytest.mark.parametrize("name", ["max_length", "min_length"])
+def test_length_limits_of_the_short_form(model, processor, name):
+    short = processor(TEXTS[1], IMAGES[1], model)
+    for options in ({name: 50}, {"generation_config": GenerationConfig(**{name: 50})}):
+        with pytest.raises(ValueError, match=f"{name}=50 can't be counted .* use {name[:3]}_new_tokens"):
+            model.generate(**short, **options)
+    inputs = processor(TEXTS[1], IMAGES[1])
+    length = inputs["input_ids"].shape[1]
+    output = model.generate(**inputs, max_length=length + 3, do_sample=False, eos_token_id=None)
+    assert output.shape[1] == length + 3
+
+
+class TestContext:
+    """The small model's context has 128 positions."""
+
+    def test_generation_ends_where_the_context_ends(self, model, processor):
+        expanded = processor("What?", IMAGES[1], num_tokens=90)
+        length = expanded["input_ids"].shape[1]
+        for inputs in (expanded, processor("What?", IMAGES[1], model, num_tokens=90)):
+            for options in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 3}):
+                tokens = new_tokens(model, inputs, max_new_tokens=500, **options)
+                assert {len(row) for row in tokens} == {128 - length}
+
+    def test_each_row_ends_where_its_own_context_ends(self, model, processor):
+        texts, images = ["a", "a"], [[IMAGES[1]], []]
+        options = {"max_new_tokens": 200, "eos_token_id": 50295, "pad_token_id": 0}
+        batch = new_tokens(model, processor(texts, images, num_tokens=90), **options)
+        lengths = []
+        for row, text, own in zip(batch, texts, images):
+            alone = new_tokens(model, processor(text, [own], num_tokens=90), **options)[0]
+            assert row[: len(alone)] == alone and set(row[len(alone) :]) <= {0}
+            lengths.append(len(alone))
+        assert lengths[0] < lengths[1] <= 128
+
+    def test_embeddings_count_too(self, model):
+        output = model.generate(inputs_embeds=torch.randn(1, 120, 48), **{**GREEDY, "max_new_tokens": 50})
+        assert output.shape[1] == 8
+
+    @pytest.mark.parametrize("images", [1, 2])
+    def test_a_prompt_that_fills_it_is_refused_before_a_crop_is_encoded(self, model, processor, images, monkeypatch):
+        def encode(*args, **kwargs):
+            raise AssertionError("a crop was encoded")
+
+        inputs = processor(prompt("What is it?", images), [picture(2000, 300)] * images, max_crops=60, num_tokens=130)
+        monkeypatch.setattr(MCLlavaModel, "get_image_features", encode)
+        with pytest.raises(
+            ValueError, match=r"the context 128 \(max_position_embeddings\).* num_tokens=\d+ or"
+        ) as error:
+            model.generate(**inputs)
+        monkeypatch.undo()
+
+        fitting = int(str(error.value).split("num_tokens=")[1].split()[0])
+        for num_tokens, fits in ((fitting, True), (fitting + 1, False)):
+            inputs = processor(
+                prompt("What is it?", images), [picture(2000, 300)] * images, max_crops=60, num_tokens=num_tokens
+            )
+            if fits:
+                assert len(new_tokens(model, inputs)[0]) >= 1
+            else:
+                with pytest.raises(ValueError, match=f"num_tokens={fitting} or less"):
+                    model.generate(**inputs)
+
+    def test_the_short_form_is_refused_alike(self, model, processor):
+        short = processor("What is it?", picture(2000, 300), model, max_crops=60, num_tokens=130)
+        with pytest.raises(ValueError, match=r"leaves no room for an answer: pass num_tokens=\d+ or less"):
+            model.generate(**short)
+
+    def test_too_much_text(self, model, processor):
+        with pytest.raises(ValueError, match="no room for an answer: shorten the text"):
+            model.generate(**processor("word " * 200))
+
+
+def test_a_place_without_an_image_is_refused(model, processor):
+    inputs = processor.tokenizer([prompt("What?")], return_tensors="pt")
+    with pytest.raises(ValueError, match="the prompt has 1 <image> tokens but no image came"):
+        model.generate(**inputs)

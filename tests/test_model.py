@@ -1,0 +1,248 @@
+"""The model on small random weights: batches, features, attention, precision, training and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import picture, prompt, small_model
+
+from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration
+
+
+IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2)]
+QUESTIONS = ["What is it?", "And where?", "Why?"]
+IMAGE_FIELDS = ("pixel_values", "crop_coords", "crop_num_tokens", "image_grid_thw")
+
+
+def image_fields(inputs) -> dict:
+    return {name: inputs[name] for name in IMAGE_FIELDS}
+
+
+@torch.no_grad()
+def last_logits(model, inputs) -> torch.Tensor:
+    return model(**inputs, logits_to_keep=1).logits[:, -1]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_batch_equals_one_by_one(processor, seed):
+    model = small_model(seed)
+    texts = [*QUESTIONS, "No image", prompt("Two", 2)]
+    images = [[image] for image in IMAGES] + [[], IMAGES[1:]]
+    batch = last_logits(model, processor(texts, images))
+    for row, text, own in zip(batch, texts, images):
+        assert torch.allclose(row, last_logits(model, processor(text, [own]))[0], atol=1e-4)
+
+
+def test_every_image_and_its_place_matter(model, processor):
+    def logits(images, **knobs):
+        return last_logits(model, processor("Which?", images, **knobs))
+
+    reference = logits(IMAGES[:2])
+    for images, knobs in (
+        (IMAGES[1::-1], {}),
+        ([IMAGES[0], IMAGES[2]], {}),
+        ([IMAGES[2], IMAGES[1]], {}),
+        (IMAGES[:2], {"max_crops": 0}),
+    ):
+        assert (logits(images, **knobs) - reference).abs().max() > 1e-2
+
+    inputs = processor("Which?", IMAGES[1])
+    moved = {**inputs, "crop_coords": 1 - inputs["crop_coords"]}
+    assert (last_logits(model, moved) - last_logits(model, inputs)).abs().max() > 1e-2
+
+
+def test_more_crops_than_go_through_the_tower_at_once(model, processor):
+    image = picture(600, 500)
+    inputs = processor("What?", image, max_crops=60, num_tokens=100)
+    assert len(inputs["pixel_values"]) > 40
+    with torch.no_grad():
+        features = model.get_image_features(**image_fields(inputs)).last_hidden_state
+        start = 0
+        for index, count in enumerate(inputs["crop_num_tokens"].tolist()):
+            one = {name: inputs[name][index : index + 1] for name in IMAGE_FIELDS[:3]}
+            alone = model.get_image_features(**one, image_grid_thw=torch.tensor([[1, 1, 1]])).last_hidden_state
+            assert torch.allclose(features[start : start + count], alone, atol=1e-4)
+            start += count
+
+
+def test_features_are_what_pixels_give(model, processor):
+    inputs = processor(QUESTIONS, IMAGES)
+    with torch.no_grad():
+        features = model.get_image_features(**image_fields(inputs)).pooler_output
+    assert [len(entry) for entry in features] == (inputs["input_ids"] == 50297).sum(-1).tolist()
+    reference = last_logits(model, inputs)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(last_logits(model, {**text, "image_features": features}), reference)
+    same = [entry[:20] for entry in features if len(entry) == 20]
+    one = processor(["a"] * len(same), [image for image, f in zip(IMAGES, features) if len(f) == 20])
+    text = {name: one[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(
+        last_logits(model, {**text, "image_features": torch.stack(same)}),
+        last_logits(model, {**text, "image_features": same}),
+    )
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_attention_implementations(processor, implementation):
+    inputs = processor(QUESTIONS, IMAGES)
+    reference = last_logits(small_model(), inputs)
+    assert torch.allclose(last_logits(small_model(attn_implementation=implementation), inputs), reference, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(processor, dtype):
+    inputs = processor(QUESTIONS, IMAGES)
+    reference = last_logits(small_model(), inputs)
+    logits = last_logits(small_model().to(dtype), inputs)
+    assert logits.dtype == dtype
+    assert (logits.float() - reference).norm() / reference.norm() < 0.05
+
+
+def test_training_step(processor):
+    inputs = processor([prompt(f"{q}") + "A cup.<|im_end|>\n" for q in QUESTIONS], IMAGES)
+    labels = inputs["input_ids"].masked_fill((inputs["attention_mask"] == 0) | (inputs["input_ids"] == 50297), -100)
+    gradients = {}
+    for checkpointing in (False, True):
+        model = small_model().train()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        model.config.text_config.resid_pdrop = 0.0
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        output = model(**inputs, labels=labels)
+        expected = torch.nn.functional.cross_entropy(
+            output.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100
+        )
+        assert torch.allclose(output.loss, expected, atol=1e-5)
+        output.loss.backward()
+        gradients[checkpointing] = {name: p.grad for name, p in model.named_parameters()}
+    unused = {name for name, grad in gradients[False].items() if grad is None}
+    assert unused == {"model.vision_tower.post_layernorm.weight", "model.vision_tower.post_layernorm.bias"}
+    for name, gradient in gradients[False].items():
+        if name not in unused:
+            assert gradient.abs().sum() > 0, name
+            assert torch.allclose(gradient, gradients[True][name], atol=1e-5), name
+
+
+def test_a_few_steps_learn(processor):
+    inputs = processor([prompt(q) + "A cup.<|im_end|>\n" for q in QUESTIONS], IMAGES)
+    labels = inputs["input_ids"].masked_fill((inputs["attention_mask"] == 0) | (inputs["input_ids"] == 50297), -100)
+    model = small_model().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_tuples_and_hidden_states(model, processor):
+    inputs = processor(QUESTIONS, IMAGES)
+    with torch.no_grad():
+        output = model(**inputs, output_hidden_states=True, use_cache=False)
+        logits, hidden_states = model(**inputs, output_hidden_states=True, use_cache=False, return_dict=False)
+    assert torch.equal(output.logits, logits)
+    assert len(output.hidden_states) == len(hidden_states) == 3
+
+
+def test_pickle_and_copies(processor):
+    inputs, model = processor(QUESTIONS, IMAGES), small_model()
+    model.generate(**inputs, max_new_tokens=2)
+    for twin in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(last_logits(twin, inputs), last_logits(model, inputs))
+
+
+def inconsistent(**changes):
+    def apply(inputs, features):
+        kept = {name: value for name, value in inputs.items() if name not in changes.get("without", ())}
+        kept |= {name: change(inputs[name]) for name, change in changes.items() if name not in ("without", "features")}
+        if "features" in changes:
+            kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            kept["image_features"] = changes["features"](features)
+        return kept
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (inconsistent(input_ids=lambda ids: ids[:, 5:], attention_mask=lambda m: m[:, 5:]), "the rows have"),
+        (inconsistent(pixel_values=lambda x: x[:-1]), "pixel_values, crop_coords and crop_num_tokens describe"),
+        (inconsistent(crop_num_tokens=lambda x: x[:-1]), "image_grid_thw has .* crops"),
+        (inconsistent(image_grid_thw=lambda x: x[:-1]), "image_grid_thw has .* crops"),
+        (inconsistent(crop_num_tokens=lambda x: x + 15), "crop_num_tokens must lie between 1 and 15|the rows have"),
+        (inconsistent(crop_num_tokens=lambda x: x * 0), "crop_num_tokens must lie between 1 and 15|the rows have"),
+        (inconsistent(without=["crop_num_tokens"]), "pixel_values need crop_num_tokens"),
+        (inconsistent(without=["crop_coords"]), "pixel_values, crop_coords and crop_num_tokens describe"),
+        (inconsistent(without=["input_ids"]), "pass either input_ids or inputs_embeds"),
+        (inconsistent(features=lambda f: f[:-1]), "the rows have"),
+        (inconsistent(features=lambda f: [f[0][1:], torch.cat([f[0][:1], f[1]]), f[2]]), "the rows have"),
+        (inconsistent(features=lambda f: [entry[:, :-1] for entry in f]), r"must be \[tokens, 48\]"),
+        (inconsistent(features=lambda f: torch.cat(f)), r"must be \[tokens, 48\]"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(model, processor, change, message):
+    inputs = processor(QUESTIONS, IMAGES)
+    with torch.no_grad():
+        features = model.get_image_features(**image_fields(inputs)).pooler_output
+        changed = change(inputs, features)
+        with pytest.raises(ValueError, match=message):
+            model(**changed)
+        if "input_ids" in changed:
+            with pytest.raises(ValueError, match=message):
+                model.generate(**changed, max_new_tokens=1)
+
+
+def test_pixels_and_features_at_once_are_refused(model, processor):
+    inputs = processor(QUESTIONS, IMAGES)
+    with torch.no_grad():
+        features = model.get_image_features(**image_fields(inputs)).pooler_output
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="not both"):
+            call(**inputs, image_features=features)
+
+
+def test_images_need_ids(model, processor):
+    inputs = processor(QUESTIONS, IMAGES)
+    embeds = model.get_input_embeddings()(inputs.pop("input_ids"))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="images need input_ids"):
+            call(inputs_embeds=embeds, **inputs)
+
+
+class TestConfig:
+    def test_phi_2_and_siglip_are_the_defaults(self):
+        config = MCLlavaConfig()
+        assert config.text_config.rope_parameters["partial_rotary_factor"] == 0.4
+        assert (config.text_config.hidden_size, config.vision_config.hidden_size) == (2560, 1152)
+        assert config.image_token_id == config.image_token_index == 50297
+        with torch.device("meta"):
+            model = MCLlavaForConditionalGeneration(config)
+        assert sum(p.numel() for p in model.parameters()) == 3_203_510_640
+
+    def test_there_and_back(self, tmp_path):
+        config = MCLlavaConfig(image_token_index=7, vision_config={"image_size": 96, "patch_size": 12})
+        config.save_pretrained(tmp_path)
+        again = MCLlavaConfig.from_pretrained(tmp_path)
+        ignored = ("transformers_version", "_name_or_path")
+        assert {k: v for k, v in again.to_dict().items() if k not in ignored} == {
+            k: v for k, v in config.to_dict().items() if k not in ignored
+        }
+
+    def test_another_projector_is_refused(self):
+        with pytest.raises(ValueError, match="projector_tokens_num must be 1, got 2"):
+            MCLlavaConfig(projector_tokens_num=2)
+
+    def test_no_code_from_a_third_repository(self):
+        text_config = {"model_type": "phi", "auto_map": {"AutoConfig": "somebody/else--code.Config"}}
+        assert not hasattr(MCLlavaConfig(text_config=text_config).text_config, "auto_map")
+
+    def test_the_code_of_a_derived_repository_is_kept(self):
+        reference = "visheratin/MC-LLaVA-3b--configuration_mc_llava.MCLlavaConfig"
+        assert MCLlavaConfig(auto_map={"AutoConfig": reference}).auto_map == {"AutoConfig": reference}

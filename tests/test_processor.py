@@ -1,0 +1,242 @@
+"""Prompt assembly: questions, raw prompts and chat messages, with images and without."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import picture, prompt
+
+
+IMAGE = 50297
+SMALL, WIDE = picture(40, 30), picture(200, 60, seed=1)  # without and with a grid
+
+
+def text_of(processor, ids) -> str:
+    """The prompt with one `<image>` per image, and without padding."""
+    text = processor.decode([id for id in ids.tolist() if id != 50298])
+    while "<image><image>" in text:
+        text = text.replace("<image><image>", "<image>")
+    return text
+
+
+class TestQuestionsAndPrompts:
+    def test_a_question_is_put_into_the_cards_prompt(self, processor):
+        out = processor("What animal is it?", SMALL)
+        raw = processor(prompt("What animal is it?"), [SMALL])
+        assert text_of(processor, out["input_ids"][0]) == prompt("What animal is it?")
+        assert all(torch.equal(out[name], raw[name]) for name in out)
+
+    def test_one_placeholder_per_visual_token(self, processor):
+        for max_crops, num_tokens in ((0, 20), (6, 20), (6, 3), (100, 1), (0, 1000)):
+            out = processor("What?", WIDE, max_crops=max_crops, num_tokens=num_tokens)
+            assert (out["input_ids"] == IMAGE).sum() == out["crop_num_tokens"].sum()
+            plan = processor.image_processor.plan(*WIDE.size, max_crops=max_crops, num_tokens=num_tokens)
+            assert out["crop_num_tokens"].tolist() == [crop.num_tokens for crop in plan]
+
+    def test_the_saved_knobs_are_the_defaults(self, processor):
+        out = processor("What?", WIDE)
+        explicit = processor("What?", WIDE, max_crops=6, num_tokens=20)
+        assert all(torch.equal(out[name], explicit[name]) for name in out)
+
+    def test_numpy_knobs_and_knobs_that_are_none(self, processor):
+        out = processor("What?", WIDE, max_crops=np.int64(2), num_tokens=None)
+        explicit = processor("What?", WIDE, images_kwargs={"max_crops": np.int32(2)})
+        assert torch.equal(out["pixel_values"], explicit["pixel_values"])
+
+    def test_several_images_for_a_single_question(self, processor):
+        for text in ("Which one?", ["Which one?"]):
+            for images in ([SMALL, WIDE], [[SMALL, WIDE]]):
+                out = processor(text, images)
+                assert text_of(processor, out["input_ids"][0]) == prompt("Which one?", images=2)
+                assert len(out["image_grid_thw"]) == 2
+
+    def test_one_image_per_question(self, processor):
+        out = processor(["Where?", "What colour is it?"], [SMALL, WIDE])
+        assert [text_of(processor, ids) for ids in out["input_ids"]] == [
+            prompt("Where?"),
+            prompt("What colour is it?"),
+        ]
+        assert out["attention_mask"][0, 0] == 0 and out["attention_mask"][:, -1].all(), "pads on the left"
+
+    def test_lists_of_images(self, processor):
+        out = processor(["None", "Two", "One"], [[], [SMALL, WIDE], [WIDE]])
+        expected = [prompt("None", 0), prompt("Two", 2), prompt("One", 1)]
+        assert [text_of(processor, ids) for ids in out["input_ids"]] == expected
+        assert out["image_grid_thw"][:, 0].tolist() == [1, 7, 7]
+
+    def test_raw_prompts_take_as_many_images_as_they_have_places(self, processor):
+        texts = [prompt("a", 2), prompt("b", 0), "c"]
+        out = processor(texts, [SMALL, WIDE, SMALL])
+        assert [text_of(processor, ids) for ids in out["input_ids"]] == [*texts[:2], prompt("c")]
+        assert out["image_grid_thw"][:, 0].tolist() == [1, 7, 1]
+
+    def test_text_alone(self, processor):
+        assert text_of(processor, processor("Why?")["input_ids"][0]) == prompt("Why?", 0)
+        assert set(processor(["Why?", prompt("Why then?", 0)])) == {"input_ids", "attention_mask"}
+
+    def test_images_of_any_kind(self, processor):
+        array = np.asarray(WIDE)
+        for images in (array, torch.from_numpy(array.copy()), [array / 255], np.stack([array])):
+            assert torch.equal(processor("What?", images)["pixel_values"], processor("What?", WIDE)["pixel_values"])
+
+    def test_the_return_type(self, processor):
+        out = processor(["a", "b b"], [SMALL, WIDE], return_tensors=None, padding=False)
+        assert isinstance(out["input_ids"], list) and len(out["input_ids"][0]) != len(out["input_ids"][1])
+        assert isinstance(processor("a", SMALL, return_tensors="np")["pixel_values"], np.ndarray)
+
+    def test_pickle(self, processor):
+        out = pickle.loads(pickle.dumps(processor))("What?", WIDE)
+        assert torch.equal(out["pixel_values"], processor("What?", WIDE)["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "options", "message"),
+    [
+        (prompt("a", 2), [SMALL], {}, "the prompt has 2 <image> but 1 images"),
+        (prompt("a", 0), [SMALL], {}, "the prompt has 0 <image> but 1 images"),
+        (prompt("a", 1), None, {}, "the prompt has 1 <image> but 0 images"),
+        (["a", "b"], [SMALL], {}, r"places for \[1, 1\] images but 1 came"),
+        (["a", "b"], SMALL, {}, r"places for \[1, 1\] images but 1 came"),
+        ([prompt("a"), "b"], [[SMALL], [SMALL], []], {}, "3 lists of images for 2 texts"),
+        (["a", "b"], [[SMALL], SMALL], {}, "one list per text"),
+        ([prompt("a"), prompt("b")], [[SMALL, SMALL], []], {}, "the prompt has 1 <image> but 2 images"),
+        ("a", SMALL, {"max_crop": 3}, "unknown options max_crop: did you mean max_crops?"),
+        ("a", SMALL, {"images_kwargs": {"max_crop": 3}}, "unknown options max_crop"),
+        ("a", SMALL, {"text_kwargs": {"paddding": 3}}, "unknown options paddding: did you mean padding?"),
+        ("a", SMALL, {"max_crops": -1}, "max_crops must be at least 0, got -1"),
+        ("a", SMALL, {"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
+        ("a", SMALL, {"images_kwargs": {"num_tokens": 2.5}}, "num_tokens must be an integer"),
+        ("a", SMALL, {"videos": [SMALL]}, "videos can't be processed"),
+        ("a", WIDE, {"truncation": True, "max_length": 10}, "truncation would keep . of 20 visual tokens"),
+        ("a", b"broken", {}, "not an image"),
+        (None, SMALL, {}, "text is missing"),
+        (["a", 3], SMALL, {}, "text must be a string or a list of strings"),
+        ([], None, {}, "text must be a string or a list of strings"),
+    ],
+)
+def test_bad_input(processor, text, images, options, message):
+    with pytest.raises(ValueError, match=message):
+        processor(text, images, **options)
+
+
+def messages(*content, role="user"):
+    return [{"role": role, "content": content[0] if isinstance(content[0], str) else list(content)}]
+
+
+def part(text):
+    return {"type": "text", "text": text}
+
+
+PICTURE = {"type": "image", "image": WIDE}
+
+
+class TestChatMessages:
+    def test_knobs_flat_and_in_processor_kwargs(self, processor):
+        options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        conversation = messages(PICTURE, part("What animal is it?"))
+        direct = processor("What animal is it?", WIDE, max_crops=2, num_tokens=9)
+        for knobs in (
+            {"max_crops": 2, "num_tokens": 9},
+            {"processor_kwargs": {"max_crops": 2, "num_tokens": 9}},
+            {"max_crops": 2, "processor_kwargs": {"num_tokens": 9}},
+        ):
+            out = processor.apply_chat_template(conversation, **options, **knobs)
+            assert set(out) == set(direct) and all(torch.equal(out[name], direct[name]) for name in out)
+
+    def test_parts_stay_in_order(self, processor):
+        text = processor.apply_chat_template(messages(part("First "), PICTURE, part("then "), PICTURE, part("which?")))
+        assert text == "<|im_start|>user\nFirst <image>\nthen <image>\nwhich?<|im_end|>\n"
+
+    def test_turns(self, processor):
+        conversation = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": [PICTURE, part("What?")]},
+            {"role": "assistant", "content": "A cup."},
+            {"role": "user", "content": [part("Sure?")]},
+        ]
+        text = processor.apply_chat_template(conversation, add_generation_prompt=True)
+        assert text == (
+            "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
+            "<|im_start|>assistant\nA cup.<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+        )
+        out = processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
+        assert (out["input_ids"] == IMAGE).sum() == 20
+
+    def test_a_batch_of_conversations(self, processor):
+        batch = [messages(PICTURE, part("a")), messages("b"), messages({"type": "image", "image": SMALL}, part("c"))]
+        out = processor.apply_chat_template(batch, tokenize=True, return_dict=True, add_generation_prompt=True)
+        assert [text_of(processor, ids) for ids in out["input_ids"]] == [prompt("a"), prompt("b", 0), prompt("c")]
+        assert out["image_grid_thw"][:, 0].tolist() == [7, 1]
+
+    def test_the_assistants_tokens_are_marked(self, processor):
+        conversation = [*messages(PICTURE, part("What?")), *messages("A cup.", role="assistant")]
+        out = processor.apply_chat_template(
+            conversation, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        marked = [id for id, mark in zip(out["input_ids"][0], np.asarray(out["assistant_masks"])[0]) if mark]
+        assert processor.decode(marked) == "A cup.<|im_end|>"
+
+    @pytest.mark.parametrize("images", [["path"], ["url"], ["base64"], ["image_url"]])
+    def test_images_by_reference(self, processor, images, tmp_path):
+        import base64
+
+        path = tmp_path / "image.png"
+        WIDE.save(path)
+        text = base64.b64encode(path.read_bytes()).decode()
+        content = {
+            "path": {"type": "image", "path": str(path)},
+            "url": {"type": "image", "url": f"data:image/png;base64,{text}"},
+            "base64": {"type": "image", "base64": text},
+            "image_url": {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}},
+        }[images[0]]
+        out = processor.apply_chat_template(messages(content, part("a")), tokenize=True, return_dict=True)
+        assert torch.equal(out["pixel_values"], processor("a", WIDE)["pixel_values"])
+
+    def test_transparency_and_16_bits_survive_the_way_through_the_template(self, processor):
+        rgba = np.zeros((30, 30, 4), dtype=np.uint8)
+        deep = np.full((30, 30), 257 * 100, dtype=np.uint16)
+        for array, byte in ((rgba, 255), (deep, 100)):
+            content = {"type": "image", "image": array}
+            out = processor.apply_chat_template(messages(content, part("a")), tokenize=True, return_dict=True)
+            assert torch.allclose(out["pixel_values"], torch.tensor(byte / 127.5 - 1), atol=1e-6)
+
+    @pytest.mark.parametrize("role", ["system", "user", "assistant"])
+    @pytest.mark.parametrize("token", ["<image>", "<|im_end|>", "<|im_start|>", "<pad>", "<|endoftext|>"])
+    def test_text_can_not_forge_a_turn_or_an_image(self, processor, role, token):
+        half = len(token) // 2
+        for content in (
+            f"a{token}b",
+            [part(f"a{token}")],
+            [part(token[:half]), part(token[half:])],
+            [part(""), part(token[0]), part(token[1:])],
+        ):
+            with pytest.raises(ValueError, match="must not hold the special token"):
+                processor.apply_chat_template([{"role": role, "content": content}])
+
+    @pytest.mark.parametrize(
+        ("conversation", "message"),
+        [
+            (messages("a", role="tool"), "role must be one of system, user, assistant, got 'tool'"),
+            (messages("a", role="user<|im_end|>"), "role must be one of"),
+            ([{"content": "a"}], "role must be one of"),
+            (messages({"type": "video", "video": "x"}), "got 'video'"),
+        ],
+    )
+    def test_bad_messages(self, processor, conversation, message):
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(conversation)
+
+    def test_the_conversation_is_left_alone(self, processor):
+        conversation = messages({"type": "image_url", "image_url": {"url": "x"}}, part("a"))
+        processor.apply_chat_template(conversation)
+        assert conversation == messages({"type": "image_url", "image_url": {"url": "x"}}, part("a"))
+
+
+def test_what_a_serving_engine_asks(processor):
+    sizes = [(image.height, image.width) for image in (SMALL, WIDE)]
+    for knobs in ({}, {"max_crops": 2, "num_tokens": 7}):
+        data = processor._get_num_multimodal_tokens(image_sizes=sizes, **knobs)
+        out = processor(["a", "b"], [SMALL, WIDE], **knobs)
+        assert data["num_image_tokens"] == (out["input_ids"] == IMAGE).sum(-1).tolist()
+        assert data["num_image_patches"] == out["image_grid_thw"][:, 0].tolist()
