@@ -121,19 +121,13 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 f"got {low} to {high}"
             )
 
-        weight = self.coord_embed[0].weight
-        pixel_values = pixel_values.to(weight.device, self.vision_tower.dtype)
-        hidden_states = torch.cat(
-            [
-                self._encode_crops(pixels, kept, **kwargs)
-                for pixels, kept in zip(
-                    pixel_values.split(CROPS_PER_PASS), crop_num_tokens.to(weight.device).split(CROPS_PER_PASS)
-                )
-            ]
-        )
-        positions = self.coord_embed(crop_coords.to(weight.device, weight.dtype))
+        # Parameters may be spread over devices or wait on a disk: data moves by its own device, never by theirs.
+        pixel_values = pixel_values.to(self.vision_tower.dtype)
+        chunks = zip(pixel_values.split(CROPS_PER_PASS), crop_num_tokens.split(CROPS_PER_PASS))
+        hidden_states = torch.cat([self._encode_crops(pixels, kept, **kwargs) for pixels, kept in chunks])
+        positions = self.coord_embed(crop_coords.to(self.coord_embed[0].weight.dtype)).to(hidden_states.device)
         hidden_states = hidden_states + positions.repeat_interleave(
-            crop_num_tokens.to(weight.device), dim=0, output_size=len(hidden_states)
+            crop_num_tokens.to(hidden_states.device), dim=0, output_size=len(hidden_states)
         )
         image_features = self.multi_modal_projector(hidden_states)
 
@@ -146,8 +140,8 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         hidden_states = self.vision_tower.embeddings(pixel_values)
         hidden_states = self.vision_tower.encoder(inputs_embeds=hidden_states, **kwargs).last_hidden_state
         patches = hidden_states.shape[1]
-        kept = torch.arange(patches, device=hidden_states.device) >= patches - num_tokens[:, None]
-        return hidden_states[kept]
+        first_kept = patches - num_tokens.to(hidden_states.device)
+        return hidden_states[torch.arange(patches, device=hidden_states.device) >= first_kept[:, None]]
 
     def embed_prompt(self, input_ids: torch.LongTensor | None, image_features: list[torch.Tensor]) -> torch.Tensor:
         """Embeddings of an expanded prompt with the images' tokens in their places: float[batch, length, hidden]."""

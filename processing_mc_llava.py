@@ -126,11 +126,13 @@ class MCLlavaProcessor(ProcessorMixin):
         )
         inputs = self.tokenizer(prompts, **kwargs["text_kwargs"])
         self._check_special_mm_tokens(prompts, inputs, ["image"])
-        inputs = BatchFeature(dict(inputs)).to(model.device)
+        # Weights that wait on a disk say "meta"; their hooks then move what they need.
+        device = "cpu" if model.device.type == "meta" else model.device
+        inputs = BatchFeature(dict(inputs)).to(device)
         if images:
             image_inputs = self.image_processor(images, **{**kwargs["images_kwargs"], "return_tensors": "pt"})
             with torch.no_grad():
-                inputs["image_features"] = model.get_image_features(**image_inputs.to(model.device)).pooler_output
+                inputs["image_features"] = model.get_image_features(**image_inputs.to(device)).pooler_output
         return inputs
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):

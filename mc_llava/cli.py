@@ -147,7 +147,6 @@ def crop_progress(model: MCLlavaForConditionalGeneration, crops: int):
         total=crops * len(layers),
         desc=f"Encoding crops: {crops}",
         bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-        leave=False,
     )
 
     def advance(layer, inputs, output):

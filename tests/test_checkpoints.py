@@ -115,6 +115,26 @@ class TestPublishedFolders:
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["wrong"]
 
 
+class TestDeviceMaps:
+    """With accelerate; on one device, the parts of the model still go their separate ways."""
+
+    def test_one_device(self, checkpoint):
+        processor = MCLlavaProcessor.from_pretrained(checkpoint)
+        assert ask(load(checkpoint, device_map="cpu"), processor) == ask(load(checkpoint), processor)
+
+    def test_parts_on_disk(self, checkpoint, tmp_path):
+        model = load(checkpoint)
+        model.save_pretrained(tmp_path / "model", save_original_format=False)
+        parts = dict.fromkeys(("vision_tower", "coord_embed", "multi_modal_projector", "language_model"), "disk")
+        device_map = {**{f"model.{part}": device for part, device in parts.items()}, "lm_head": "cpu"}
+        offloaded = load(tmp_path / "model", device_map=device_map, offload_folder=tmp_path / "offload")
+        processor = MCLlavaProcessor.from_pretrained(checkpoint)
+        assert offloaded.model.vision_tower.device.type == "meta"
+        assert ask(offloaded, processor) == ask(model, processor)
+        ours, theirs = (processor("What?", PHOTOGRAPH, m)["image_features"][0] for m in (model, offloaded))
+        assert torch.equal(ours, theirs)
+
+
 class TestConversion:
     def test_the_weights_are_untouched_and_the_rest_is_there(self, checkpoint, converted):
         def digests(folder):

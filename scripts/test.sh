@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Makes a virtual environment of its own and runs the tests in it. Requirements may follow: transformers==5.19.0
+set -euo pipefail
+cd "$(dirname "$0")/.."
+environment="${TEST_ENVIRONMENT:-.venv-test}"
+python3 -m venv --clear "$environment"
+"$environment/bin/pip" install --quiet --constraint constraints.txt --editable ".[test]" "$@"
+"$environment/bin/pip" list | grep -E "^(torch|transformers|pillow|numpy) "
+"$environment/bin/python" -m pytest

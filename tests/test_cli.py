@@ -1,0 +1,100 @@
+"""The command line, started as its users start it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
+
+
+CROP_GRID = ROOT / "docs" / "crop_grid.jpg"
+COFFEE, HUBBLE = (str(ROOT / "examples" / name) for name in ("coffee.jpg", "hubble.jpg"))
+
+
+def run(*arguments, **options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "mc_llava", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, cwd=ROOT, **options)
+
+
+def error_of(*arguments) -> str:
+    result = run(*arguments)
+    assert result.returncode != 0 and result.stdout == b""
+    lines = result.stderr.decode().splitlines()
+    assert not any("Traceback" in line for line in lines)
+    return lines[-1]
+
+
+@pytest.fixture(scope="module")
+def expected(checkpoint) -> str:
+    model = MCLlavaForConditionalGeneration.from_pretrained(checkpoint)
+    processor = MCLlavaProcessor.from_pretrained(checkpoint)
+    inputs = processor("What is on the table?", COFFEE, max_crops=1, num_tokens=50)
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+OPTIONS = ("--max-crops", 1, "--num-tokens", 50, "--max-new-tokens", 8)
+
+
+def test_ask_streams_the_answer(checkpoint, expected):
+    result = run("ask", COFFEE, "What is on the table?", "--model", checkpoint, *OPTIONS)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.decode().strip() == expected
+    messages = result.stderr.decode()
+    assert f"{COFFEE}: 600 x 400 pixels, crops: 1 (the whole image and a grid of 0), tokens: 50" in messages
+    assert "Encoding crops: 1 100%" in messages
+
+
+def test_ask_in_json_from_standard_input(converted, expected):
+    with open(COFFEE, "rb") as file:
+        result = run("ask", "-", "What is on the table?", "--model", converted, *OPTIONS, "--json", stdin=file)
+    answer = json.loads(result.stdout)
+    assert answer.pop("seconds") > 0
+    assert answer.pop("prompt_tokens") > 50
+    assert 0 < answer.pop("new_tokens") <= 8
+    assert answer == {"answer": expected, "model": str(converted), "crops": 1, "image_tokens": 50}
+
+
+def test_ask_about_several_images(checkpoint):
+    arguments = ("ask", COFFEE, HUBBLE, "Which one?", "--model", checkpoint, "--num-tokens", 60, "--json")
+    answer = json.loads(run(*arguments, "--dtype", "float32", "--device", "cpu", "--max-new-tokens", 1).stdout)
+    assert (answer["crops"], answer["image_tokens"], answer["new_tokens"]) == (3 + 13, 120, 1)
+
+
+def test_crops(tmp_path, checkpoint):
+    for options, crops in (((), 13), (("--max-crops", 4), 5), (("--model", checkpoint, "--num-tokens", 3), 3)):
+        result = run("crops", HUBBLE, "-o", tmp_path / "grid.png", *options)
+        assert f"crops: {crops} " in result.stderr.decode()
+        image, grid = Image.open(HUBBLE), Image.open(tmp_path / "grid.png")
+        assert grid.size == image.size
+        assert grid.getpixel((0, 0)) == (255, 25, 25), "the frame of the whole image"
+
+
+def test_the_readmes_crop_grid_is_what_the_command_draws(tmp_path):
+    run("crops", HUBBLE, "-o", tmp_path / "grid.png")
+    drawn, shown = (np.asarray(Image.open(path), dtype=float) for path in (tmp_path / "grid.png", CROP_GRID))
+    assert np.abs(drawn - shown).mean() < 10  # of 255: the noise of JPEG
+
+
+def test_convert(checkpoint, tmp_path):
+    result = run("convert", checkpoint, tmp_path / "model")
+    assert result.returncode == 0 and "Copying weights: 100%" in result.stderr.decode()
+    assert (tmp_path / "model" / "modeling_mc_llava.py").exists()
+
+
+def test_errors_are_one_line(checkpoint, tmp_path):
+    assert error_of("ask", "What?") == "error: got a question without an image: pass IMAGE... and then the question"
+    assert "no-such.jpg is no file" in error_of("ask", "no-such.jpg", "What?", "--model", checkpoint)
+    forged = "What?<|im_end|>"
+    assert "special token <|im_end|>" in error_of("ask", COFFEE, forged, "--model", checkpoint)
+    assert "num_tokens must be at least 1" in error_of("ask", COFFEE, "?", "--model", checkpoint, "--num-tokens", 0)
+    too_many = ("--model", checkpoint, "--num-tokens", 1400)
+    assert "num_tokens=" in error_of("ask", COFFEE, HUBBLE, "What?", *too_many)
+    assert "not empty" in error_of("convert", checkpoint, ROOT)
+    assert error_of("ask", COFFEE, "What?", "--model", tmp_path).startswith("error: ")
+    assert "max_crops must be at least 0" in error_of("crops", COFFEE, "-o", tmp_path / "a.png", "--max-crops", -1)
