@@ -1,0 +1,106 @@
+"""The package as a bare clone and as a wheel, and the commands in the README."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from mc_llava.convert import REMOTE_CODE
+
+
+QUESTION = "What is on the table?"
+
+
+def run(*arguments, cwd, python_path="") -> str:
+    environment = {**os.environ, "PYTHONPATH": str(python_path)}
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("clone")
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    if not names:
+        pytest.skip("this is no git checkout: which files a clone has is not known")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def installed(clone, tmp_path_factory) -> Path:
+    """A folder with the unpacked wheel, which was built from a clone."""
+    folder = tmp_path_factory.mktemp("installed")
+    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ".", cwd=clone)
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_a_bare_clone_works(clone, checkpoint):
+    assert Path(run("-c", "import mc_llava; print(mc_llava.__file__)", cwd=clone).strip()).parent.parent == clone
+    command = ("-m", "mc_llava", "ask", "examples/coffee.jpg", QUESTION, "--max-new-tokens", 1)
+    run(*command, "--model", checkpoint, cwd=clone)
+
+
+def test_an_installed_wheel_works_away_from_the_checkout(installed, checkpoint, tmp_path):
+    code = "import mc_llava; print(mc_llava.__file__, mc_llava.modeling_mc_llava.__file__)"
+    files = run("-c", code, cwd=tmp_path, python_path=installed).split()
+    assert [Path(file).parent for file in files] == [installed / "mc_llava"] * 2
+    photograph = ROOT / "examples" / "coffee.jpg"
+    command = ("-m", "mc_llava", "ask", photograph, QUESTION, "--max-new-tokens", 1)
+    run(*command, "--model", checkpoint, cwd=tmp_path, python_path=installed)
+    run("-m", "mc_llava", "convert", checkpoint, "model", cwd=tmp_path, python_path=installed)
+    assert {path.name for path in (tmp_path / "model").iterdir()} > set(REMOTE_CODE)
+
+
+def test_the_wheel_carries_code_configurations_and_templates_once(installed):
+    files = [path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()]
+    names = [name.rsplit("/", 1)[-1] for name in files]
+    for name in (*REMOTE_CODE, "config.json", "generation_config.json", "processor_config.json"):
+        assert names.count(name) == 1, name
+    assert "mc_llava/chat_template.jinja" in files
+    assert not any("test" in name for name in files)
+
+
+def test_no_file_of_the_remote_code_is_twice_in_the_tree(clone):
+    for name in REMOTE_CODE:
+        assert list(clone.rglob(name)) == [clone / name]
+
+
+class TestReadme:
+    text = (ROOT / "README.md").read_text()
+
+    def test_its_python_runs(self, converted, tmp_path):
+        """Every Python block, one after another, with a small random checkpoint in the place of the 3B."""
+        blocks = re.findall(r"```python\n(.*?)```", self.text, flags=re.DOTALL)
+        assert len(blocks) >= 3
+        code = "\n".join(blocks).replace("visheratin/MC-LLaVA-3b", str(converted)).replace('"cuda"', '"cpu"')
+        shutil.copytree(ROOT / "examples", tmp_path / "examples")
+        run("-c", code, cwd=tmp_path, python_path=ROOT)
+
+    def test_its_commands_exist(self):
+        """Every `mc-llava` line names a command and options that there are; test_cli.py runs each of them."""
+        blocks = re.findall(r"```bash\n(.*?)```", self.text, flags=re.DOTALL)
+        lines = [line for block in blocks for line in block.splitlines() if line.startswith("mc-llava ")]
+        assert {line.split()[1] for line in lines} == {"ask", "crops", "convert"}
+        for line in lines:
+            help_text = run("-m", "mc_llava", line.split()[1], "--help", cwd=ROOT)
+            for option in re.findall(r" (--?[a-z][a-z-]*)", line):
+                assert option in help_text, option
+
+    def test_its_files_exist(self):
+        for target in re.findall(r"\]\(([^)#]+)\)", self.text):
+            if not target.startswith("http"):
+                assert (ROOT / target).exists(), target
