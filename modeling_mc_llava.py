@@ -346,47 +346,48 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         inputs_embeds, attention_mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         encoded = self._encoder_outputs(image_features, kwargs.pop("mm_encoder_outputs", None))
-        if encoded:
-            kwargs["mm_encoder_outputs"] = encoded
-        if input_ids is None and inputs_embeds is None:
-            return super().generate(None, generation_config, stopping_criteria=stopping_criteria, **kwargs)
-
-        tokens_per_image = []
         if kwargs.get("pixel_values") is not None:
             if encoded:
                 raise ValueError("pass either pixel_values or image features, not both")
             tokens_per_image = count_image_tokens(kwargs.get("crop_num_tokens"), kwargs.get("image_grid_thw"))
-        elif encoded:
-            tokens_per_image = [len(features) for features in encoded["image"].pooler_output]
+        else:
+            tokens_per_image = [len(features) for features in encoded["image"].pooler_output] if encoded else []
 
-        prompt_length = 0 if input_ids is None else input_ids.shape[1]
-        if inputs_embeds is None:
+        if inputs_embeds is not None:
+            if tokens_per_image:
+                raise ValueError("images need input_ids, not inputs_embeds: their places are found by <image>'s id")
+            if attention_mask is None:
+                attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long)
+        elif input_ids is not None:
             if attention_mask is None:
                 attention_mask = (input_ids != self.config.pad_token_id).long()
             places = int((input_ids == self.config.image_token_id).sum())
             if places and not tokens_per_image and kwargs.get("past_key_values") is None:
                 raise ValueError(f"the prompt has {places} <image> tokens but no image came: pass one, or remove them")
+            is_short = bool(encoded) and places == len(tokens_per_image) != sum(tokens_per_image)
             prompt_ids = input_ids
-            if encoded and places == len(tokens_per_image) != sum(tokens_per_image):
-                self._refuse_length_limits(generation_config, kwargs)
+            if is_short:
+                self._refuse_in_short_form(generation_config, kwargs)
                 prompt_ids, attention_mask = self._expand_prompt(input_ids, attention_mask, tokens_per_image)
             self._check_context(prompt_ids, attention_mask, tokens_per_image)
-            if prompt_ids is not input_ids:
-                # transformers keeps input_ids in the sequences and feeds the embeddings to the model.
-                features = kwargs.pop("mm_encoder_outputs")["image"].pooler_output
-                kwargs["inputs_embeds"] = self.model.embed_prompt(prompt_ids, features)
+            if is_short:
+                # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
+                kwargs["inputs_embeds"] = self.model.embed_prompt(prompt_ids, encoded["image"].pooler_output)
+            elif encoded:
+                kwargs["mm_encoder_outputs"] = encoded
             kwargs["attention_mask"] = attention_mask
-        elif tokens_per_image:
-            raise ValueError("images need input_ids, not inputs_embeds: their places are found by the id of <image>")
-        elif attention_mask is None:
-            attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long)
 
-        room = self.config.text_config.max_position_embeddings - attention_mask.sum(-1)
-        stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(prompt_length, room)])
+        if attention_mask is not None:
+            prompt_length = 0 if input_ids is None else input_ids.shape[1]
+            room = self.config.text_config.max_position_embeddings - attention_mask.sum(-1)
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(prompt_length, room)])
         return super().generate(input_ids, generation_config, stopping_criteria=stopping_criteria, **kwargs)
 
     @staticmethod
-    def _refuse_length_limits(generation_config, kwargs: dict):
+    def _refuse_in_short_form(generation_config, kwargs: dict):
+        """ValueError for what would be counted in the given prompt, while the model sees the expanded one."""
+        if kwargs.get("past_key_values") is not None:
+            raise ValueError("past_key_values hold an expanded prompt: pass one <image> per visual token to go on")
         for name in ("max_length", "min_length"):
             if value := kwargs.get(name) or getattr(generation_config, name, None):
                 raise ValueError(

@@ -70,6 +70,8 @@ class MCLlavaProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
         self.image_token = "<image>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        if self.image_token_id in (None, tokenizer.unk_token_id):
+            raise ValueError(f"the tokenizer has no token {self.image_token}: add it, or load the model's tokenizer")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
 
     @classmethod
@@ -145,8 +147,12 @@ class MCLlavaProcessor(ProcessorMixin):
                 token (a question can't forge a turn or an image), or if a part is neither text nor an image.
         """
         is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        conversations = conversation if is_batched else [conversation]
-        checked = [[self._check_message(message) for message in messages] for messages in conversations]
+        checked = [
+            [self._check_message(message) for message in messages]
+            for messages in (conversation if is_batched else [conversation])
+        ]
+        if not all(checked):
+            raise ValueError("a conversation has no message: pass at least one, such as a user's question")
         # transformers warns about flat processor options and, up to 5.20, lets them replace `processor_kwargs`.
         known = self._known_kwargs()
         processor_kwargs = {
@@ -159,18 +165,20 @@ class MCLlavaProcessor(ProcessorMixin):
 
     def _check_message(self, message: dict) -> dict:
         """A copy of the message with string content or text and image parts, free of special tokens."""
+        if not isinstance(message, dict):
+            raise ValueError(f"a message must be a dict with role and content, got {message!r:.200}")
         role, content = message.get("role"), message.get("content") or ""
         if role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         run = ""  # text parts that touch are read together, or a token could be split over two of them
         for part in parts:
-            if part.get("type") == "text":
+            if part.get("type") == "text" and isinstance(part.get("text"), str):
                 run += part["text"]
             elif part.get("type") in ("image", "image_url"):
                 run += "\n"
             else:
-                raise ValueError(f"a content part must have the type text or image, got {part.get('type')!r}")
+                raise ValueError(f"a content part must be a text with a string or an image, got {part!r:.200}")
         if token := self._first_special_token(run):
             raise ValueError(f"the text of a message must not hold the special token {token}: remove it")
         return {**message, "content": content if isinstance(content, str) else parts}

@@ -220,7 +220,12 @@ class TestChatMessages:
             (messages("a", role="tool"), "role must be one of system, user, assistant, got 'tool'"),
             (messages("a", role="user<|im_end|>"), "role must be one of"),
             ([{"content": "a"}], "role must be one of"),
-            (messages({"type": "video", "video": "x"}), "got 'video'"),
+            (messages({"type": "video", "video": "x"}), "got {'type': 'video'"),
+            (messages({"type": "text"}), "a text with a string"),
+            (messages({"type": "text", "text": None}), "a text with a string"),
+            ("What?", "a message must be a dict"),
+            ([], "a conversation has no message"),
+            ([[], messages("a")], "a conversation has no message"),
         ],
     )
     def test_bad_messages(self, processor, conversation, message):
