@@ -1,5 +1,7 @@
 """Configuration of MC-LLaVA: a SigLIP vision tower, a coordinate embedding, a projector and a Phi language model."""
 
+import copy
+
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
@@ -75,7 +77,7 @@ class MCLlavaConfig(PreTrainedConfig):
     pad_token_id: int | None = 50298
 
     def __post_init__(self, **kwargs):
-        self.vision_config = self._sub_config(self.vision_config, SIGLIP_SO400M)
+        self.vision_config = copy.copy(self._sub_config(self.vision_config, SIGLIP_SO400M))  # not the caller's
         self.text_config = self._sub_config(self.text_config, PHI_2)
         self.vision_config.vision_use_head = False
 
@@ -98,6 +100,10 @@ class MCLlavaConfig(PreTrainedConfig):
             return config
         config = dict(default if config is None else config)
         config.pop("auto_map", None)  # the published text_config points to code in a third repository
+        # transformers 5.19 would put PhiConfig's own 0.5 beside the factor that newer releases save in here.
+        rope_parameters = config.get("rope_parameters") or {}
+        if "partial_rotary_factor" in rope_parameters:
+            config.setdefault("partial_rotary_factor", rope_parameters["partial_rotary_factor"])
         return CONFIG_MAPPING[config.pop("model_type", default["model_type"])](**config)
 
 

@@ -5,12 +5,12 @@ knows how a file, a download, an array or a tensor becomes an RGB picture.
 """
 
 import base64
-import binascii
 import io
 import operator
 import os
 import urllib.request
 from difflib import get_close_matches
+from http.client import HTTPException
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +24,8 @@ from transformers.processing_utils import ImagesKwargs
 MAX_IMAGE_SIDE = 20_000  # pixels; Pillow's own Image.MAX_IMAGE_PIXELS bounds the area
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+# What Pillow may decode: its other plugins are rare, and one of them hands files to a PostScript interpreter.
+FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
 class Crop(NamedTuple):
@@ -42,11 +44,11 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
     Column i spans [i * s, i * s + c]; the last one reaches to the right edge. Rows likewise. For 1000 x 700 pixels,
     side 384 and at least 8 crops, c = 384 and s = 192, and the grid has 4 columns and 2 rows:
 
-        0    192   384   576   768   1000            1  3  5  7
-        |--- 0, 1 ---|     |              |          2  4  6  8
-              |--- 2, 3 ---|              |
-                    |--- 4, 5 ---|        |          crop 0 is the whole image, then columns from
-                          |---- 6, 7 -----|          left to right, each from top to bottom
+        0    192   384   576   768   1000
+        |--- 1, 2 ---|     |              |          crop 0 is the whole image; then columns from left
+              |--- 3, 4 ---|              |          to right, and in each the crops from top to bottom
+                    |--- 5, 6 ---|        |
+                          |---- 7, 8 -----|
 
     With M crops in all, each gives K = num_tokens // M tokens and the last one what remains, but a crop can't give
     more than all its patches but one: the published model drops the first patch of every crop (as if SigLIP had a
@@ -63,8 +65,13 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
         The crops in the order of their tokens, the whole image first.
 
     Raises:
-        ValueError: if a knob is out of range.
+        ValueError: if a knob is out of range, or `side` has fewer than two patches.
     """
+    selectable_patches = (side // patch_size) ** 2 - 1
+    if selectable_patches < 1:
+        raise ValueError(
+            f"size {side} must hold at least 2 x 2 patches, got patch_size {patch_size}: take a smaller one"
+        )
     max_crops = check_knob("max_crops", max_crops, minimum=0)
     num_tokens = check_knob("num_tokens", num_tokens, minimum=1)
 
@@ -88,14 +95,13 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
                 bottom = height if row == rows - 1 else top + base
                 boxes.append((left, top, right, bottom))
 
-    selectable_patches = (side // patch_size) ** 2 - 1
     share = num_tokens // len(boxes)
     shares = [share] * (len(boxes) - 1) + [num_tokens - share * (len(boxes) - 1)]
     return [Crop(box, min(share, selectable_patches)) for box, share in zip(boxes, shares)]
 
 
 def check_knob(name: str, value: int, minimum: int) -> int:
-    """`value` as an int; ValueError where it is none or below `minimum`."""
+    """`value` as an int; ValueError where it is not an integer, or below `minimum`."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -107,15 +113,23 @@ def check_knob(name: str, value: int, minimum: int) -> int:
     return value
 
 
+def refuse_unknown(names, known: set[str]):
+    """ValueError for names that are not known, with the likeliest of those that are."""
+    if unknown := sorted(set(names) - known):
+        hints = [hint for name in unknown for hint in get_close_matches(name, known, n=1)]
+        remedy = f"did you mean {', '.join(hints)}?" if hints else "leave them out"
+        raise ValueError(f"unknown options {', '.join(unknown)}: {remedy}")
+
+
 def load_image(image, input_data_format: str | None = None) -> Image.Image:
     """
     Turn anything that shows a picture into an RGB image with 8 bits a channel.
 
     Args:
-        image: a PIL image in any mode; a path, an http(s) URL, a data URI or base64 text; bytes of an image file; a
-            NumPy array or torch tensor, HWC, CHW or HW, with 1, 3 or 4 channels, uint8, uint16 or float in [0, 1].
-            EXIF orientation is applied, transparency is laid over white, 16-bit values are divided by 257, and an
-            animation shows its first frame.
+        image: a PIL image in any mode; a path, an http(s) URL, a data URI or base64 text; an open file or the bytes
+            of one; a NumPy array or torch tensor, HWC, CHW or HW, with 1, 3 or 4 channels, uint8, uint16 or float in
+            [0, 1]. EXIF orientation is applied, transparency is laid over white, 16 bits of grey or of an array are
+            divided by 257, and an animation shows its first frame.
         input_data_format: "channels_first" or "channels_last". Left out, a shape that could be either, such as
             (3, 5, 3), is read as NumPy arrays usually are (HWC) or torch tensors usually are (CHW).
 
@@ -130,7 +144,9 @@ def load_image(image, input_data_format: str | None = None) -> Image.Image:
         return _decode(_read(image, name), name)
     if isinstance(image, (bytes, bytearray)):
         return _decode(io.BytesIO(image), f"{len(image)} bytes")
-    if hasattr(image, "detach"):  # a torch tensor, without importing torch for it
+    if hasattr(image, "read"):
+        return _decode(io.BytesIO(image.read()), getattr(image, "name", None) or "the open file")
+    if hasattr(image, "cpu") and hasattr(image, "detach"):  # a torch tensor, without importing torch for it
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
         return _from_array(image, input_data_format, prefer_first=True)
@@ -138,7 +154,7 @@ def load_image(image, input_data_format: str | None = None) -> Image.Image:
         return _from_array(image, input_data_format, prefer_first=False)
     raise ValueError(
         f"cannot read an image from {type(image).__name__}: "
-        "pass a PIL image, a path, a URL, base64 text, bytes, an array or a tensor"
+        "pass a PIL image, a path, a URL, base64 text, a file, bytes, an array or a tensor"
     )
 
 
@@ -153,33 +169,39 @@ def _read(source: str | os.PathLike, name: str):
     """A binary file for a path, http(s) URL, data URI or base64 text."""
     text = os.fspath(source)
     try:
-        if text.startswith(("http://", "https://")):
-            with urllib.request.urlopen(text, timeout=DOWNLOAD_TIMEOUT) as response:
-                content = response.read(MAX_DOWNLOAD_BYTES + 1)
-            if len(content) > MAX_DOWNLOAD_BYTES:
-                raise ValueError(f"{name} holds more than {MAX_DOWNLOAD_BYTES} bytes: download and resize it first")
-            return io.BytesIO(content)
-        if text.startswith("data:"):
-            header, _, text = text.partition(",")
-            if not header.endswith(";base64"):
-                raise ValueError(f"{name} is a data URI without base64: encode the image as data:image/png;base64,...")
-        elif isinstance(source, os.PathLike) or os.path.exists(text):
+        if text.lower().startswith(("http://", "https://")):
+            return _download(text, name)
+        if isinstance(source, os.PathLike) or os.path.exists(text):
             return open(text, "rb")
-        return io.BytesIO(base64.b64decode(text, validate=True))
-    except binascii.Error:
-        raise ValueError(f"{name} is no file, no http(s) URL, no data URI and no base64 text of an image") from None
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise ValueError(f"cannot read the image {name}: {error}") from error
+    header, comma, data = text.partition(",")
+    if header.startswith("data:") and not header.endswith(";base64"):
+        raise ValueError(f"{name} is a data URI without base64: encode the image as data:image/png;base64,...")
+    try:
+        return io.BytesIO(base64.b64decode("".join((data if comma else text).split()), validate=True))
+    except ValueError:  # binascii's, or for letters that are no ASCII
+        raise ValueError(f"{name} is no file, no http(s) URL, no data URI and no base64 text of an image") from None
+
+
+def _download(url: str, name: str) -> io.BytesIO:
+    request = urllib.request.Request(url, headers={"User-Agent": "mc-llava"})
+    with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
+        content = response.read(MAX_DOWNLOAD_BYTES + 1)
+    if len(content) > MAX_DOWNLOAD_BYTES:
+        raise ValueError(f"it holds more than {MAX_DOWNLOAD_BYTES} bytes: download and resize it first")
+    return io.BytesIO(content)
 
 
 def _decode(file, name: str) -> Image.Image:
+    Image.init()
     with file:
         try:
-            image = Image.open(file)
-        except Image.DecompressionBombError:
-            raise ValueError(f"{name} has more than {Image.MAX_IMAGE_PIXELS} pixels: resize it first") from None
-        except Exception as error:  # Pillow's plugins raise whatever a broken header makes them stumble over
-            raise ValueError(f"{name} is not an image that Pillow can read: {error}") from error
+            image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{name} is too large: {error} Resize it first") from None
+        except Exception:  # Pillow's plugins raise whatever a broken header makes them stumble over
+            raise ValueError(f"{name} is not an image that can be read: save it as PNG or JPEG") from None
         return _to_rgb(image, name)
 
 
@@ -208,15 +230,19 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             array = np.asarray(image)
             if array.min() < 0 or array.max() > 65535:
                 raise ValueError("its integers lie outside of 0 to 65535")
-            return _from_array(array.astype(np.uint16), None, prefer_first=False)
+            opaque = np.where(array == image.info.get("transparency", -1), 0, 255).astype(np.uint8)
+            grey = _from_array(array.astype(np.uint16), None, prefer_first=False)
+            return Image.composite(grey, Image.new("RGB", grey.size, "white"), Image.fromarray(opaque))
         if image.mode == "F":
             return _from_array(np.asarray(image), None, prefer_first=False)
+        if image.mode == "La":
+            image = image.convert("LA")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
     except Exception as error:  # a truncated file shows only here, and each of Pillow's decoders has its own errors
-        raise ValueError(f"{name} is corrupt or cannot be turned into RGB: {error}") from error
+        raise ValueError(f"{name} is corrupt or can't be turned into RGB ({error}): save it again") from error
 
 
 def _from_array(array: np.ndarray, input_data_format: str | None, prefer_first: bool) -> Image.Image:
@@ -244,7 +270,7 @@ def _from_array(array: np.ndarray, input_data_format: str | None, prefer_first: 
         if not (low >= 0 and high <= 1):  # also true of NaN
             raise ValueError(f"{name} has floats from {low} to {high}, allowed are 0 to 1: scale them, or pass uint8")
         array = np.rint(array * 255).astype(np.uint8)
-    elif array.dtype == np.uint16:
+    elif array.dtype.kind == "u" and array.dtype.itemsize == 2:  # of either byte order
         array = np.rint(array / 257).astype(np.uint8)
     elif array.dtype != np.uint8:
         raise ValueError(f"{name} has dtype {array.dtype}: pass uint8, uint16 or floats in 0 to 1")
@@ -262,6 +288,10 @@ FIXED_OPTIONS = {
     "do_pad": False,
     "data_format": ChannelDimension.FIRST,
 }
+
+
+# What a saved configuration holds besides options.
+CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type"}
 
 
 class MCLlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -306,7 +336,7 @@ class MCLlavaImageProcessor(PilBackend):
 
     def __init__(self, **kwargs):
         kwargs.pop("auto_map", None)  # the published one names files that are gone; saving writes it anew
-        self.check_kwargs({name: value for name, value in kwargs.items() if name in self.option_names})
+        self.check_kwargs({name: value for name, value in kwargs.items() if name not in CONFIG_KEYS})
         super().__init__(**kwargs)
 
     @property
@@ -320,10 +350,7 @@ class MCLlavaImageProcessor(PilBackend):
         Raises:
             ValueError: if a name is unknown, a knob is out of range or an option asks for what crops can't have.
         """
-        if unknown := sorted(set(kwargs) - self.option_names):
-            hints = [hint for name in unknown for hint in get_close_matches(name, self.option_names, n=1)]
-            remedy = f"did you mean {', '.join(hints)}?" if hints else "leave them out"
-            raise ValueError(f"unknown options {', '.join(unknown)}: {remedy}")
+        refuse_unknown(kwargs, self.option_names)
         for name, fixed in FIXED_OPTIONS.items():
             if kwargs.get(name) not in (None, fixed):
                 raise ValueError(f"{name} must be {fixed}, got {kwargs[name]}: leave it out")

@@ -18,7 +18,13 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
-from transformers.generation import StoppingCriteria, StoppingCriteriaList
+from transformers.generation import (
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    SuppressTokensLogitsProcessor,
+    utils,
+)
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutputWithPast, ModelOutput
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
@@ -66,7 +72,7 @@ class MCLlavaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True
+    _can_compile_fullgraph = True  # of decoding: a prefill with images looks at its inputs' values
     # SigLIP's pooling head, which the published checkpoint carries and nobody reads.
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.(vision_model\.)?head\."]
 
@@ -163,7 +169,9 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
             raise ValueError("images need input_ids: their places are found by the id of <image>")
         mask = input_ids == self.config.image_token_id
         row_ends, image_ends = mask.sum(-1).cumsum(0).tolist(), list(accumulate(tokens_per_image))
-        if row_ends[-1] != image_ends[-1] or not set(row_ends) <= {0, *image_ends}:
+        # A chunked prefill hands over the tokens of all images and rows as those of a single one.
+        is_split = len(image_ends) > 1 and not set(row_ends) <= {0, *image_ends}
+        if row_ends[-1] != image_ends[-1] or is_split:
             raise ValueError(
                 f"the rows have {mask.sum(-1).tolist()} <image> tokens, the images {tokens_per_image} tokens: "
                 "use the processor's input_ids with its images, unshortened"
@@ -198,6 +206,11 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         if encoded is not None:
             inputs_embeds = self.embed_prompt(input_ids, encoded.pooler_output)
         elif inputs_embeds is None:
+            if not torch.compiler.is_compiling() and (
+                past_key_values is None or past_key_values.get_seq_length() == 0
+            ):
+                if places := int((input_ids == self.config.image_token_id).sum()):
+                    raise ValueError(f"the prompts have {places} <image> tokens but no image came: pass the images")
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         return self.language_model(
@@ -314,22 +327,32 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
     ) -> dict[str, BaseModelOutputWithPooling] | None:
         """The encoded images in transformers' form, in a new object, as beams change theirs in place."""
         if image_features is None:
+            if unknown := sorted(set(mm_encoder_outputs or {}) - {"image"}):
+                raise ValueError(f"mm_encoder_outputs hold {unknown}, the model reads 'image' alone: remove them")
             return {name: copy.copy(output) for name, output in (mm_encoder_outputs or {}).items()} or None
         if mm_encoder_outputs:
             raise ValueError("pass either image_features or mm_encoder_outputs, not both")
         image_features = list(image_features)
         hidden_size = self.config.text_config.hidden_size
         for features in image_features:
-            if features.ndim != 2 or features.shape[1] != hidden_size:
+            shape = tuple(features.shape) if isinstance(features, torch.Tensor) else type(features).__name__
+            if not isinstance(shape, tuple) or len(shape) != 2 or shape[1] != hidden_size:
                 raise ValueError(
-                    f"image_features must be [tokens, {hidden_size}] for each image, got {tuple(features.shape)}: "
+                    f"image_features must be a [tokens, {hidden_size}] tensor for each image, got {shape}: "
                     "pass a list of what get_image_features returns, or one [images, tokens, hidden] tensor"
                 )
         return {"image": BaseModelOutputWithPooling(pooler_output=image_features)} if image_features else None
 
     @torch.no_grad()
     def generate(
-        self, inputs=None, generation_config=None, *, image_features=None, stopping_criteria=None, **kwargs
+        self,
+        inputs=None,
+        generation_config=None,
+        logits_processor=None,
+        stopping_criteria=None,
+        *,
+        image_features=None,
+        **kwargs,
     ) -> torch.LongTensor | ModelOutput:
         """
         As transformers' own, and besides:
@@ -338,10 +361,11 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
           per image; in the short form sequences and streamers start with the prompt as given, and `max_new_tokens`
           and `min_new_tokens` count.
         - A prompt that fills the context is refused before a crop is encoded, and each row ends where it fills it.
+        - `<image>` is never generated.
 
         Raises:
-            ValueError: if the prompt leaves no room for an answer, if images and their places don't match, or if
-                `max_length` or `min_length` meets the short form.
+            ValueError: if the prompt leaves no room for an answer, if images and their places don't match, or if an
+                option can't go with images or with the short form.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         inputs_embeds, attention_mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
@@ -358,21 +382,27 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
                 raise ValueError("images need input_ids, not inputs_embeds: their places are found by <image>'s id")
             if attention_mask is None:
                 attention_mask = torch.ones(inputs_embeds.shape[:2], dtype=torch.long)
+            self._check_context(inputs_embeds.new_zeros(inputs_embeds.shape[:2]), attention_mask, [])
         elif input_ids is not None:
             if attention_mask is None:
-                attention_mask = (input_ids != self.config.pad_token_id).long()
-            places = int((input_ids == self.config.image_token_id).sum())
-            if places and not tokens_per_image and kwargs.get("past_key_values") is None:
+                pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
+                attention_mask = (input_ids != pad_token_id).long()
+            # A cache holds the images of earlier turns: only what it hasn't seen has places to fill.
+            new_ids = input_ids
+            if (cache := kwargs.get("past_key_values")) is not None and attention_mask.shape == input_ids.shape:
+                new_ids = input_ids[:, int(cache.get_seq_length()) :]
+            places = int((new_ids == self.config.image_token_id).sum())
+            if places and not tokens_per_image:
                 raise ValueError(f"the prompt has {places} <image> tokens but no image came: pass one, or remove them")
             is_short = bool(encoded) and places == len(tokens_per_image) != sum(tokens_per_image)
-            prompt_ids = input_ids
+            if tokens_per_image:
+                self._refuse_options(is_short, generation_config, kwargs)
             if is_short:
-                self._refuse_in_short_form(generation_config, kwargs)
-                prompt_ids, attention_mask = self._expand_prompt(input_ids, attention_mask, tokens_per_image)
-            self._check_context(prompt_ids, attention_mask, tokens_per_image)
+                new_ids, attention_mask = self._expand_prompt(input_ids, attention_mask, tokens_per_image)
+            self._check_context(new_ids, attention_mask, tokens_per_image)
             if is_short:
                 # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
-                kwargs["inputs_embeds"] = self.model.embed_prompt(prompt_ids, encoded["image"].pooler_output)
+                kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, encoded["image"].pooler_output)
             elif encoded:
                 kwargs["mm_encoder_outputs"] = encoded
             kwargs["attention_mask"] = attention_mask
@@ -381,18 +411,42 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
             prompt_length = 0 if input_ids is None else input_ids.shape[1]
             room = self.config.text_config.max_position_embeddings - attention_mask.sum(-1)
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(prompt_length, room)])
-        return super().generate(input_ids, generation_config, stopping_criteria=stopping_criteria, **kwargs)
+            if kwargs.get("max_new_tokens") is not None:  # assisted decoding accepts several tokens between two checks
+                kwargs["max_new_tokens"] = min(kwargs["max_new_tokens"], int(room.max()))
+        never = SuppressTokensLogitsProcessor([self.config.image_token_id], device=self.lm_head.bias.device)
+        return super().generate(
+            input_ids,
+            generation_config,
+            LogitsProcessorList([*(logits_processor or []), never]),
+            stopping_criteria,
+            **kwargs,
+        )
 
-    @staticmethod
-    def _refuse_in_short_form(generation_config, kwargs: dict):
-        """ValueError for what would be counted in the given prompt, while the model sees the expanded one."""
-        if kwargs.get("past_key_values") is not None:
-            raise ValueError("past_key_values hold an expanded prompt: pass one <image> per visual token to go on")
+    def _refuse_options(self, is_short: bool, generation_config, kwargs: dict):
+        """ValueError for options that would go wrong without a word."""
+
+        def value(name):
+            configs = (generation_config, self.generation_config)
+            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs if config is not None)]
+            return next((value for value in given if value), None)
+
+        for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
+            if value(name) is not None:  # drafts would be made without the images, or of <image> tokens
+                raise ValueError(f"{name} can't go with images: leave it out")
+        chunk_size = value("prefill_chunk_size")
+        if chunk_size and not hasattr(utils, "_slice_mm_encoder_output"):  # older releases leave the images out of it
+            raise ValueError("prefill_chunk_size with images needs transformers 5.23: upgrade or leave it out")
+        if not is_short:
+            return
+        # These look at the prompt as given, while the model sees the expanded one.
         for name in ("max_length", "min_length"):
-            if value := kwargs.get(name) or getattr(generation_config, name, None):
+            if length := value(name):
                 raise ValueError(
-                    f"{name}={value} can't be counted with one <image> per image: use {name[:3]}_new_tokens instead"
+                    f"{name}={length} can't be counted with one <image> per image: use {name[:3]}_new_tokens instead"
                 )
+        for name in ("past_key_values", "prefill_chunk_size"):
+            if value(name) is not None:
+                raise ValueError(f"{name} can't go with one <image> per image: pass one <image> per visual token")
 
     def _expand_prompt(
         self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, tokens_per_image: list[int]
@@ -450,6 +504,8 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
+# So that whatever is saved takes this code along.
 MCLlavaForConditionalGeneration.register_for_auto_class("AutoModel")
+MCLlavaModel.register_for_auto_class("AutoModel")
 
 __all__ = ["MCLlavaForConditionalGeneration", "MCLlavaModel", "MCLlavaPreTrainedModel"]

@@ -3,15 +3,19 @@
 The processor knows text; where crops lie and what they give is the image processor's business.
 """
 
-from difflib import get_close_matches
-
 import numpy as np
 import torch
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs, flatten_images, load_image
+from .image_processing_mc_llava import (
+    MCLlavaImageProcessor,
+    MCLlavaImageProcessorKwargs,
+    flatten_images,
+    load_image,
+    refuse_unknown,
+)
 
 
 # ChatML as Phi-2 was fine-tuned with it: no turn is added, and an image stands before what follows it.
@@ -67,7 +71,7 @@ class MCLlavaProcessor(ProcessorMixin):
 
     valid_processor_kwargs = MCLlavaProcessorKwargs
 
-    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+    def __init__(self, image_processor, tokenizer, chat_template=None):
         self.image_token = "<image>"
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         if self.image_token_id in (None, tokenizer.unk_token_id):
@@ -146,6 +150,8 @@ class MCLlavaProcessor(ProcessorMixin):
             ValueError: if a role is not one of system, user and assistant, if the text of a message holds a special
                 token (a question can't forge a turn or an image), or if a part is neither text nor an image.
         """
+        if not isinstance(conversation, (list, tuple)):
+            raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")
         is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         checked = [
             [self._check_message(message) for message in messages]
@@ -170,12 +176,15 @@ class MCLlavaProcessor(ProcessorMixin):
         role, content = message.get("role"), message.get("content") or ""
         if role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
+        if not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"content must be a string or a list of parts, got {content!r:.200}")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
         run = ""  # text parts that touch are read together, or a token could be split over two of them
         for part in parts:
-            if part.get("type") == "text" and isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind == "text" and isinstance(part.get("text"), str):
                 run += part["text"]
-            elif part.get("type") in ("image", "image_url"):
+            elif kind in ("image", "image_url"):
                 run += "\n"
             else:
                 raise ValueError(f"a content part must be a text with a string or an image, got {part!r:.200}")
@@ -183,21 +192,23 @@ class MCLlavaProcessor(ProcessorMixin):
             raise ValueError(f"the text of a message must not hold the special token {token}: remove it")
         return {**message, "content": content if isinstance(content, str) else parts}
 
+    @property
+    def text_option_names(self) -> set[str]:
+        return set(self.valid_processor_kwargs.__annotations__["text_kwargs"].__annotations__)
+
     def _known_kwargs(self) -> set[str]:
-        annotations = self.valid_processor_kwargs.__annotations__
-        text_options = set(annotations["text_kwargs"].__annotations__)
-        return text_options | self.image_processor.option_names | set(annotations) | {"common_kwargs"}
+        flat = set(self.valid_processor_kwargs.__annotations__)
+        return self.text_option_names | self.image_processor.option_names | flat
 
     def _check_kwargs(self, kwargs: dict) -> dict:
         """The same options with checked knobs; ValueError for an option that transformers would only warn about."""
+        kwargs = {**(kwargs.pop("common_kwargs", None) or {}), **kwargs}
         for name in ("videos", "audio", "videos_kwargs", "audio_kwargs"):
-            if kwargs.pop(name, None):
+            if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} can't be processed, only text and images: leave it out")
-        known = self._known_kwargs()
-        if unknown := sorted({*kwargs, *kwargs.get("text_kwargs", {}), *kwargs.get("common_kwargs", {})} - known):
-            hints = [hint for name in unknown for hint in get_close_matches(name, known, n=1)]
-            remedy = f"did you mean {', '.join(hints)}?" if hints else "leave them out"
-            raise ValueError(f"unknown options {', '.join(unknown)}: {remedy}")
+        kwargs = {name: value for name, value in kwargs.items() if value is not None or not name.endswith("_kwargs")}
+        refuse_unknown(kwargs, self._known_kwargs())
+        refuse_unknown(kwargs.get("text_kwargs", {}), self.text_option_names)
         image_options = {name: kwargs.pop(name) for name in list(kwargs) if name in self.image_processor.option_names}
         kwargs |= self.image_processor.check_kwargs(image_options)
         if "images_kwargs" in kwargs:
@@ -212,9 +223,9 @@ class MCLlavaProcessor(ProcessorMixin):
 
     def _assemble(self, text, images, input_data_format=None) -> tuple[list[str], list]:
         """One prompt per text, and the loaded images in the order of their `<image>`."""
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts or not all(isinstance(entry, str) for entry in texts):
-            raise ValueError(f"text must be a string or a list of strings, got {text!r}")
+        texts = [text] if isinstance(text, str) else text
+        if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(entry, str) for entry in texts):
+            raise ValueError(f"text must be a string or a list of strings, got {text!r:.200}")
         raw = [self._first_special_token(entry) is not None for entry in texts]
         wanted = [entry.count(self.image_token) if is_raw else None for entry, is_raw in zip(texts, raw)]
         per_text = self._images_per_text(images, wanted)
@@ -271,7 +282,8 @@ class MCLlavaProcessor(ProcessorMixin):
             wanted, kept = prompt.count(self.image_token), int((np.asarray(ids) == self.image_token_id).sum())
             if wanted != kept:
                 raise ValueError(
-                    f"truncation would keep {kept} of {wanted} visual tokens: raise max_length, or lower num_tokens"
+                    f"truncation would keep {kept} of {wanted} visual tokens: "
+                    "raise max_length, shorten the text, or lower num_tokens"
                 )
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:

@@ -143,13 +143,16 @@ def say(message: str):
 def crop_progress(model: MCLlavaForConditionalGeneration, crops: int):
     """A progress bar over the blocks of the vision tower, which on a CPU take most of the time."""
     layers = model.model.vision_tower.encoder.layers
-    bar = tqdm(
-        total=crops * len(layers),
-        desc=f"Encoding crops: {crops}",
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
-    )
+    bar = None
 
     def advance(layer, inputs, output):
+        nonlocal bar
+        if bar is None:  # only now, when nothing was refused
+            bar = tqdm(
+                total=crops * len(layers),
+                desc=f"Encoding crops: {crops}",
+                bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
+            )
         bar.update(len(output))
         if bar.n >= bar.total:
             bar.close()  # before the answer begins to stream
@@ -158,7 +161,6 @@ def crop_progress(model: MCLlavaForConditionalGeneration, crops: int):
     try:
         yield
     finally:
-        bar.close()
         for hook in hooks:
             hook.remove()
 
@@ -166,6 +168,6 @@ def crop_progress(model: MCLlavaForConditionalGeneration, crops: int):
 def main():
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         say(f"error: {error}")
         sys.exit(1)

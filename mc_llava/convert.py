@@ -1,16 +1,17 @@
 """From a checkpoint in the published layout to a model folder that loads by the Auto classes."""
 
 import json
+import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import modeling_mc_llava
+from .configuration_mc_llava import MCLlavaConfig
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import MCLlavaProcessor
 
@@ -29,35 +30,41 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
 
     Args:
         source: a folder or a Hub id.
-        target: a folder that doesn't exist yet, or is empty. It appears only when it is complete.
+        target: a folder that doesn't exist yet, or is empty. Files appear in it only when all of them are right.
         revision: branch, tag or commit of a Hub id.
         push_to_hub: repository id to upload the folder to, made if need be.
 
     Raises:
         ValueError: if the target is taken, or the source has no safetensors weights or not exactly the model's.
     """
-    target = Path(target)
+    target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is not empty: pass a new or an empty folder")
-    if Path(source).is_dir():
-        folder = Path(source)
+    folder = Path(source)
+    if folder.is_dir():
+        if revision is not None:
+            raise ValueError(f"{source} is a folder, which has no revision {revision}: leave the revision out")
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
+        raise ValueError(f"{source} is neither a folder nor a Hub id such as visheratin/MC-LLaVA-3b")
     else:
         patterns = ["*.json", "*.safetensors", "*.txt"]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
-    target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    # Beside the target, or where its first missing parent will be: moving it there then takes no time.
+    parent = next(parent for parent in target.parents if parent.is_dir())
+    unfinished = parent / f".{target.name}-{os.getpid()}"
+    unfinished.mkdir()
     try:
         _copy_weights(folder, unfinished)
         _load_and_save(folder, unfinished)
         code = Path(modeling_mc_llava.__file__).parent
         for name in REMOTE_CODE:
             shutil.copyfile(code / name, unfinished / name)
-        unfinished.chmod(0o755)  # mkdtemp's folders are for their owner alone
-        unfinished.replace(target)
-    except BaseException:  # an interruption, too, must leave nothing behind
+        target.mkdir(parents=True, exist_ok=True)
+        for path in unfinished.iterdir():
+            path.replace(target / path.name)
+    finally:  # after an interruption, too
         shutil.rmtree(unfinished)
-        raise
     if push_to_hub is not None:
         api = HfApi()
         api.create_repo(push_to_hub, exist_ok=True)
@@ -67,15 +74,16 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
 
 def _copy_weights(source: Path, target: Path):
     index = source / SAFE_WEIGHTS_INDEX_NAME
-    if index.exists():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        shutil.copyfile(index, target / index.name)
-    elif (source / SAFE_WEIGHTS_NAME).exists():
+    if (source / SAFE_WEIGHTS_NAME).exists():  # what transformers, too, looks for first
         names = [SAFE_WEIGHTS_NAME]
+    elif index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is no index of weights ({error!r}): fetch it again") from error
+        shutil.copyfile(index, target / index.name)
     else:
-        raise ValueError(
-            f"{source} has no {SAFE_WEIGHTS_NAME} or {SAFE_WEIGHTS_INDEX_NAME}: convert it to safetensors"
-        )
+        raise ValueError(f"{source} has neither {SAFE_WEIGHTS_NAME} nor {index.name}: convert it to safetensors")
     for name in names:
         if Path(name).name != name or not (source / name).is_file():
             raise ValueError(f"{source} lacks the shard {name} that {SAFE_WEIGHTS_INDEX_NAME} names: fetch it again")
@@ -90,15 +98,20 @@ def _copy_weights(source: Path, target: Path):
 
 
 def _load_and_save(source: Path, target: Path):
-    """Load model and processor as users do, and save all of them but the weights."""
+    """Write all but the weights, and load the weights that were written as users will: every tensor must fit."""
+    if not (source / CONFIG_NAME).is_file():
+        raise ValueError(f"{source} has no {CONFIG_NAME}: fetch it again")
+    config = MCLlavaConfig.from_pretrained(source)
+    config.architectures = [MCLlavaForConditionalGeneration.__name__]
+    config.save_pretrained(target)
+    if (source / GENERATION_CONFIG_NAME).is_file():
+        shutil.copyfile(source / GENERATION_CONFIG_NAME, target / GENERATION_CONFIG_NAME)
+    MCLlavaProcessor.from_pretrained(source).save_pretrained(target)
     try:
-        model, report = MCLlavaForConditionalGeneration.from_pretrained(source, output_loading_info=True, dtype="auto")
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {source} are corrupt ({error}): fetch them again") from error
+        model, report = MCLlavaForConditionalGeneration.from_pretrained(target, output_loading_info=True)
+    except (SafetensorError, RuntimeError) as error:  # cut files, wrong shapes
+        raise ValueError(f"the weights in {source} don't fit {CONFIG_NAME} ({error}): fetch both again") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if report[kind]:
             raise ValueError(f"{source} doesn't hold this model, {kind}: {sorted(map(str, report[kind]))[:5]}")
-    model.config.architectures = [type(model).__name__]
-    model.config.save_pretrained(target)
     model.generation_config.save_pretrained(target)
-    MCLlavaProcessor.from_pretrained(source).save_pretrained(target)

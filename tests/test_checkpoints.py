@@ -162,13 +162,61 @@ class TestConversion:
         (tmp_path / "empty").mkdir()
         assert (convert(str(checkpoint), str(tmp_path / "empty")) / "config.json").exists()
 
-    @pytest.mark.parametrize("damage", ["no weights", "no shard", "cut shard", "foreign shard", "interrupted"])
+    def test_a_target_with_missing_parents_or_the_working_directory(self, checkpoint, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        assert (convert(str(checkpoint), "a/b/c") / "config.json").exists()
+        (tmp_path / "empty").mkdir()
+        monkeypatch.chdir(tmp_path / "empty")
+        convert(str(checkpoint), ".")
+        assert (tmp_path / "empty" / "config.json").exists()
+        with pytest.raises(ValueError):
+            convert(str(tmp_path), str(tmp_path / "d" / "e"))
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "empty"]
+
+    def test_one_file_beside_a_stale_index(self, checkpoint, tmp_path):
+        load(checkpoint).save_pretrained(tmp_path / "source")
+        MCLlavaProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path / "source")
+        (tmp_path / "source" / "model.safetensors.index.json").write_text("{}")
+        target = convert(str(tmp_path / "source"), str(tmp_path / "target"))
+        assert [path.name for path in target.glob("*.safetensors*")] == ["model.safetensors"]
+
+    @pytest.mark.parametrize(
+        ("source", "options", "message"),
+        [
+            ("./nowhere", {}, "neither a folder nor a Hub id"),
+            ("nowhere", {}, "neither a folder nor a Hub id"),
+            (str(ROOT), {"revision": "main"}, "has no revision main"),
+        ],
+    )
+    def test_sources_that_are_none(self, source, options, message, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            convert(source, str(tmp_path / "target"), **options)
+
+    @pytest.mark.parametrize(
+        "damage",
+        [
+            "no weights",
+            "no configuration",
+            "no shard",
+            "cut shard",
+            "empty index",
+            "foreign shard",
+            "wrong shape",
+            "interrupted",
+        ],
+    )
     def test_nothing_is_left_behind_by_a_failure(self, checkpoint, tmp_path, monkeypatch, damage):
         source = tmp_path / "source"
         shutil.copytree(checkpoint, source)
         shard = source / "model-00002-of-00002.safetensors"
         if damage == "no weights":
             (source / "model.safetensors.index.json").unlink()
+        elif damage == "no configuration":
+            (source / "config.json").unlink()
+        elif damage == "empty index":
+            (source / "model.safetensors.index.json").write_text("{}")
+        elif damage == "wrong shape":
+            save_file({**load_file(shard), "language_model.lm_head.bias": torch.zeros(7)}, shard)
         elif damage == "no shard":
             shard.unlink()
         elif damage == "cut shard":
@@ -293,6 +341,11 @@ class TestAutoClasses:
         assert not any(report[kind] for kind in KINDS)
         for (name, a), (_, b) in zip(model.state_dict().items(), again.state_dict().items()):
             assert torch.equal(a, b), name
+
+    def test_a_saved_base_model(self, checkpoint, tmp_path):
+        load(checkpoint).model.save_pretrained(tmp_path)
+        base = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
+        assert type(base).__name__ == "MCLlavaModel"
 
     def test_a_subfolder_takes_its_code_from_the_root(self, converted, tmp_path):
         repository, tiny = tmp_path / "repository", tmp_path / "repository" / "tiny"

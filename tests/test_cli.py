@@ -78,7 +78,7 @@ def test_crops(tmp_path, checkpoint):
 def test_the_readmes_crop_grid_is_what_the_command_draws(tmp_path):
     run("crops", HUBBLE, "-o", tmp_path / "grid.png")
     drawn, shown = (np.asarray(Image.open(path), dtype=float) for path in (tmp_path / "grid.png", CROP_GRID))
-    assert np.abs(drawn - shown).mean() < 10  # of 255: the noise of JPEG
+    assert np.abs(drawn - shown).mean() < 8  # of 255: JPEG's noise; without the grid it would be 13
 
 
 def test_convert(checkpoint, tmp_path):
@@ -97,4 +97,5 @@ def test_errors_are_one_line(checkpoint, tmp_path):
     assert "num_tokens=" in error_of("ask", COFFEE, HUBBLE, "What?", *too_many)
     assert "not empty" in error_of("convert", checkpoint, ROOT)
     assert error_of("ask", COFFEE, "What?", "--model", tmp_path).startswith("error: ")
+    assert "nope" in error_of("ask", COFFEE, "What?", "--model", checkpoint, "--device", "nope")
     assert "max_crops must be at least 0" in error_of("crops", COFFEE, "-o", tmp_path / "a.png", "--max-crops", -1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import picture, prompt, small_model
 from transformers import GenerationConfig, TextStreamer
+from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
 from mc_llava.modeling_mc_llava import MCLlavaModel
@@ -89,8 +90,12 @@ def test_encoder_outputs_of_transformers(model, processor):
 
 
 def test_chunked_prefill(model, processor):
-    inputs = processor(TEXTS[1], IMAGES[1])
-    assert new_tokens(model, inputs, prefill_chunk_size=7) == new_tokens(model, inputs)
+    for inputs in (processor(TEXTS[1], IMAGES[1]), processor(TEXTS, NESTED)):
+        if hasattr(generation_utils, "_slice_mm_encoder_output"):
+            assert new_tokens(model, inputs, prefill_chunk_size=7) == new_tokens(model, inputs)
+        else:
+            with pytest.raises(ValueError, match="needs transformers 5.23"):
+                model.generate(**inputs, prefill_chunk_size=7)
 
 
 def test_embeddings_alone(model, processor):
@@ -149,15 +154,79 @@ def test_text_streamer(model, processor, capsys):
 
 
 @pytest.mark.parametrize("name", ["max_length", "min_length"])
-def test_length_limits_of_the_short_form(model, processor, name):
+def test_length_limits_of_the_short_form(model, processor, name, monkeypatch):
     short = processor(TEXTS[1], IMAGES[1], model)
     for options in ({name: 50}, {"generation_config": GenerationConfig(**{name: 50})}):
         with pytest.raises(ValueError, match=f"{name}=50 can't be counted .* use {name[:3]}_new_tokens"):
             model.generate(**short, **options)
+    monkeypatch.setattr(model.generation_config, name, 50)
+    with pytest.raises(ValueError, match=f"{name}=50 can't be counted"):
+        model.generate(**short)
+    monkeypatch.undo()
     inputs = processor(TEXTS[1], IMAGES[1])
     length = inputs["input_ids"].shape[1]
     output = model.generate(**inputs, max_length=length + 3, do_sample=False, eos_token_id=None)
     assert output.shape[1] == length + 3
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_assisted_decoding_is_for_text_alone(model, processor, name):
+    option = {name: small_model(5) if name == "assistant_model" else 5}
+    for inputs in (processor(TEXTS[1], IMAGES[1]), processor(TEXTS[1], IMAGES[1], model)):
+        with pytest.raises(ValueError, match=f"{name} can't go with images"):
+            model.generate(**inputs, **option)
+    inputs = processor("Why?")
+    assert new_tokens(model, inputs, **option) == new_tokens(model, inputs)
+    room = 128 - inputs["input_ids"].shape[1]
+    assert len(new_tokens(model, inputs, **option, max_new_tokens=500)[0]) == room
+
+
+def test_chunks_of_the_short_form(model, processor):
+    with pytest.raises(ValueError, match="prefill_chunk_size"):
+        model.generate(**processor(TEXTS[1], IMAGES[1], model), prefill_chunk_size=7)
+
+
+class TestConversationsInACache:
+    """The second turn's ids go on from the first turn's sequences and cache."""
+
+    def turns(self, model, processor, images):
+        first = processor(TEXTS[1], IMAGES[1])
+        output = model.generate(**first, **GREEDY, return_dict_in_generate=True)
+        second = processor(prompt("And here?", len(images)), images or None)
+        ids = torch.cat([output.sequences, second.pop("input_ids")], dim=1)
+        second.pop("attention_mask")
+        return output.past_key_values, ids, second
+
+    @pytest.mark.parametrize("images", [[], IMAGES[2:]], ids=["text", "another picture"])
+    def test_a_second_turn(self, model, processor, images):
+        cache, ids, second = self.turns(model, processor, images)
+        options = {**GREEDY, "return_dict_in_generate": False}
+        cached = model.generate(ids, past_key_values=cache, **second, **options)
+        both = processor(prompt("both", 1 + len(images)), [IMAGES[1], *images])
+        pixels = {name: both[name] for name in processor.image_processor.model_input_names}
+        assert torch.equal(cached, model.generate(ids, **pixels, **options))
+
+    def test_a_place_without_an_image(self, model, processor):
+        cache, ids, _ = self.turns(model, processor, IMAGES[2:])
+        with pytest.raises(ValueError, match="<image> tokens but no image came"):
+            model.generate(ids, past_key_values=cache)
+
+
+def test_the_image_token_is_never_generated(processor):
+    model = small_model()
+    with torch.no_grad():
+        model.lm_head.bias[50297] = 1e4
+    inputs = processor(TEXTS[1], IMAGES[1])
+    tokens = new_tokens(model, inputs)
+    assert 50297 not in tokens[0] and tokens == new_tokens(model, inputs, use_cache=False)
+
+
+def test_a_configuration_without_a_pad_token(processor):
+    model = small_model()
+    inputs = processor("Why?")
+    reference = model.generate(**inputs, **GREEDY)
+    model.config.pad_token_id = None
+    assert torch.equal(model.generate(inputs["input_ids"], **GREEDY), reference)
 
 
 class TestContext:
@@ -185,6 +254,8 @@ class TestContext:
     def test_embeddings_count_too(self, model):
         output = model.generate(inputs_embeds=torch.randn(1, 120, 48), **{**GREEDY, "max_new_tokens": 50})
         assert output.shape[1] == 8
+        with pytest.raises(ValueError, match="no room for an answer: shorten the text"):
+            model.generate(inputs_embeds=torch.randn(1, 128, 48))
 
     @pytest.mark.parametrize("images", [1, 2])
     def test_a_prompt_that_fills_it_is_refused_before_a_crop_is_encoded(self, model, processor, images, monkeypatch):

@@ -64,6 +64,7 @@ def test_alpha_is_laid_over_white():
     assert same(rgba, expected)
     assert same(torch.from_numpy(rgba).movedim(-1, 0), expected)
     assert same(encode(image.convert("LA")), expected)
+    assert load_image(image.convert("LA").convert("La")).getpixel((0, 0)) == (255, 255, 255)
 
     palette = Image.new("P", (2, 1))
     palette.putpalette([255, 0, 0, 0, 0, 255])
@@ -77,6 +78,9 @@ def test_16_bits_are_divided_by_257():
     assert same(encode(Image.fromarray(values)), expected)
     assert same(values, expected)
     assert same(Image.fromarray(values.astype(np.int32)), expected)
+    assert same(values.astype(">u2"), expected)
+    expected[0, 2] = 255
+    assert same(encode(Image.fromarray(values), transparency=128 * 257), expected)
     with pytest.raises(ValueError, match="0 to 65535"):
         load_image(Image.fromarray(values.astype(np.int32) + 1))
 
@@ -134,6 +138,7 @@ def test_a_url_is_read_up_to_a_limit(monkeypatch):
         threading.Thread(target=server.serve_forever, daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         assert same(f"{url}/image.png", image)
+        assert same(f"{url}/image.png".replace("http", "HTTP"), image)
         with pytest.raises(ValueError, match="404"):
             load_image(f"{url}/other.png")
         monkeypatch.setattr(image_processing_mc_llava, "MAX_DOWNLOAD_BYTES", 10)
@@ -147,6 +152,11 @@ def test_a_url_is_read_up_to_a_limit(monkeypatch):
     [
         ("no-such-file.png", "no-such-file.png is no file, no http"),
         ("data:image/png,abc", "without base64"),
+        ("no-such-fïle.png", "no-such-fïle.png is no file, no http"),
+        ("http://exa mple.com/x.png", "cannot read the image http://exa mple"),
+        ("http://localhost:abc/", "cannot read the image http://localhost:abc/"),
+        ("http://[::1/", r"cannot read the image http://\[::1/"),
+        (b"", "0 bytes is not an image"),
         (b"not an image", "not an image"),
         (encode(picture(64, 64))[:-2000], "corrupt"),
         (encode(picture(64, 64), "JPEG")[:-500], "corrupt"),
@@ -168,11 +178,33 @@ def test_broken_images(image, message):
 
 def test_a_decompression_bomb(monkeypatch):
     content = encode(Image.new("1", (2000, 2000)))
-    for limit in (3_000_000, 1000):  # Pillow itself warns of the first and refuses the second
+    # Pillow itself warns of the first and refuses the second.
+    for limit, message in ((3_000_000, "2000 x 2000 pixels, .* 3000000: resize it"), (1000, "too large.*Resize it")):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with warnings.catch_warnings(), pytest.raises(ValueError, match=f"{limit}( pixels)?: resize it"):
+        with warnings.catch_warnings(), pytest.raises(ValueError, match=message):
             warnings.simplefilter("ignore")
             load_image(content)
+
+
+def test_files_stay_open_for_their_owner(tmp_path):
+    path = tmp_path / "image.png"
+    picture(7, 5).save(path)
+    with open(path, "rb") as file:
+        assert same(file, picture(7, 5))
+        file.seek(0)
+        assert len(file.read()) == path.stat().st_size
+
+
+def test_base64_in_lines():
+    assert same(base64.encodebytes(encode(picture(40, 30))).decode(), picture(40, 30))
+
+
+def test_what_is_no_picture_format_stays_closed(tmp_path):
+    """An EPS file would go to a PostScript interpreter."""
+    path = tmp_path / "image.eps"
+    picture(7, 5).save(path)
+    with pytest.raises(ValueError, match="not an image that can be read: save it as PNG or JPEG"):
+        load_image(path)
 
 
 def test_flat_lists():
@@ -231,13 +263,14 @@ class TestImageProcessor:
             ({"max_crops": -1}, "max_crops must be at least 0, got -1"),
             ({"do_resize": False}, "do_resize must be True, got False"),
             ({"do_center_crop": True}, "do_center_crop must be False"),
-            ({"size": {"height": 10, "width": 20}}, "equal height and width"),
+            ({"size": {"height": 30, "width": 20}}, "equal height and width"),
+            ({"size": {"height": 20, "width": 20}}, "size 20 must hold at least 2 x 2 patches, got patch_size 14"),
         ],
     )
     def test_bad_options(self, options, message):
         with pytest.raises(ValueError, match=message):
             self.processor(picture(9, 9), **options)
-        if "size" not in options and not message.startswith("unknown"):
+        if "size" not in options:
             with pytest.raises(ValueError, match=message):
                 MCLlavaImageProcessor(**options)
 

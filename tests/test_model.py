@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import picture, prompt, small_model
+from transformers import SiglipVisionConfig
 
 from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration
 
@@ -180,11 +181,13 @@ def inconsistent(**changes):
         (inconsistent(crop_num_tokens=lambda x: x * 0), "crop_num_tokens must lie between 1 and 15|the rows have"),
         (inconsistent(without=["crop_num_tokens"]), "pixel_values need crop_num_tokens"),
         (inconsistent(without=["crop_coords"]), "pixel_values, crop_coords and crop_num_tokens describe"),
+        (inconsistent(without=IMAGE_FIELDS), "<image> tokens but no image came"),
+        (inconsistent(features=lambda f: [None]), "tensor for each image, got NoneType"),
         (inconsistent(without=["input_ids"]), "pass either input_ids or inputs_embeds"),
         (inconsistent(features=lambda f: f[:-1]), "the rows have"),
         (inconsistent(features=lambda f: [f[0][1:], torch.cat([f[0][:1], f[1]]), f[2]]), "the rows have"),
-        (inconsistent(features=lambda f: [entry[:, :-1] for entry in f]), r"must be \[tokens, 48\]"),
-        (inconsistent(features=lambda f: torch.cat(f)), r"must be \[tokens, 48\]"),
+        (inconsistent(features=lambda f: [entry[:, :-1] for entry in f]), r"must be a \[tokens, 48\] tensor"),
+        (inconsistent(features=lambda f: torch.cat(f)), r"must be a \[tokens, 48\] tensor"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(model, processor, change, message):
@@ -238,6 +241,11 @@ class TestConfig:
     def test_another_projector_is_refused(self):
         with pytest.raises(ValueError, match="projector_tokens_num must be 1, got 2"):
             MCLlavaConfig(projector_tokens_num=2)
+
+    def test_the_callers_parts_stay_as_they_are(self):
+        vision_config = SiglipVisionConfig()
+        assert not MCLlavaConfig(vision_config=vision_config).vision_config.vision_use_head
+        assert getattr(vision_config, "vision_use_head", True)
 
     def test_no_code_from_a_third_repository(self):
         text_config = {"model_type": "phi", "auto_map": {"AutoConfig": "somebody/else--code.Config"}}

@@ -86,7 +86,9 @@ class TestReadme:
         """Every Python block, one after another, with a small random checkpoint in the place of the 3B."""
         blocks = re.findall(r"```python\n(.*?)```", self.text, flags=re.DOTALL)
         assert len(blocks) >= 3
-        code = "\n".join(blocks).replace("visheratin/MC-LLaVA-3b", str(converted)).replace('"cuda"', '"cpu"')
+        code = "\n".join(blocks).replace('"cuda"', '"cpu"')
+        for model in ("./MC-LLaVA-3b", "visheratin/MC-LLaVA-3b"):
+            code = code.replace(f'"{model}"', f'"{converted}"')
         shutil.copytree(ROOT / "examples", tmp_path / "examples")
         run("-c", code, cwd=tmp_path, python_path=ROOT)
 

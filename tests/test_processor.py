@@ -1,5 +1,6 @@
 """Prompt assembly: questions, raw prompts and chat messages, with images and without."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -40,7 +41,7 @@ class TestQuestionsAndPrompts:
         assert all(torch.equal(out[name], explicit[name]) for name in out)
 
     def test_numpy_knobs_and_knobs_that_are_none(self, processor):
-        out = processor("What?", WIDE, max_crops=np.int64(2), num_tokens=None)
+        out = processor("What?", WIDE, max_crops=np.int64(2), num_tokens=None, images_kwargs=None)
         explicit = processor("What?", WIDE, images_kwargs={"max_crops": np.int32(2)})
         assert torch.equal(out["pixel_values"], explicit["pixel_values"])
 
@@ -107,7 +108,11 @@ class TestQuestionsAndPrompts:
         ("a", SMALL, {"max_crops": -1}, "max_crops must be at least 0, got -1"),
         ("a", SMALL, {"num_tokens": 0}, "num_tokens must be at least 1, got 0"),
         ("a", SMALL, {"images_kwargs": {"num_tokens": 2.5}}, "num_tokens must be an integer"),
+        ("a", SMALL, {"text_kwargs": {"max_crops": 1}}, "unknown options max_crops"),
+        ("a", SMALL, {"common_kwargs": {"max_crops": -1}}, "max_crops must be at least 0, got -1"),
         ("a", SMALL, {"videos": [SMALL]}, "videos can't be processed"),
+        ("a", SMALL, {"videos": np.zeros((2, 3, 4, 4))}, "videos can't be processed"),
+        (SMALL, "a", {}, "text must be a string or a list of strings, got <PIL"),
         ("a", WIDE, {"truncation": True, "max_length": 10}, "truncation would keep . of 20 visual tokens"),
         ("a", b"broken", {}, "not an image"),
         (None, SMALL, {}, "text is missing"),
@@ -223,7 +228,11 @@ class TestChatMessages:
             (messages({"type": "video", "video": "x"}), "got {'type': 'video'"),
             (messages({"type": "text"}), "a text with a string"),
             (messages({"type": "text", "text": None}), "a text with a string"),
-            ("What?", "a message must be a dict"),
+            (["What?"], "a message must be a dict"),
+            ("What?", "a conversation must be a list of messages"),
+            (messages("a")[0], "a conversation must be a list of messages"),
+            ([{"role": "user", "content": 7}], "content must be a string or a list of parts, got 7"),
+            ([{"role": "user", "content": ["a"]}], "a content part must be"),
             ([], "a conversation has no message"),
             ([[], messages("a")], "a conversation has no message"),
         ],
@@ -236,6 +245,13 @@ class TestChatMessages:
         conversation = messages({"type": "image_url", "image_url": {"url": "x"}}, part("a"))
         processor.apply_chat_template(conversation)
         assert conversation == messages({"type": "image_url", "image_url": {"url": "x"}}, part("a"))
+
+
+def test_a_tokenizer_without_image_tokens_is_refused(processor):
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.convert_tokens_to_ids = lambda token: None
+    with pytest.raises(ValueError, match="the tokenizer has no token <image>"):
+        type(processor)(processor.image_processor, tokenizer)
 
 
 def test_what_a_serving_engine_asks(processor):
