@@ -170,7 +170,7 @@ def _read(source: str | os.PathLike, name: str):
     text = os.fspath(source)
     try:
         if text.lower().startswith(("http://", "https://")):
-            return _download(text, name)
+            return _download(text)
         if isinstance(source, os.PathLike) or os.path.exists(text):
             return open(text, "rb")
     except (OSError, HTTPException, ValueError) as error:
@@ -184,7 +184,7 @@ def _read(source: str | os.PathLike, name: str):
         raise ValueError(f"{name} is no file, no http(s) URL, no data URI and no base64 text of an image") from None
 
 
-def _download(url: str, name: str) -> io.BytesIO:
+def _download(url: str) -> io.BytesIO:
     request = urllib.request.Request(url, headers={"User-Agent": "mc-llava"})
     with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
         content = response.read(MAX_DOWNLOAD_BYTES + 1)
@@ -197,7 +197,7 @@ def _decode(file, name: str) -> Image.Image:
     Image.init()
     with file:
         try:
-            image = Image.open(file, formats=[name for name in FORMATS if name in Image.OPEN])
+            image = Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN])
         except Image.DecompressionBombError as error:
             raise ValueError(f"{name} is too large: {error} Resize it first") from None
         except Exception:  # Pillow's plugins raise whatever a broken header makes them stumble over
@@ -288,8 +288,6 @@ FIXED_OPTIONS = {
     "do_pad": False,
     "data_format": ChannelDimension.FIRST,
 }
-
-
 # What a saved configuration holds besides options.
 CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type"}
 
