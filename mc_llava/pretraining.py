@@ -1,0 +1,287 @@
+"""
+The vision tower of `tiny`, trained from nothing: what SigLIP brings to the 3B model ready-made.
+
+Captions alone leave a small tower on a plateau for a long time. Here every crop gives dense targets, on two heads that
+are dropped afterwards:
+
+- the patch head says for each patch which character, shape or object has its centre there, and in which color: this
+  breaks the plateau;
+- the gather head says from the mean of the last K patches alone what the whole crop holds. The language model will see
+  no more than those: with 32 crops and 128 tokens, K is 3.
+"""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
+
+from . import scenes
+from .scenes import CHARACTERS, COLORS, OBJECTS, SHAPES, Scene, Thing
+
+
+COLOR_IDS = {name: index for index, name in enumerate(COLORS)}
+NAMES = SHAPES + OBJECTS
+NAME_IDS = {name: index for index, name in enumerate(NAMES)}
+LONGEST_SIGN = 4
+IGNORED = -100
+# How often the gather head reads from the last 1, 3, 8 and 24 patches.
+GATHERED = (1, 3, 3, 3, 8, 24)
+
+# The targets of a crop, see `label_crop`: name -> number of classes and the weight of class 0 (nothing there).
+PATCH_TARGETS = {"patch_names": (1 + len(CHARACTERS) + len(NAMES), 0.05), "patch_colors": (1 + len(COLORS), 0.05)}
+CROP_TARGETS = {
+    "sign_texts": ((len(COLORS), LONGEST_SIGN), 1 + len(CHARACTERS), 0.03),
+    "sign_neighbors": ((len(COLORS),), 1 + len(NAMES), 0.1),
+    "shape_colors": ((len(NAMES),), 1 + len(COLORS), 0.1),
+}
+
+
+def make_crop(seed: int, split: str, side: int) -> tuple[Scene, tuple[int, int, int, int]]:
+    """
+    A scene and the box of a crop in which some of its things lie, whole or cut by the edge.
+
+    It costs a twentieth of a scene of full size: nothing is drawn outside of the crop.
+    """
+    rng = random.Random(f"crop {split} {seed}")
+    scale = rng.uniform(1.5, 3.2)  # pixels of the scene to one of the tower
+    width = height = round(side * scale)
+    if rng.random() < 0.3:  # the last column or row of a grid is stretched
+        stretch = rng.uniform(1, 1.5)
+        width, height = (round(width * stretch), height) if rng.random() < 0.5 else (width, round(height * stretch))
+    glyph = scale * (rng.uniform(7, 15) if rng.random() < 0.85 else rng.uniform(3.5, 7))
+    left, top = width * rng.randint(0, 3), height * rng.randint(0, 3)
+
+    colors = rng.sample(list(COLORS), len(COLORS))
+    names = rng.sample(NAMES, len(NAMES))
+    groups = []
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 2, 3, 3, 4))):
+        chance = rng.random()
+        text = "".join(rng.choices(CHARACTERS, k=rng.choice((2, 3, 4))))
+        signs = [(colors.pop(), text)] if chance < 0.75 else []
+        shapes = [(names.pop(), rng.choice(list(COLORS)))] if chance < 0.45 or not signs else []
+        group = scenes.make_group(rng, glyph, signs, shapes, scenes.FONTS[split])
+        _, _, right, bottom = scenes.outline(group)
+        # Of two groups in three all lies inside, else at least a quarter.
+        over = 0.0 if rng.random() < 0.67 else 0.75
+        for _ in range(10):
+            x = left + rng.uniform(-right * over, max(0, width - right * (1 - over)))
+            y = top + rng.uniform(-bottom * over, max(0, height - bottom * (1 - over)))
+            x, y = round(x), round(y)
+            moved = scenes.move(group, x, y)
+            boxes = [scenes.outline(other) for other in groups]
+            if all(scenes._distance(scenes.outline(moved), box) > glyph * 0.5 for box in boxes):
+                groups.append(moved)
+                break
+    scene = Scene(4 * width, 4 * height, rng.choice(scenes.BACKGROUNDS[split]), rng.getrandbits(10), tuple(groups))
+    return scene, (left, top, left + width, top + height)
+
+
+def label_crop(scene: Scene, box: tuple[int, int, int, int], side: int, patch_size: int) -> dict[str, np.ndarray]:
+    """
+    What is to be seen in a crop. 0 is nothing, `IGNORED` what can't be told: things cut by the edge or too small.
+
+    Returns:
+        patch_names: int[patches], 1 + the character, or 1 + len(CHARACTERS) + the shape, centred in the patch.
+        patch_colors: int[patches], 1 + the color of that plate or shape.
+        sign_texts: int[colors, LONGEST_SIGN], 1 + the characters of the sign of each color.
+        sign_neighbors: int[colors], 1 + the shape next to that sign.
+        shape_colors: int[names], 1 + the color of each shape.
+        places: float[colors + names, 2], where the signs and shapes lie, from 0 to 1; NaN where they don't.
+    """
+    grid = side // patch_size
+    left, top, right, bottom = box
+    labels = {name: np.zeros(grid * grid, np.int64) for name in PATCH_TARGETS}
+    labels |= {name: np.zeros(shape, np.int64) for name, (shape, _, _) in CROP_TARGETS.items()}
+    labels["places"] = np.full((len(COLORS) + len(NAMES), 2), np.nan, np.float32)
+    scale = side / max(right - left, bottom - top)
+
+    def relative(point):
+        return (point[0] - left) / (right - left), (point[1] - top) / (bottom - top)
+
+    def mark(point, name, color):
+        x, y = relative(point)
+        if 0 <= x < 1 and 0 <= y < 1:
+            patch = int(y * grid) * grid + int(x * grid)
+            taken = labels["patch_names"][patch] != 0
+            labels["patch_names"][patch] = IGNORED if taken else name
+            labels["patch_colors"][patch] = 1 + COLOR_IDS[color]
+
+    def visible(thing: Thing) -> float:
+        across = min(right, thing.box[2]) - max(left, thing.box[0])
+        down = min(bottom, thing.box[3]) - max(top, thing.box[1])
+        area = (thing.box[2] - thing.box[0]) * (thing.box[3] - thing.box[1])
+        return max(0, across) * max(0, down) / area
+
+    for group in scene.groups:
+        shape = next((thing for thing in group if not thing.text), None)
+        for thing in group:
+            seen, color = visible(thing), COLOR_IDS[thing.color]
+            small = thing.glyph * scale < (5 if thing.text else 4)
+            place = color if thing.text else len(COLORS) + NAME_IDS[thing.name]
+            if seen > 0.6:
+                labels["places"][place] = relative(thing.center)
+            if not thing.text:
+                index = NAME_IDS[thing.name]
+                mark(thing.center, IGNORED if small else 1 + len(CHARACTERS) + index, thing.color)
+                if seen > 0.25:
+                    labels["shape_colors"][index] = IGNORED if small or seen < 0.7 else 1 + color
+                continue
+            centers = scenes.character_centers(thing)
+            for character, center in zip(thing.text, centers):
+                mark(center, IGNORED if small else 1 + CHARACTERS.index(character), thing.color)
+            if seen > 0.02:
+                inside = thing.box[0] + thing.glyph / 4 >= left and thing.box[2] - thing.glyph / 4 <= right
+                inside &= thing.box[1] + thing.glyph / 4 >= top and thing.box[3] - thing.glyph / 4 <= bottom
+                if small or not inside:
+                    labels["sign_texts"][color] = IGNORED
+                else:
+                    text = [1 + CHARACTERS.index(character) for character in thing.text]
+                    labels["sign_texts"][color, : len(text)] = text
+                if shape is not None:
+                    clear = seen > 0.7 and visible(shape) > 0.7 and not small
+                    labels["sign_neighbors"][color] = 1 + NAME_IDS[shape.name] if clear else IGNORED
+    return labels
+
+
+class CropDataset(torch.utils.data.Dataset):
+    """Drawn and labelled crops, made when asked for; number i is always the same."""
+
+    def __init__(self, size: int, split: str, side: int, patch_size: int, first: int = 0):
+        self.size, self.split, self.side, self.patch_size, self.first = size, split, side, patch_size, first
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        scene, box = make_crop(self.first + index, self.split, self.side)
+        image = scenes.draw_scene(scene, box).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+        return {"pixel_values": pixels} | label_crop(scene, box, self.side, self.patch_size)
+
+
+def _weighted_loss(logits: torch.Tensor, targets: torch.Tensor, nothing: float) -> torch.Tensor:
+    """Mean cross-entropy in which the frequent class 0 counts less."""
+    weights = torch.ones(logits.shape[-1], device=logits.device)
+    weights[0] = nothing
+    return nn.functional.cross_entropy(
+        logits.float().flatten(0, -2), targets.flatten(), weights, ignore_index=IGNORED
+    )
+
+
+class TowerForPretraining(nn.Module):
+    """A SigLIP tower with the two heads. It reads the last block before `post_layernorm`, as MC-LLaVA does."""
+
+    def __init__(self, vision_config: PreTrainedConfig):
+        super().__init__()
+        width = vision_config.hidden_size
+        self.tower = AutoModel.from_config(vision_config)
+        self.patch_norm, self.gather_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.patch_head = nn.Linear(width, sum(classes for classes, _ in PATCH_TARGETS.values()))
+        self.crop_sizes = [int(np.prod(shape)) * classes for shape, classes, _ in CROP_TARGETS.values()]
+        self.num_places = len(COLORS) + len(NAMES)
+        self.gather_head = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, sum(self.crop_sizes) + 2 * self.num_places)
+        )
+
+    def encode(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.tower.encoder(inputs_embeds=self.tower.embeddings(pixel_values)).last_hidden_state
+
+    def read(self, hidden_states: torch.Tensor, gathered: int) -> dict[str, torch.Tensor]:
+        """Logits of all targets: [crops, ..., classes]; `places` are [crops, colors + names, 2]."""
+        sizes = [classes for classes, _ in PATCH_TARGETS.values()]
+        patch_logits = self.patch_head(self.patch_norm(hidden_states)).split(sizes, -1)
+        logits = dict(zip(PATCH_TARGETS, patch_logits))
+        last = self.gather_norm(hidden_states[:, -gathered:]).mean(1)
+        *crop_logits, places = self.gather_head(last).split([*self.crop_sizes, 2 * self.num_places], -1)
+        for (name, (shape, classes, _)), values in zip(CROP_TARGETS.items(), crop_logits):
+            logits[name] = values.unflatten(-1, (*shape, classes))
+        logits["places"] = places.unflatten(-1, (-1, 2)).float()
+        return logits
+
+    def forward(self, pixel_values: torch.Tensor, **targets: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = self.read(self.encode(pixel_values), random.choice(GATHERED))
+        losses = [_weighted_loss(logits[name], targets[name], nothing) for name, (_, nothing) in PATCH_TARGETS.items()]
+        losses += [
+            _weighted_loss(logits[name], targets[name], nothing) for name, (_, _, nothing) in CROP_TARGETS.items()
+        ]
+        known = ~targets["places"].isnan()
+        distance = (logits["places"] - targets["places"].nan_to_num()).abs() * known
+        losses.append(distance.sum() / known.sum().clamp(min=1))
+        return {"loss": torch.stack(losses).sum()}
+
+
+@torch.no_grad()
+def measure(model: TowerForPretraining, dataset: CropDataset, gathered: int = 3, batch_size: int = 128) -> dict:
+    """
+    Accuracies in percent where something is to be seen.
+
+    Returns:
+        characters: of the patch head; signs, neighbors, shapes: whole signs, and so on, of the gather head;
+        places: its mean error in percent of the crop's side.
+    """
+    was_training = model.training
+    model.eval()
+    right = {name: [] for name in ("characters", "signs", "neighbors", "shapes", "places")}
+    for batch in torch.utils.data.DataLoader(dataset, batch_size):
+        device = model.patch_head.weight.device
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = model.read(model.encode(batch["pixel_values"].to(device)), gathered)
+        logits = {name: values.float().cpu() for name, values in logits.items()}
+        hits = {name: logits[name].argmax(-1) == batch[name] for name in logits if name != "places"}
+        names = batch["patch_names"]
+        right["characters"] += hits["patch_names"][(names > 0) & (names <= len(CHARACTERS))].tolist()
+        right["signs"] += hits["sign_texts"].all(-1)[batch["sign_texts"][..., 0] > 0].tolist()
+        right["neighbors"] += hits["sign_neighbors"][batch["sign_neighbors"] > 0].tolist()
+        right["shapes"] += hits["shape_colors"][batch["shape_colors"] > 0].tolist()
+        right["places"] += (logits["places"] - batch["places"]).abs()[~batch["places"].isnan()].tolist()
+    model.train(was_training)
+    return {name: round(100 * sum(values) / max(1, len(values)), 1) for name, values in right.items()}
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """
+    Muon for the encoder's matrices and AdamW for all else, with one learning rate: Muon's is scaled to AdamW's steps.
+
+    Reads signs in about half of AdamW's steps.
+    """
+
+    def __init__(self, model: TowerForPretraining, lr: float, weight_decay: float):
+        inner = {id(p) for p in model.tower.encoder.parameters() if p.ndim == 2}
+        matrices = [p for p in model.parameters() if id(p) in inner]
+        rest = [p for p in model.parameters() if id(p) not in inner]
+        super().__init__([{"params": matrices + rest}], {"lr": lr})
+        self.parts = {
+            "muon": torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"),
+            "adamw": torch.optim.AdamW(rest, lr, (0.9, 0.98), weight_decay=weight_decay),
+        }
+        self._link()
+
+    def _link(self):
+        # Schedulers write the learning rate into these.
+        self.param_groups = [group for part in self.parts.values() for group in part.param_groups]
+
+    def step(self, closure=None):
+        for part in self.parts.values():
+            part.step()
+
+    def state_dict(self) -> dict:
+        return {name: part.state_dict() for name, part in self.parts.items()}
+
+    def load_state_dict(self, state_dict: dict):
+        for name, part in self.parts.items():
+            part.load_state_dict(state_dict[name])
+        self._link()
+
+
+class _Measure(TrainerCallback):
+    def __init__(self, every: int, datasets: dict[str, CropDataset]):
+        self.every, self.datasets = every, datasets
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        if state.global_step % self.every == 0:
+            for name, dataset in self.datasets.items():
+                print(state.global_step, name, measure(model, dataset), flush=True)
