@@ -76,7 +76,7 @@ def make_crop(seed: int, split: str, side: int) -> tuple[Scene, tuple[int, int, 
             if all(scenes._distance(scenes.outline(moved), box) > glyph * 0.5 for box in boxes):
                 groups.append(moved)
                 break
-    scene = Scene(4 * width, 4 * height, rng.choice(scenes.BACKGROUNDS[split]), rng.getrandbits(10), tuple(groups))
+    scene = Scene(4 * width, 4 * height, rng.choice(scenes.BACKGROUNDS[split]), rng.getrandbits(7), tuple(groups))
     return scene, (left, top, left + width, top + height)
 
 

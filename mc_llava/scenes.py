@@ -400,7 +400,7 @@ def _draw_shape(draw: ImageDraw.ImageDraw, thing: Thing):
             fill((0.2, 0.02), (1, 0.1), (1, 0.58), (0.2, 0.5))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)
 def _background(kind: str, seed: int) -> Image.Image:
     """A small, muted picture, to be stretched over the scene: no color of `COLORS` is found in it."""
     rng = random.Random(seed)

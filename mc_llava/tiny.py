@@ -1,0 +1,234 @@
+"""
+How `tiny` is made: its tokenizer and sizes, the features of its frozen tower, and its language model.
+
+The tower comes from `pretraining`. Once it is frozen, the patches it keeps of a crop never change: they are computed
+once, and the language model, the projector and the coordinate embedding train on them many times faster.
+"""
+
+import random
+import types
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+
+from . import scenes
+from .configuration_mc_llava import MCLlavaConfig
+from .image_processing_mc_llava import MCLlavaImageProcessor
+from .modeling_mc_llava import MCLlavaForConditionalGeneration
+from .processing_mc_llava import MCLlavaProcessor
+
+
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>", "<pad>"]
+VOCABULARY = 512  # at most
+PATCH_SIZE = 8
+MAX_CROPS, NUM_TOKENS = 32, 128
+# How often the training scenes are cut with each max_crops, in percent.
+CROP_BUDGETS = {0: 4, 2: 4, 4: 6, 8: 10, 16: 16, 32: 48, 64: 12}
+
+
+def build_processor() -> MCLlavaProcessor:
+    """A byte-level BPE of what is asked and said about scenes. The signs' characters stay single."""
+    rng = random.Random(0)
+    texts = ["user\nassistant\nsystem\n"] * 100
+    for seed in range(300):
+        scene, said = scenes.make_scene(seed), []
+        said += scenes.caption(scene, rng)
+        for kind in scenes.KINDS:
+            question = scenes.ask(scene, kind, rng)
+            said += [question.text, question.answer]
+        signs = {thing.text for thing in scene.things if thing.text}
+        texts += [" ".join(word for word in text.split(" ") if word.strip(".,?") not in signs) for text in said]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=SPECIAL_TOKENS, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        pad_token="<pad>",
+        additional_special_tokens=["<|im_start|>", "<image>"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    )
+    image_processor = MCLlavaImageProcessor(
+        size={"height": scenes.SIDE, "width": scenes.SIDE},
+        patch_size=PATCH_SIZE,
+        max_crops=MAX_CROPS,
+        num_tokens=NUM_TOKENS,
+    )
+    return MCLlavaProcessor(image_processor, fast)
+
+
+def vision_config(width: int = 128, layers: int = 5) -> SiglipVisionConfig:
+    return SiglipVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        image_size=scenes.SIDE,
+        patch_size=PATCH_SIZE,
+        vision_use_head=False,
+    )
+
+
+def build_model(processor: MCLlavaProcessor, vision: SiglipVisionConfig, width: int = 192, layers: int = 4):
+    """A model of `tiny`'s sizes with random weights."""
+    tokenizer = processor.tokenizer
+    text = PhiConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 32,
+        max_position_embeddings=2048,
+        partial_rotary_factor=0.5,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config = MCLlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return MCLlavaForConditionalGeneration(config)
+
+
+class CachedImage(NamedTuple):
+    """A scene's crops behind the frozen tower."""
+
+    seed: int
+    features: torch.Tensor  # [tokens, vision_hidden], without coordinates
+    coords: torch.Tensor  # [crops, 2]
+    num_tokens: torch.Tensor  # [crops]
+
+
+@torch.no_grad()
+def cache_images(model, processor, seeds, split: str, budgets) -> list[CachedImage]:
+    """
+    Draw scenes, cut them into crops and encode them.
+
+    Args:
+        budgets: (max_crops, num_tokens) for each of `seeds`.
+    """
+    images = []
+    for seed, (max_crops, num_tokens) in zip(seeds, budgets):
+        image = scenes.draw_scene(scenes.make_scene(seed, split))
+        inputs = processor.image_processor(image, max_crops=max_crops, num_tokens=num_tokens, return_tensors="pt")
+        kept = inputs["crop_num_tokens"]
+        with torch.autocast("cpu", torch.bfloat16):
+            features = model.model._encode_crops(inputs["pixel_values"], kept)
+        images.append(CachedImage(seed, features.half(), inputs["crop_coords"], kept))
+    return images
+
+
+def read_cached(model: MCLlavaForConditionalGeneration):
+    """Let `pixel_values` be right-aligned features [crops, longest, vision_hidden] instead of pixels, from now on."""
+
+    def encode(self, features, num_tokens, **kwargs):
+        longest = features.shape[1]
+        return features[torch.arange(longest) >= longest - num_tokens[:, None]]
+
+    model.model._encode_crops = types.MethodType(encode, model.model)
+
+
+def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
+    """What a model prepared by `read_cached` takes for a batch of images."""
+    counts = torch.cat([image.num_tokens for image in images])
+    longest = int(counts.max())
+    features = torch.zeros(len(counts), longest, images[0].features.shape[1])
+    features[torch.arange(longest) >= longest - counts[:, None]] = torch.cat([i.features for i in images]).float()
+    return {
+        "pixel_values": features,
+        "crop_coords": torch.cat([image.coords for image in images]),
+        "crop_num_tokens": counts,
+        "image_grid_thw": torch.tensor([[len(image.coords), 1, 1] for image in images]),
+    }
+
+
+class SceneCollator:
+    """Fresh conversations about cached images: a caption or some questions in each, loss on the answers alone."""
+
+    def __init__(self, processor, images: list[CachedImage], captions: float, turns: int, weights=None):
+        self.tokenizer, self.template = processor.tokenizer, processor.chat_template
+        self.images, self.captions, self.turns = images, captions, turns
+        self.weights = weights or [1] * len(scenes.KINDS)
+        self.scenes = {}
+        self.ids = {}
+
+    def encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def conversation(self, image: CachedImage) -> tuple[list[int], list[int]]:
+        scene = scenes.make_scene(image.seed)
+        rng = random
+        if rng.random() < self.captions:
+            turns = [scenes.caption(scene, rng)]
+        else:
+            kinds = rng.choices(scenes.KINDS, self.weights, k=rng.randint(1, self.turns))
+            turns = [(q.text, q.answer) for q in (scenes.ask(scene, kind, rng) for kind in kinds)]
+        ids, labels = [], []
+        for index, (question, answer) in enumerate(turns):
+            picture = "<image>" * int(image.num_tokens.sum()) + "\n" if index == 0 else ""
+            prompt = self.encode(f"<|im_start|>user\n{picture}{question}<|im_end|>\n<|im_start|>assistant\n")
+            said = self.encode(f"{answer}<|im_end|>")
+            ids += prompt + said
+            labels += [-100] * len(prompt) + said
+            if index < len(turns) - 1:
+                newline = self.encode("\n")
+                ids, labels = ids + newline, labels + [-100] * len(newline)
+        return ids, labels
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        images = [self.images[row["image"]] for row in rows]
+        encoded = [self.conversation(image) for image in images]
+        longest = max(len(ids) for ids, _ in encoded)
+        pad = self.tokenizer.pad_token_id
+        return {
+            "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in encoded]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in encoded]),
+            "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in encoded]),
+            **image_fields(images),
+        }
+
+
+@torch.no_grad()
+def answer(model, processor, images: list[CachedImage], questions: list[str], batch_size: int = 64) -> list[str]:
+    """Greedy replies of a model prepared by `read_cached`."""
+    replies = []
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size]
+        prompts = [
+            f"<|im_start|>user\n{'<image>' * int(image.num_tokens.sum())}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            for image, question in zip(batch, questions[start:])
+        ]
+        inputs = processor.tokenizer(prompts, return_tensors="pt", padding=True)
+        inputs.pop("token_type_ids", None)
+        output = model.generate(**inputs, **image_fields(batch), max_new_tokens=24, do_sample=False)
+        replies += processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return replies
+
+
+def measure(model, processor, images: list[CachedImage], split: str, seed: int = 0) -> dict[str, float]:
+    """Percent of right replies for each kind of question, one of each about every image."""
+    was_training = model.training
+    model.eval()
+    rng = random.Random(seed)
+    accuracies = {}
+    for kind in scenes.KINDS:
+        questions = [scenes.ask(scenes.make_scene(image.seed, split), kind, rng) for image in images]
+        replies = answer(model, processor, images, [question.text for question in questions])
+        right = [scenes.is_correct(question, reply) for question, reply in zip(questions, replies)]
+        accuracies[kind] = round(100 * sum(right) / len(right), 1)
+    model.train(was_training)
+    return accuracies

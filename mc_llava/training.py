@@ -1,0 +1,413 @@
+"""
+Fine-tuning on LLaVA's data: one recipe file, TRL's `SFTTrainer`, peft and accelerate.
+
+A `Recipe` says what is trained on what; `read_rows` alone knows LLaVA's JSON and what makes a row unfit; `Collator`
+alone turns rows into batches, with the loss on what the assistant says. LLaVA's two stages are two recipes:
+
+    stage 1, captions       LLaVA-Pretrain         train: [coordinates, projector]
+    stage 2, conversations  LLaVA-Instruct-150K    train: [coordinates, projector, language_model], or lora
+"""
+
+import json
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields
+from functools import partial
+from pathlib import Path
+
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from .image_processing_mc_llava import check_knob, load_image
+from .modeling_mc_llava import MCLlavaForConditionalGeneration
+from .processing_mc_llava import MCLlavaProcessor
+
+
+IMAGE = "<image>"
+ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
+# The parts of the model that a recipe can train, by the modules they are.
+PARTS = {
+    "tower": ("model.vision_tower",),
+    "coordinates": ("model.coord_embed",),
+    "projector": ("model.multi_modal_projector",),
+    "language_model": ("model.language_model", "lm_head"),
+}
+LORA_TARGETS = r".*language_model\.layers\.\d+\..*(q_proj|k_proj|v_proj|dense|fc1|fc2)"
+BROKEN_FILE = "broken.jsonl"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """
+    What `mc-llava train` does. Paths are relative to the working directory.
+
+    Args:
+        model: folder or Hub id to start from.
+        data: a file of rows in LLaVA's format, JSON or JSON lines.
+        images: folder that the rows' `image` is relative to.
+        output: folder for the model, checkpoints, TensorBoard's logs and the list of broken rows.
+        train: which of `PARTS` learn; all else stays as it is.
+        lora: `r`, `alpha` and `dropout` of adapters for the language model, which then is no part of `train`.
+        max_crops, num_tokens: bounds [low, high] from which both knobs are drawn for each row, so that one checkpoint
+            serves every budget.
+        max_broken: how many broken rows are skipped before training is refused.
+        epochs, max_steps: how long; `max_steps` wins where it is above 0.
+        batch_size: rows per device and step, `accumulation` of which make an update.
+        dtype: float32 or bfloat16, of the weights; `bf16` alone keeps float32 weights and computes in bfloat16.
+        resume: go on from the last checkpoint in `output`, if there is one.
+
+    Raises:
+        ValueError: for a value that can't be.
+    """
+
+    model: str
+    data: str
+    images: str
+    output: str
+    train: tuple[str, ...] = ("coordinates", "projector")
+    lora: dict | None = None
+    max_crops: tuple[int, int] = (0, 100)
+    num_tokens: tuple[int, int] = (128, 728)
+    max_broken: int = 0
+    epochs: float = 1.0
+    max_steps: int = 0
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    warmup: float = 0.03
+    weight_decay: float = 0.0
+    dtype: str = "float32"
+    bf16: bool = True
+    gradient_checkpointing: bool = False
+    save_steps: int = 500
+    log_steps: int = 10
+    workers: int = 2
+    seed: int = 0
+    resume: bool = False
+
+    def __post_init__(self):
+        for name in ("train", "max_crops", "num_tokens"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name, minimum in {"max_crops": 0, "num_tokens": 1}.items():
+            bounds = getattr(self, name)
+            if len(bounds) != 2 or check_knob(name, bounds[0], minimum) > check_knob(name, bounds[1], minimum):
+                raise ValueError(f"{name} must be two bounds, the lower one first, got {list(bounds)}")
+        if unknown := sorted(set(self.train) - set(PARTS)):
+            raise ValueError(f"train names unknown parts {unknown}: choose from {list(PARTS)}")
+        if self.lora is None and not self.train:
+            raise ValueError(f"nothing learns: name parts in train (of {list(PARTS)}), or set lora")
+        if self.lora is not None:
+            if unknown := sorted(set(self.lora) - {"r", "alpha", "dropout"}):
+                raise ValueError(f"lora has unknown keys {unknown}: it knows r, alpha and dropout")
+            if "language_model" in self.train:
+                raise ValueError("lora stands for the language model: take language_model out of train, or lora away")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+
+
+def load_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """
+    Read a recipe.
+
+    Args:
+        path: a YAML file with `Recipe`'s names.
+        overrides: "name=value" each, the value in YAML, taken instead of the file's.
+
+    Raises:
+        ValueError: if the file can't be read, a name is unknown or missing, or a value can't be.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read the recipe {path}: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"the recipe {path} must be a mapping of names to values, got {type(values).__name__}")
+    for override in overrides:
+        name, equals, value = override.partition("=")
+        if not equals:
+            raise ValueError(f"an override must read name=value, got {override!r}")
+        values[name.strip()] = yaml.safe_load(value)
+    known = {entry.name: entry for entry in fields(Recipe)}
+    if unknown := sorted(set(values) - set(known)):
+        raise ValueError(f"the recipe has unknown names {unknown}: it knows {list(known)}")
+    if missing := [name for name in ("model", "data", "images", "output") if name not in values]:
+        raise ValueError(f"the recipe {path} lacks {missing}: add them, or pass name=value")
+    for name, value in values.items():
+        # YAML reads 1e-3 as text.
+        if known[name].type is float and isinstance(value, str):
+            values[name] = float(value)
+    return Recipe(**values)
+
+
+# Rows
+
+
+@dataclass
+class Rows:
+    """What a file holds: rows to train on, as {"id", "image", "messages"}, and what is wrong with the others."""
+
+    good: list[dict] = field(default_factory=list)
+    broken: list[dict] = field(default_factory=list)  # {"row": position in the file, "id", "reason"}
+
+
+def read_rows(data: str | os.PathLike, images: str | os.PathLike, special_tokens: list[str]) -> Rows:
+    """
+    Read and check a file in LLaVA's format. Every image is decoded, in all threads: a broken one is found now, not
+    after a night of training.
+
+    A row is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+    {"from": "gpt", "value": "A bus."}, ...]}`; one without `image` is text alone. Wherever a human turn has its
+    `<image>`, the model reads the image first, as it was trained.
+
+    Args:
+        special_tokens: what no turn may hold besides its `<image>`.
+
+    Raises:
+        ValueError: if the file itself can't be read.
+    """
+    try:
+        text = Path(data).read_text(encoding="utf-8")
+        entries = json.loads(text) if text.lstrip().startswith("[") else [json.loads(row) for row in text.splitlines()]
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read {data} as JSON or JSON lines: {error}") from error
+
+    def read(position_and_entry):
+        position, entry = position_and_entry
+        name = str(entry.get("id", position)) if isinstance(entry, dict) else str(position)
+        try:
+            return read_row(entry, images, special_tokens) | {"id": name}
+        except ValueError as error:
+            return {"row": position, "id": name, "reason": str(error)}
+
+    rows = Rows()
+    with ThreadPoolExecutor() as pool:
+        for row in pool.map(read, enumerate(entries)):
+            (rows.broken if "reason" in row else rows.good).append(row)
+    return rows
+
+
+def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) -> dict:
+    """
+    One row as {"image": path or None, "messages": [{"role", "content"}, ...]}, the image in the first user's message.
+
+    Raises:
+        ValueError: if the row is unfit, naming why.
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list) or not entry["conversations"]:
+        raise ValueError("the row has no conversations")
+    messages, places = [], 0
+    for turn in entry["conversations"]:
+        role, value = ROLES.get(turn.get("from")), turn.get("value")
+        if role is None or not isinstance(value, str):
+            raise ValueError(f"a turn must have from (one of {', '.join(ROLES)}) and value, got {str(turn)[:80]}")
+        if role == "user":
+            places += value.count(IMAGE)
+            value = value.replace(IMAGE, "")
+        if not value.strip():
+            raise ValueError(f"a turn of {turn['from']} is empty")
+        if token := next((token for token in special_tokens if token in value), None):
+            raise ValueError(f"a turn of {turn['from']} holds the special token {token}")
+        messages.append({"role": role, "content": value.strip()})
+    roles = [message["role"] for message in messages]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
+        raise ValueError(f"the turns must alternate from human to gpt and end with gpt, got {', '.join(roles)}")
+
+    image = entry.get("image")
+    if places != (0 if image is None else 1):
+        raise ValueError(f"the turns have {places} {IMAGE} for {0 if image is None else 1} images")
+    if image is not None:
+        image = str(Path(images, image))
+        _check_image(image)
+    return {"image": image, "messages": messages}
+
+
+def _check_image(path: str):
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (64, 64))  # JPEG decodes an eighth of the pixels, but reads all of the file
+            image.load()
+    except FileNotFoundError:
+        raise ValueError(f"the image {path} is missing") from None
+    except Exception as error:  # Pillow's decoders raise all sorts
+        raise ValueError(f"the image {path} can't be read: {error}") from error
+
+
+def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
+    """
+    Read a recipe's data and name its broken rows in `output`/broken.jsonl.
+
+    Raises:
+        ValueError: if there are more than `max_broken` of them, or none to train on.
+    """
+    rows = read_rows(recipe.data, recipe.images, processor.special_tokens)
+    report = Path(recipe.output, BROKEN_FILE)
+    report.parent.mkdir(parents=True, exist_ok=True)
+    report.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.broken), encoding="utf-8")
+    if len(rows.broken) > recipe.max_broken:
+        first = rows.broken[0]
+        raise ValueError(
+            f"{len(rows.broken)} of {len(rows.good) + len(rows.broken)} rows are broken, max_broken is "
+            f"{recipe.max_broken}; the first is row {first['row']} (id {first['id']}): {first['reason']}. See {report}; "
+            "mend them or raise max_broken"
+        )
+    if not rows.good:
+        raise ValueError(f"{recipe.data} has no rows to train on")
+    return rows
+
+
+# Batches
+
+
+class Collator:
+    """
+    Rows into a batch: int[batch, length] `input_ids`, `attention_mask` and `labels`, padded on the right, and the
+    processor's image fields. Labels are -100 but for what the assistant says, each `<|im_end|>` of its included:
+
+        <|im_start|>user\\n<image>...<image>\\nWhat is it?<|im_end|>\\n<|im_start|>assistant\\nA bus.<|im_end|>\\n
+        -100 ......................................................................... A bus .<|im_end|>  -100
+
+    Rows longer than the context lose their end. The knobs of a batch follow from its rows and the seed alone, so that a
+    resumed run draws what an uninterrupted one does.
+    """
+
+    def __init__(self, processor: MCLlavaProcessor, recipe: Recipe, context: int):
+        self.processor, self.recipe, self.context = processor, recipe, context
+
+    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        rng = random.Random(f"{self.recipe.seed} {[row['id'] for row in rows]}")
+        encoded = [self.encode(row, rng.randint(*self.recipe.max_crops), rng.randint(*self.recipe.num_tokens))
+                   for row in rows]
+        pad_token_id = self.processor.tokenizer.pad_token_id
+        batch = {
+            name: nn.utils.rnn.pad_sequence([row[name] for row in encoded], batch_first=True, padding_value=padding)
+            for name, padding in (("input_ids", pad_token_id), ("attention_mask", 0), ("labels", -100))
+        }
+        for name in self.processor.image_processor.model_input_names:
+            if fields := [row[name] for row in encoded if name in row]:
+                batch[name] = torch.cat(fields)
+        return batch
+
+    def encode(self, row: dict, max_crops: int, num_tokens: int) -> dict[str, torch.Tensor]:
+        messages, knobs = row["messages"], {}
+        if row["image"] is not None:
+            knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
+            first = next(index for index, message in enumerate(messages) if message["role"] == "user")
+            parts = [{"type": "image", "image": load_image(row["image"])}, {"type": "text", "text": messages[first]["content"]}]
+            messages = [*messages[:first], {"role": "user", "content": parts}, *messages[first + 1 :]]
+        inputs = self.processor.apply_chat_template(
+            messages,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs=knobs,
+        )
+        spoken = torch.as_tensor(inputs.pop("assistant_masks")).bool()
+        inputs["labels"] = inputs["input_ids"].where(spoken, -100)
+        for name in ("input_ids", "attention_mask", "labels"):
+            inputs[name] = inputs[name][0, : self.context]
+        return inputs
+
+
+# Training
+
+
+def set_trainable(model: nn.Module, parts: tuple[str, ...]):
+    """Let the parameters of these `PARTS` learn, and no others."""
+    prefixes = tuple(f"{module}." for part in parts for module in PARTS[part])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(prefixes)
+
+
+def train(recipe: Recipe) -> Path:
+    """
+    Train as a recipe says.
+
+    Returns:
+        `recipe.output`, which then holds the model with its processor; LoRA adapters are merged into it and also kept
+        in the folder `adapter` there.
+
+    Raises:
+        ValueError: if the data has too many broken rows, `num_tokens` leaves no room in the context, or `output` holds
+            checkpoints that `resume` doesn't ask for.
+    """
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers.trainer_utils import get_last_checkpoint
+    from trl import SFTConfig, SFTTrainer
+
+    output = Path(recipe.output)
+    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
+    if checkpoint and not recipe.resume:
+        raise ValueError(f"{output} holds {Path(checkpoint).name}: set resume to go on from it, or name another output")
+    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+    rows = check(recipe, processor)
+
+    # 1. The model, and what of it learns.
+    model = MCLlavaForConditionalGeneration.from_pretrained(recipe.model, dtype=getattr(torch, recipe.dtype))
+    context = model.config.text_config.max_position_embeddings
+    if recipe.num_tokens[1] >= context:
+        raise ValueError(f"num_tokens goes up to {recipe.num_tokens[1]}, the context is {context}: leave room for text")
+    lora = None
+    if recipe.lora is None:
+        set_trainable(model, recipe.train)
+    else:
+        lora = LoraConfig(
+            r=recipe.lora.get("r", 64),
+            lora_alpha=recipe.lora.get("alpha", 128),
+            lora_dropout=recipe.lora.get("dropout", 0.05),
+            target_modules=LORA_TARGETS,
+            modules_to_save=[module.split(".")[-1] for part in recipe.train for module in PARTS[part]] or None,
+        )
+
+    # 2. Training.
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "logs"))
+    arguments = SFTConfig(
+        str(output),
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        bf16=recipe.bf16,
+        gradient_checkpointing=recipe.gradient_checkpointing,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        logging_steps=recipe.log_steps,
+        report_to=["tensorboard"],
+        dataloader_num_workers=recipe.workers,
+        seed=recipe.seed,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+        max_length=None,  # the collator cuts rows, and never in an image
+    )
+    # transformers writes checkpoints under the published tensor names and reads them back under its own: it would find
+    # no weight, warn, and go on from where the run began.
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    trainer = SFTTrainer(
+        model,
+        arguments,
+        data_collator=Collator(processor, recipe, context),
+        train_dataset=Dataset.from_list(rows.good),
+        processing_class=processor,
+        peft_config=lora,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+    # 3. A folder that `from_pretrained` reads, whatever was trained.
+    if trainer.is_world_process_zero():
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if lora is not None:
+            model.save_pretrained(output / "adapter")
+            model = model.merge_and_unload()
+        del model.save_pretrained
+        model.save_pretrained(output)
+        processor.save_pretrained(output)
+    return output

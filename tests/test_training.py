@@ -1,0 +1,250 @@
+"""The recipe, on rows in the exact format of LLaVA-Pretrain and LLaVA-Instruct-150K and a model of a few thousand weights."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes, tiny
+from mc_llava.training import PARTS, Collator, Recipe, check, load_recipe, read_rows, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A model folder and, beside it, images and both kinds of data."""
+    folder = tmp_path_factory.mktemp("training")
+    torch.manual_seed(0)
+    processor = tiny.build_processor()
+    model = tiny.build_model(processor, tiny.vision_config(width=32, layers=1), width=32, layers=1)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+
+    pretrain, instruct = [], []
+    for index in range(8):
+        scene = scenes.make_scene(index)
+        image = scenes.draw_scene(scene).resize((400, 300))
+        name = f"{index:05d}/{index:09d}.jpg"  # LLaVA-Pretrain has folders
+        (folder / "images" / name).parent.mkdir(parents=True)
+        image.save(folder / "images" / name)
+        pretrain.append(
+            {
+                "id": f"{index:09d}",
+                "image": name,
+                "conversations": [
+                    {"from": "human", "value": "Give a brief description of the image.\n<image>"},
+                    {"from": "gpt", "value": "a red sign that says K7"},
+                ],
+            }
+        )
+        instruct.append(
+            {
+                "id": f"{index:012d}",
+                "image": name,
+                "conversations": [
+                    {"from": "human", "value": "<image>\nWhat color is the sign?"},
+                    {"from": "gpt", "value": "The sign is red."},
+                    {"from": "human", "value": "What does it say?"},
+                    {"from": "gpt", "value": "It says K7."},
+                ],
+            }
+        )
+    (folder / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(pretrain))
+    (folder / "llava_instruct_150k.json").write_text(json.dumps(instruct))
+    return folder
+
+
+@pytest.fixture
+def recipe(folder, tmp_path) -> Recipe:
+    return Recipe(
+        model=str(folder / "model"),
+        data=str(folder / "llava_instruct_150k.json"),
+        images=str(folder / "images"),
+        output=str(tmp_path / "run"),
+        train=tuple(PARTS),
+        max_crops=(0, 4),
+        num_tokens=(8, 16),
+        max_steps=4,
+        batch_size=2,
+        save_steps=2,
+        log_steps=1,
+        workers=0,
+        learning_rate=1e-2,
+        bf16=False,
+    )
+
+
+def collate(recipe, count=2):
+    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+    rows = check(recipe, processor).good[:count]
+    return processor, rows, Collator(processor, recipe, context=2048)(rows)
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Step -> loss, as the last checkpoint remembers them."""
+    last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ("blip_laion_cc_sbu_558k.json", "a red sign that says K7<|im_end|>"),
+        ("llava_instruct_150k.json", "The sign is red.<|im_end|>It says K7.<|im_end|>"),
+    ],
+)
+def test_loss_is_on_what_the_assistant_says(folder, recipe, data, said):
+    processor, rows, batch = collate(replace(recipe, data=str(folder / data)))
+    for ids, labels in zip(batch["input_ids"], batch["labels"]):
+        spoken = labels != -100
+        assert torch.equal(labels[spoken], ids[spoken])
+        assert processor.tokenizer.decode(labels[spoken]) == said
+    image_tokens = (batch["input_ids"] == processor.image_token_id).sum()
+    assert image_tokens == batch["crop_num_tokens"].sum()
+    # Wherever the row has its <image>, the prompt is the published one.
+    prompt = processor.tokenizer.decode(batch["input_ids"][0])
+    assert prompt.startswith("<|im_start|>user\n<image><image>")
+    assert "<image>\n" + rows[0]["messages"][0]["content"] + "<|im_end|>" in prompt
+
+
+def test_knobs_are_drawn_for_each_row_and_again_the_same(recipe):
+    recipe = replace(recipe, max_crops=(0, 8), num_tokens=(16, 64))
+    _, _, batch = collate(recipe, count=8)
+    assert len(set(batch["image_grid_thw"][:, 0].tolist())) > 2
+    assert torch.equal(batch["crop_num_tokens"], collate(recipe, count=8)[2]["crop_num_tokens"])
+    other = collate(replace(recipe, seed=1), count=8)[2]
+    assert other["crop_num_tokens"].tolist() != batch["crop_num_tokens"].tolist()
+    fixed = collate(replace(recipe, max_crops=(0, 0), num_tokens=(5, 5)), count=3)[2]
+    assert fixed["crop_num_tokens"].tolist() == [5, 5, 5]
+
+
+def test_text_alone_is_a_row_and_the_context_cuts_its_end(folder, recipe, tmp_path):
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It says K7."}]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps({"id": index, "conversations": turns}) + "\n" for index in range(2)))
+    processor, rows, batch = collate(replace(recipe, data=str(path)))
+    assert "pixel_values" not in batch
+    cut = Collator(processor, recipe, context=12)(rows)
+    assert torch.equal(cut["input_ids"], batch["input_ids"][:, :12])
+
+
+def row(value="<image>\nWhat?", answer="That.", image="00000/000000000.jpg", **changes):
+    turns = [{"from": "human", "value": value}, {"from": "gpt", "value": answer}]
+    return {"id": "x", "image": image, "conversations": turns} | changes
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        (row(image="none.jpg"), "is missing"),
+        (row(image="cut.jpg"), "can't be read"),
+        (row(answer=" "), "turn of gpt is empty"),
+        (row(value="<image>"), "turn of human is empty"),
+        (row(value="What?"), "0 <image> for 1 images"),
+        (row(value="<image><image> What?"), "2 <image> for 1 images"),
+        (row(image=None), "1 <image> for 0 images"),
+        (row(answer="That.<|im_end|>"), "special token <|im_end|>"),
+        (row(conversations=[]), "no conversations"),
+        (row(conversations=[{"from": "human", "value": "<image> What?"}]), "must alternate"),
+        (row(conversations=[{"from": "bot", "value": "Hi."}]), "a turn must have from"),
+        ("text", "no conversations"),
+    ],
+)
+def test_broken_rows_are_named_skipped_and_refused_past_the_limit(folder, recipe, tmp_path, entry, reason):
+    good = json.loads((folder / "llava_instruct_150k.json").read_text())
+    whole = (folder / "images" / "00000" / "000000000.jpg").read_bytes()
+    (folder / "images" / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([good[0], entry, good[1]]))
+    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+
+    rows = check(replace(recipe, data=str(path), max_broken=1), processor)
+    assert [row["id"] for row in rows.good] == [good[0]["id"], good[1]["id"]]
+    (named,) = [json.loads(line) for line in Path(recipe.output, "broken.jsonl").read_text().splitlines()]
+    assert named["row"] == 1 and reason in named["reason"]
+    with pytest.raises(ValueError, match="1 of 3 rows are broken, max_broken is 0"):
+        check(replace(recipe, data=str(path)), processor)
+
+
+def test_training_lowers_the_loss_and_resumes_on_the_same_curve(recipe, tmp_path):
+    output = train(recipe)
+    whole = losses(output)
+    assert list(whole) == [1, 2, 3, 4]
+    assert whole[4] < 0.9 * whole[1]
+    assert list(Path(output, "logs").rglob("events.out.tfevents*"))
+
+    with pytest.raises(ValueError, match="holds checkpoint-4: set resume"):
+        train(recipe)
+    # As if the run had been stopped after step 2.
+    for path in sorted(Path(output, "checkpoint-4").iterdir()):
+        path.unlink()
+    Path(output, "checkpoint-4").rmdir()
+    train(replace(recipe, resume=True))
+    assert losses(output) == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("parts", [("coordinates", "projector"), ("tower",), ("language_model",)])
+def test_only_the_named_parts_change(recipe, parts):
+    output = train(replace(recipe, train=parts, max_steps=3))
+    before = MCLlavaForConditionalGeneration.from_pretrained(recipe.model).state_dict()
+    after = MCLlavaForConditionalGeneration.from_pretrained(output).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    modules = tuple(f"{module}." for part in parts for module in PARTS[part])
+    assert changed and all(name.startswith(modules) for name in changed)
+    for module in modules:
+        assert any(name.startswith(module) for name in changed)
+
+
+def test_lora_changes_the_language_models_matrices_and_the_named_parts(recipe):
+    lora = {"r": 4, "alpha": 8}
+    output = train(replace(recipe, train=("projector",), lora=lora, max_steps=3))
+    before = MCLlavaForConditionalGeneration.from_pretrained(recipe.model).state_dict()
+    after = MCLlavaForConditionalGeneration.from_pretrained(output).state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    matrices = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "dense.weight", "fc1.weight", "fc2.weight")
+    expected = {
+        name
+        for name in before
+        if name.startswith("model.multi_modal_projector.")
+        or (name.startswith("model.language_model.layers.") and name.endswith(matrices))
+    }
+    assert changed == expected
+    adapter = load_file(Path(output, "adapter", "adapter_model.safetensors"))
+    assert any("lora_A" in name for name in adapter)
+
+
+def test_a_recipe_is_read_with_overrides(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: a\ndata: b\nimages: c\noutput: d\nlearning_rate: 1e-3\ntrain: [projector]\n")
+    recipe = load_recipe(path, ["batch_size=3", "num_tokens=[4, 8]"])
+    assert recipe == Recipe("a", "b", "c", "d", ("projector",), learning_rate=1e-3, batch_size=3, num_tokens=(4, 8))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["learning=1"], r"unknown names \['learning'\]"),
+        (["train=[eyes]"], r"unknown parts \['eyes'\]"),
+        (["train=[]"], "nothing learns"),
+        (["num_tokens=[8, 4]"], "lower one first"),
+        (["num_tokens=[0, 4]"], "num_tokens must be at least 1, got 0"),
+        (["train=[language_model]", "lora={r: 4}"], "lora stands for the language model"),
+        (["lora={rank: 4}"], r"unknown keys \['rank'\]"),
+        (["dtype=int8"], "dtype must be float32 or bfloat16"),
+        (["batch_size"], "must read name=value"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(tmp_path, overrides, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: a\ndata: b\nimages: c\noutput: d\n")
+    with pytest.raises(ValueError, match=message):
+        load_recipe(path, overrides)
+
+
+def test_a_file_that_is_no_json_is_refused(tmp_path):
+    (tmp_path / "data.json").write_text("[{")
+    with pytest.raises(ValueError, match="cannot read .*data.json as JSON"):
+        read_rows(tmp_path / "data.json", tmp_path, [])
