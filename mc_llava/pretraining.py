@@ -10,7 +10,11 @@ are dropped afterwards:
   no more than those: with 32 crops and 128 tokens, K is 3.
 """
 
+import json
+import os
 import random
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +22,7 @@ import torch
 from PIL import Image
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from . import scenes
 from .scenes import CHARACTERS, COLORS, OBJECTS, SHAPES, Scene, Thing
@@ -28,6 +33,7 @@ NAMES = SHAPES + OBJECTS
 NAME_IDS = {name: index for index, name in enumerate(NAMES)}
 LONGEST_SIGN = 4
 IGNORED = -100
+NUM_CROPS = 4_000_000  # that training draws from: none is seen twice, and a longer run goes on in the same order
 # How often the gather head reads from the last 1, 3, 8 and 24 patches.
 GATHERED = (1, 3, 3, 3, 8, 24)
 
@@ -178,7 +184,9 @@ class TowerForPretraining(nn.Module):
     def __init__(self, vision_config: PreTrainedConfig):
         super().__init__()
         width = vision_config.hidden_size
-        self.tower = AutoModel.from_config(vision_config)
+        # The backward pass of fused attention takes half of a step on a CPU, and this one a tenth.
+        attention = "sdpa" if torch.cuda.is_available() else "eager"
+        self.tower = AutoModel.from_config(vision_config, attn_implementation=attention)
         self.patch_norm, self.gather_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.patch_head = nn.Linear(width, sum(classes for classes, _ in PATCH_TARGETS.values()))
         self.crop_sizes = [int(np.prod(shape)) * classes for shape, classes, _ in CROP_TARGETS.values()]
@@ -243,20 +251,16 @@ def measure(model: TowerForPretraining, dataset: CropDataset, gathered: int = 3,
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """
-    Muon for the encoder's matrices and AdamW for all else, with one learning rate: Muon's is scaled to AdamW's steps.
+    """Muon for the blocks' matrices and AdamW for all else, with one learning rate: Muon's is scaled to AdamW's steps."""
 
-    Reads signs in about half of AdamW's steps.
-    """
-
-    def __init__(self, model: TowerForPretraining, lr: float, weight_decay: float):
-        inner = {id(p) for p in model.tower.encoder.parameters() if p.ndim == 2}
-        matrices = [p for p in model.parameters() if id(p) in inner]
-        rest = [p for p in model.parameters() if id(p) not in inner]
-        super().__init__([{"params": matrices + rest}], {"lr": lr})
+    def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float):
+        learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        matrices = [parameter for name, parameter in learning if ".layers." in name and parameter.ndim == 2]
+        rest = [parameter for name, parameter in learning if not (".layers." in name and parameter.ndim == 2)]
+        super().__init__(matrices + rest, {"lr": learning_rate})
         self.parts = {
-            "muon": torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"),
-            "adamw": torch.optim.AdamW(rest, lr, (0.9, 0.98), weight_decay=weight_decay),
+            "muon": torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw"),
+            "adamw": torch.optim.AdamW(rest, learning_rate, (0.9, 0.98), weight_decay=weight_decay),
         }
         self._link()
 
@@ -277,11 +281,73 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._link()
 
 
-class _Measure(TrainerCallback):
-    def __init__(self, every: int, datasets: dict[str, CropDataset]):
-        self.every, self.datasets = every, datasets
+@dataclass(frozen=True)
+class Stage:
+    """How long and how fast a stage of `tiny` learns: warm-up, a constant rate, a linear decay over the last `decay`."""
+
+    steps: int
+    decay: int
+    learning_rate: float
+    batch_size: int
+    warmup: int = 200
+    weight_decay: float = 0.05
+    seed: int = 0
+
+    def options(self, output: Path) -> dict:
+        """For `TrainingArguments` and `SFTConfig`."""
+        return {
+            "output_dir": str(output),
+            "max_steps": self.steps,
+            "per_device_train_batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": "warmup_stable_decay",
+            "lr_scheduler_kwargs": {"num_decay_steps": self.decay},
+            "warmup_steps": self.warmup,
+            "weight_decay": self.weight_decay,
+            "seed": self.seed,
+            "bf16": True,
+            "use_cpu": not torch.cuda.is_available(),
+            "save_steps": 250,
+            "save_total_limit": 2,
+            "logging_steps": 50,
+            "report_to": ["tensorboard"],
+            "remove_unused_columns": False,
+        }
+
+
+class Report(TrainerCallback):
+    """Prints what `measure` finds every so many steps, and keeps it in `accuracy.jsonl` of the stage's folder."""
+
+    def __init__(self, every: int, measure):
+        self.every, self.measure, self.start = every, measure, time.time()
 
     def on_step_end(self, args, state, control, model, **kwargs):
-        if state.global_step % self.every == 0:
-            for name, dataset in self.datasets.items():
-                print(state.global_step, name, measure(model, dataset), flush=True)
+        if state.global_step % self.every == 0 or state.global_step == state.max_steps:
+            entry = {"step": state.global_step, "seconds": round(time.time() - self.start)} | self.measure(model)
+            print(entry, flush=True)
+            with open(Path(args.output_dir, "accuracy.jsonl"), "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def pretrain_tower(output: Path, vision_config: PreTrainedConfig, stage: Stage, workers: int = 1) -> TowerForPretraining:
+    """
+    Train a tower, or go on from the last checkpoint in `output`.
+
+    Returns:
+        The trained tower, its heads still on.
+    """
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "logs"))
+    torch.manual_seed(stage.seed)
+    torch.set_flush_denormal(True)  # without it steps take longer and longer on a CPU
+    model = TowerForPretraining(vision_config)
+    side, patch_size = vision_config.image_size, vision_config.patch_size
+    seen = {split: CropDataset(384, split, side, patch_size, first=10**9) for split in scenes.SPLITS}
+    trainer = Trainer(
+        model,
+        TrainingArguments(**stage.options(output), dataloader_num_workers=workers),
+        train_dataset=CropDataset(NUM_CROPS, "train", side, patch_size),
+        optimizers=(MuonAndAdamW(model, stage.learning_rate, stage.weight_decay), None),
+        callbacks=[Report(500, lambda model: {split: measure(model, crops) for split, crops in seen.items()})],
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
+    return model

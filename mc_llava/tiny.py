@@ -5,20 +5,27 @@ The tower comes from `pretraining`. Once it is frozen, the patches it keeps of a
 once, and the language model, the projector and the coordinate embedding train on them many times faster.
 """
 
+import functools
+import os
 import random
 import types
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
 
 from . import scenes
 from .configuration_mc_llava import MCLlavaConfig
 from .image_processing_mc_llava import MCLlavaImageProcessor
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
+from .pretraining import MuonAndAdamW, Report, Stage, pretrain_tower
 from .processing_mc_llava import MCLlavaProcessor
+from .training import set_trainable
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>", "<pad>"]
@@ -27,6 +34,11 @@ PATCH_SIZE = 8
 MAX_CROPS, NUM_TOKENS = 32, 128
 # How often the training scenes are cut with each max_crops, in percent.
 CROP_BUDGETS = {0: 4, 2: 4, 4: 6, 8: 10, 16: 16, 32: 48, 64: 12}
+
+SHARD = 500  # images of one file of the cache
+NUM_TESTED = 200
+TURNS = 8
+CAPTIONS = 0.1
 
 
 def build_processor() -> MCLlavaProcessor:
@@ -107,28 +119,46 @@ def build_model(processor: MCLlavaProcessor, vision: SiglipVisionConfig, width: 
 class CachedImage(NamedTuple):
     """A scene's crops behind the frozen tower."""
 
-    seed: int
-    features: torch.Tensor  # [tokens, vision_hidden], without coordinates
-    coords: torch.Tensor  # [crops, 2]
-    num_tokens: torch.Tensor  # [crops]
+    seed: int  # of the scene
+    features: torch.Tensor  # float16[tokens, vision_hidden], without coordinates
+    coords: torch.Tensor  # float32[crops, 2]
+    num_tokens: torch.Tensor  # int64[crops]
 
 
 @torch.no_grad()
-def cache_images(model, processor, seeds, split: str, budgets) -> list[CachedImage]:
-    """
-    Draw scenes, cut them into crops and encode them.
-
-    Args:
-        budgets: (max_crops, num_tokens) for each of `seeds`.
-    """
+def encode_scenes(model, processor, seeds, split: str, budgets) -> list[CachedImage]:
+    """Draw scenes, cut them into crops and encode them. `budgets` has (max_crops, num_tokens) for each of `seeds`."""
+    device = model.device
     images = []
     for seed, (max_crops, num_tokens) in zip(seeds, budgets):
         image = scenes.draw_scene(scenes.make_scene(seed, split))
         inputs = processor.image_processor(image, max_crops=max_crops, num_tokens=num_tokens, return_tensors="pt")
         kept = inputs["crop_num_tokens"]
-        with torch.autocast("cpu", torch.bfloat16):
-            features = model.model._encode_crops(inputs["pixel_values"], kept)
-        images.append(CachedImage(seed, features.half(), inputs["crop_coords"], kept))
+        with torch.autocast(device.type, torch.bfloat16):
+            features = model.model._encode_crops(inputs["pixel_values"].to(device), kept.to(device))
+        images.append(CachedImage(seed, features.half().cpu(), inputs["crop_coords"], kept))
+    return images
+
+
+def cache_scenes(model, processor, folder: Path, first: int, count: int) -> list[CachedImage]:
+    """
+    The training scenes from number `first` on, each under a budget drawn from `CROP_BUDGETS`. What lies in `folder`
+    from an earlier run is taken from there.
+    """
+    images = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for start in range(first, first + count, SHARD):
+        path = folder / f"{start}.pt"
+        if not path.exists():
+            rng = random.Random(start)
+            budgets = []
+            for max_crops in rng.choices(list(CROP_BUDGETS), list(CROP_BUDGETS.values()), k=SHARD):
+                budgets.append((max_crops, NUM_TOKENS if rng.random() < 0.7 else rng.randint(48, 256)))
+            shard = encode_scenes(model, processor, range(start, start + SHARD), "train", budgets)
+            partial = path.with_suffix(".part")
+            torch.save([tuple(image) for image in shard], partial)
+            partial.rename(path)  # an interrupted run leaves no half of a shard
+        images += [CachedImage(*image) for image in torch.load(path)]
     return images
 
 
@@ -137,7 +167,7 @@ def read_cached(model: MCLlavaForConditionalGeneration):
 
     def encode(self, features, num_tokens, **kwargs):
         longest = features.shape[1]
-        return features[torch.arange(longest) >= longest - num_tokens[:, None]]
+        return features[torch.arange(longest, device=features.device) >= longest - num_tokens[:, None]]
 
     model.model._encode_crops = types.MethodType(encode, model.model)
 
@@ -157,41 +187,43 @@ def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
 
 
 class SceneCollator:
-    """Fresh conversations about cached images: a caption or some questions in each, loss on the answers alone."""
+    """
+    Fresh conversations about cached images: a caption, or some questions of all kinds, with the loss on the answers.
 
-    def __init__(self, processor, images: list[CachedImage], captions: float, turns: int, weights=None):
-        self.tokenizer, self.template = processor.tokenizer, processor.chat_template
+    Args:
+        captions: share of conversations that are a caption.
+        turns: the most questions of one conversation.
+    """
+
+    def __init__(self, processor, images: list[CachedImage], captions: float, turns: int):
+        self.tokenizer = processor.tokenizer
         self.images, self.captions, self.turns = images, captions, turns
-        self.weights = weights or [1] * len(scenes.KINDS)
-        self.scenes = {}
-        self.ids = {}
 
-    def encode(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False)
-
-    def conversation(self, image: CachedImage) -> tuple[list[int], list[int]]:
+    def conversation(self, image: CachedImage, rng: random.Random) -> tuple[list[int], list[int]]:
+        """Token ids and labels."""
         scene = scenes.make_scene(image.seed)
-        rng = random
         if rng.random() < self.captions:
             turns = [scenes.caption(scene, rng)]
         else:
-            kinds = rng.choices(scenes.KINDS, self.weights, k=rng.randint(1, self.turns))
-            turns = [(q.text, q.answer) for q in (scenes.ask(scene, kind, rng) for kind in kinds)]
+            questions = [scenes.ask(scene, rng.choice(scenes.KINDS), rng) for _ in range(rng.randint(1, self.turns))]
+            turns = [(question.text, question.answer) for question in questions]
         ids, labels = [], []
-        for index, (question, answer) in enumerate(turns):
+        for index, (text, answer) in enumerate(turns):
             picture = "<image>" * int(image.num_tokens.sum()) + "\n" if index == 0 else ""
-            prompt = self.encode(f"<|im_start|>user\n{picture}{question}<|im_end|>\n<|im_start|>assistant\n")
-            said = self.encode(f"{answer}<|im_end|>")
-            ids += prompt + said
-            labels += [-100] * len(prompt) + said
-            if index < len(turns) - 1:
-                newline = self.encode("\n")
-                ids, labels = ids + newline, labels + [-100] * len(newline)
+            newline = "\n" if index else ""
+            asked = self.tokenizer.encode(
+                f"{newline}<|im_start|>user\n{picture}{text}<|im_end|>\n<|im_start|>assistant\n"
+            )
+            said = self.tokenizer.encode(f"{answer}<|im_end|>")
+            ids += asked + said
+            labels += [-100] * len(asked) + said
         return ids, labels
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        # Trainer restores torch's generator when it resumes.
+        rng = random.Random(int(torch.randint(2**62, ())))
         images = [self.images[row["image"]] for row in rows]
-        encoded = [self.conversation(image) for image in images]
+        encoded = [self.conversation(image, rng) for image in images]
         longest = max(len(ids) for ids, _ in encoded)
         pad = self.tokenizer.pad_token_id
         return {
@@ -212,18 +244,18 @@ def answer(model, processor, images: list[CachedImage], questions: list[str], ba
             f"<|im_start|>user\n{'<image>' * int(image.num_tokens.sum())}\n{question}<|im_end|>\n<|im_start|>assistant\n"
             for image, question in zip(batch, questions[start:])
         ]
-        inputs = processor.tokenizer(prompts, return_tensors="pt", padding=True)
-        inputs.pop("token_type_ids", None)
-        output = model.generate(**inputs, **image_fields(batch), max_new_tokens=24, do_sample=False)
+        inputs = processor.tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
+        inputs = {name: value.to(model.device) for name, value in (dict(inputs) | image_fields(batch)).items()}
+        output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
         replies += processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return replies
 
 
-def measure(model, processor, images: list[CachedImage], split: str, seed: int = 0) -> dict[str, float]:
+def measure(model, processor, images: list[CachedImage], split: str) -> dict[str, float]:
     """Percent of right replies for each kind of question, one of each about every image."""
     was_training = model.training
     model.eval()
-    rng = random.Random(seed)
+    rng = random.Random(0)
     accuracies = {}
     for kind in scenes.KINDS:
         questions = [scenes.ask(scenes.make_scene(image.seed, split), kind, rng) for image in images]
@@ -232,3 +264,62 @@ def measure(model, processor, images: list[CachedImage], split: str, seed: int =
         accuracies[kind] = round(100 * sum(right) / len(right), 1)
     model.train(was_training)
     return accuracies
+
+
+def train_language_model(model, processor, images: list[CachedImage], output: Path, stage: Stage, captions: float):
+    """Train all but the tower on cached images, or go on from the last checkpoint in `output`."""
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
+    seeds = range(NUM_TESTED)
+    with_crops = encode_scenes(model, processor, seeds, "test", [(MAX_CROPS, NUM_TOKENS)] * NUM_TESTED)
+    without = encode_scenes(model, processor, seeds, "test", [(0, NUM_TOKENS)] * NUM_TESTED)
+
+    def measured(model):
+        return {
+            "crops": measure(model, processor, with_crops, "test"),
+            "whole": measure(model, processor, without, "test"),
+            "seen": measure(model, processor, images[:NUM_TESTED], "train"),
+        }
+
+    read_cached(model)
+    set_trainable(model, ("coordinates", "projector", "language_model"))
+    # See `training.train`: a run could not go on from checkpoints under the published names.
+    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    trainer = SFTTrainer(
+        model,
+        SFTConfig(
+            **stage.options(output),
+            max_length=None,
+            gradient_checkpointing=False,
+            dataset_kwargs={"skip_prepare_dataset": True},
+        ),
+        train_dataset=Dataset.from_dict({"image": range(len(images))}),
+        data_collator=SceneCollator(processor, images, captions, TURNS),
+        processing_class=processor,
+        optimizers=(MuonAndAdamW(model, stage.learning_rate, stage.weight_decay), None),
+        callbacks=[Report(500, measured)],
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
+    del model.save_pretrained, model.model._encode_crops
+
+
+def train_tiny(output: str | os.PathLike, tower: Stage, language_model: Stage, num_images: int, workers: int = 1) -> Path:
+    """
+    Make `tiny` from nothing. An interrupted call goes on where it stopped.
+
+    Args:
+        output: the folder of the model; the stages leave their checkpoints beside it, in `output`-work.
+        num_images: how many scenes are encoded for the language model.
+    """
+    output = Path(output)
+    work = output.with_name(output.name + "-work")
+    processor = build_processor()
+    torch.manual_seed(language_model.seed)
+    model = build_model(processor, vision_config())
+    pretrained = pretrain_tower(work / "tower", vision_config(), tower, workers).tower
+    model.model.vision_tower.load_state_dict(pretrained.state_dict())
+    model.eval().to(pretrained.device)
+    images = cache_scenes(model, processor, work / "images", first=0, count=num_images)
+    train_language_model(model, processor, images, work / "language_model", language_model, CAPTIONS)
+    model.to(torch.bfloat16).save_pretrained(output)
+    processor.save_pretrained(output)
+    return output

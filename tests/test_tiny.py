@@ -1,0 +1,153 @@
+"""How `tiny` is made, with a few steps and scenes."""
+
+import copy
+import json
+import random
+
+import pytest
+import torch
+
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes, tiny
+from mc_llava.pretraining import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return tiny.build_processor()
+
+
+@pytest.fixture(scope="module")
+def model(processor):
+    torch.manual_seed(0)
+    return tiny.build_model(processor, tiny.vision_config(width=32, layers=1), width=32, layers=1).eval()
+
+
+def test_the_tokenizer_keeps_the_characters_of_signs_single(processor):
+    tokenizer = processor.tokenizer
+    said = tokenizer.convert_ids_to_tokens(tokenizer.encode("It says AB12, HELP.")[2:])
+    assert "".join(said) == "ĠAB12,ĠHELP."
+    assert all(len(token.strip("Ġ")) <= 1 for token in said)
+    scene = scenes.make_scene(0, "test")
+    for kind in scenes.KINDS:
+        question = scenes.ask(scene, kind, random.Random(0))
+        assert tokenizer.decode(tokenizer.encode(question.text)) == question.text
+    assert (processor.image_processor.max_crops, processor.image_processor.num_tokens) == (32, 128)
+
+
+def test_cached_features_give_the_same_answers_as_pixels(processor, model):
+    scene = scenes.make_scene(0)
+    image = scenes.draw_scene(scene)
+    inputs = processor("What color is the star?", image, max_crops=8, num_tokens=40)
+    (cached,) = tiny.encode_scenes(model, processor, [0], "train", [(8, 40)])
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        tiny.read_cached(model)
+        fields = tiny.image_fields([cached, cached])
+        twice = {name: torch.cat([inputs[name]] * 2) for name in ("input_ids", "attention_mask")}
+        got = model(**twice, **fields).logits
+    del model.model._encode_crops
+    # The cache holds bfloat16's results in float16.
+    torch.testing.assert_close(got, torch.cat([expected] * 2), rtol=0.02, atol=0.02)
+
+
+def test_conversations_have_their_loss_on_the_answers(processor, model):
+    images = tiny.encode_scenes(model, processor, [0, 1], "train", [(4, 20), (0, 30)])
+    tokenizer = processor.tokenizer
+    torch.manual_seed(0)
+    batch = tiny.SceneCollator(processor, images, captions=0.0, turns=3)([{"image": 0}, {"image": 1}])
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [20, 30]
+    for ids, labels in zip(batch["input_ids"], batch["labels"]):
+        spoken = labels != -100
+        assert torch.equal(ids[spoken], labels[spoken])
+        answers = tokenizer.decode(labels[spoken]).removesuffix("<|im_end|>").split("<|im_end|>")
+        text = tokenizer.decode(ids).replace("<image>", "").replace("<pad>", "")
+        turns = text.split("<|im_start|>assistant\n")[1:]
+        assert [turn.split("<|im_end|>")[0] for turn in turns] == answers
+    # What the chat template makes of the same turns.
+    caption = tiny.SceneCollator(processor, images, captions=1.0, turns=3)([{"image": 1}])
+    text = tokenizer.decode(caption["input_ids"][0]).replace("<image>", "")
+    asked, said = text.split("<|im_end|>")[0].split("\n")[-1], text.split("assistant\n")[1].removesuffix("<|im_end|>")
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": asked}]},
+        {"role": "assistant", "content": said},
+    ]
+    assert processor.apply_chat_template(messages).replace("<image>", "") == text + "\n"
+
+
+def test_measuring_counts_right_replies(processor, model, monkeypatch):
+    images = tiny.encode_scenes(model, processor, [0, 1, 2, 3], "test", [(0, 8)] * 4)
+    answers = iter(["It says nothing."] * 4 + ["red"] * 4 + ["left"] * 4 + ["?"] * 4)
+    monkeypatch.setattr(tiny, "answer", lambda *args: [next(answers) for _ in range(4)])
+    rng = random.Random(0)
+    keys = {kind: [scenes.ask(scenes.make_scene(s, "test"), kind, rng).key for s in range(4)] for kind in scenes.KINDS}
+    expected = {"ocr": 0, "attribute": 25.0 * keys["attribute"].count("red")}
+    expected |= {"position": 25.0 * keys["position"].count("left"), "hard": 0}
+    assert tiny.measure(model, processor, images, "test") == expected
+
+
+def test_the_optimizer_steps_all_that_learns_and_comes_back_from_its_state():
+    torch.manual_seed(0)
+    model = TowerForPretraining(tiny.vision_config(width=32, layers=1))
+    model.tower.embeddings.patch_embedding.weight.requires_grad = False
+    batch = torch.utils.data.default_collate([CropDataset(4, "train", 96, 8)[index] for index in range(4)])
+    optimizer = MuonAndAdamW(model, 1e-3, 0.0)
+
+    def step(model, optimizer):
+        random.seed(0)
+        model(**batch)["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    before = {name: value.clone() for name, value in model.named_parameters()}
+    step(model, optimizer)
+    unused = {"tower.post_layernorm.weight", "tower.post_layernorm.bias", "tower.embeddings.patch_embedding.weight"}
+    assert {name for name, value in model.named_parameters() if torch.equal(value, before[name])} == unused
+
+    other = TowerForPretraining(tiny.vision_config(width=32, layers=1))
+    other.load_state_dict(model.state_dict())
+    other.tower.embeddings.patch_embedding.weight.requires_grad = False
+    restored = MuonAndAdamW(other, 5.0, 0.0)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    step(model, optimizer)
+    step(other, restored)
+    for (name, value), expected in zip(other.named_parameters(), model.parameters()):
+        torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6, msg=lambda text: f"{name}: {text}")
+
+
+def test_the_tower_learns_its_targets_and_resumes(tmp_path):
+    stage = Stage(steps=60, decay=10, learning_rate=3e-3, batch_size=16, warmup=5)
+    config = tiny.vision_config(width=32, layers=1)
+    pretrain_tower(tmp_path, config, stage, workers=0)
+    history = json.loads((tmp_path / "checkpoint-60" / "trainer_state.json").read_text())["log_history"]
+    assert json.loads((tmp_path / "accuracy.jsonl").read_text().splitlines()[-1])["step"] == 60
+    first = [entry["loss"] for entry in history if "loss" in entry][0]
+    longer = Stage(steps=120, decay=10, learning_rate=3e-3, batch_size=16, warmup=5)
+    pretrain_tower(tmp_path, config, longer, workers=0)
+    history = json.loads((tmp_path / "checkpoint-120" / "trainer_state.json").read_text())["log_history"]
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    assert losses[0] == first and losses[-1] < 0.85 * first
+
+
+def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(tiny, "SHARD", 3)
+    monkeypatch.setattr(tiny, "NUM_TESTED", 2)
+    stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
+    output = tiny.train_tiny(tmp_path / "tiny", stage, stage, num_images=5, workers=0)
+    model = MCLlavaForConditionalGeneration.from_pretrained(output)
+    processor = MCLlavaProcessor.from_pretrained(output)
+    tower = pretrain_tower(tmp_path / "tiny-work" / "tower", tiny.vision_config(), stage, workers=0).tower
+    for name, value in model.model.vision_tower.state_dict().items():
+        torch.testing.assert_close(value.float(), tower.state_dict()[name], rtol=0.01, atol=1e-3)
+    inputs = processor("What color is the star?", scenes.draw_scene(scenes.make_scene(0, "test")))
+    assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
+    size = sum(path.stat().st_size for path in output.iterdir() if path.is_file())
+    assert size < 12e6
+    report = json.loads((tmp_path / "tiny-work" / "language_model" / "accuracy.jsonl").read_text())
+    assert set(report["crops"]) == set(scenes.KINDS)
+
+    shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work" / "images").iterdir()}
+    assert set(shards) == {"0.pt", "3.pt"}
+    tiny.train_tiny(tmp_path / "tiny", stage, stage, num_images=5, workers=0)
+    again = MCLlavaForConditionalGeneration.from_pretrained(output).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    assert shards == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work" / "images").iterdir()}
