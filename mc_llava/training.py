@@ -56,7 +56,8 @@ class Recipe:
         max_broken: how many broken rows are skipped before training is refused.
         epochs, max_steps: how long; `max_steps` wins where it is above 0.
         batch_size: rows per device and step, `accumulation` of which make an update.
-        dtype: float32 or bfloat16, of the weights; `bf16` alone keeps float32 weights and computes in bfloat16.
+        dtype: float32 or bfloat16, of the weights that don't learn and of the saved model. What learns is in float32.
+        bf16: compute in bfloat16.
         resume: go on from the last checkpoint in `output`, if there is one.
 
     Raises:
@@ -317,10 +318,12 @@ class Collator:
 
 
 def set_trainable(model: nn.Module, parts: tuple[str, ...]):
-    """Let the parameters of these `PARTS` learn, and no others."""
+    """Let the parameters of these `PARTS` learn, in float32, and no others: bfloat16 would lose small steps."""
     prefixes = tuple(f"{module}." for part in parts for module in PARTS[part])
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.startswith(prefixes)
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def train(recipe: Recipe) -> Path:
@@ -408,6 +411,6 @@ def train(recipe: Recipe) -> Path:
             model.save_pretrained(output / "adapter")
             model = model.merge_and_unload()
         del model.save_pretrained
-        model.save_pretrained(output)
+        model.to(getattr(torch, recipe.dtype)).save_pretrained(output)
         processor.save_pretrained(output)
     return output

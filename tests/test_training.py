@@ -248,3 +248,21 @@ def test_a_file_that_is_no_json_is_refused(tmp_path):
     (tmp_path / "data.json").write_text("[{")
     with pytest.raises(ValueError, match="cannot read .*data.json as JSON"):
         read_rows(tmp_path / "data.json", tmp_path, [])
+
+
+def test_small_steps_add_up_where_the_model_is_kept_in_bfloat16(recipe, tmp_path):
+    changes = {"train": ("projector",), "dtype": "bfloat16", "bf16": True, "learning_rate": 1e-5, "max_steps": 16}
+    output = train(replace(recipe, **changes))
+    model = MCLlavaForConditionalGeneration.from_pretrained(output)
+    before = MCLlavaForConditionalGeneration.from_pretrained(recipe.model, dtype=torch.bfloat16)
+    assert {value.dtype for value in model.state_dict().values()} == {torch.bfloat16}
+    (_, learned), (_, start) = (list(m.model.multi_modal_projector.named_parameters())[0] for m in (model, before))
+    large = start.abs() > 0.02  # their neighbors in bfloat16 are 1e-4 away
+    assert (learned != start)[large].float().mean() > 0.1
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+def test_the_recipes_that_come_along_are_read(path):
+    recipe = load_recipe(path)
+    assert recipe.max_crops[1] > 0 and recipe.num_tokens[1] < 2048
+    assert set(recipe.train) == {"coordinates", "projector"}
