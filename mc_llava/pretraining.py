@@ -173,9 +173,7 @@ def _weighted_loss(logits: torch.Tensor, targets: torch.Tensor, nothing: float) 
     """Mean cross-entropy in which the frequent class 0 counts less."""
     weights = torch.ones(logits.shape[-1], device=logits.device)
     weights[0] = nothing
-    return nn.functional.cross_entropy(
-        logits.float().flatten(0, -2), targets.flatten(), weights, ignore_index=IGNORED
-    )
+    return nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), weights, ignore_index=IGNORED)
 
 
 class TowerForPretraining(nn.Module):
@@ -218,7 +216,7 @@ class TowerForPretraining(nn.Module):
         ]
         known = ~targets["places"].isnan()
         distance = (logits["places"] - targets["places"].nan_to_num()).abs() * known
-        losses.append(distance.sum() / known.sum().clamp(min=1))
+        losses.append(4 * distance.sum() / known.sum().clamp(min=1))
         return {"loss": torch.stack(losses).sum()}
 
 
@@ -251,7 +249,7 @@ def measure(model: TowerForPretraining, dataset: CropDataset, gathered: int = 3,
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Muon for the blocks' matrices and AdamW for all else, with one learning rate: Muon's is scaled to AdamW's steps."""
+    """Muon for the blocks' matrices, AdamW for all else, and one learning rate: Muon's is scaled to AdamW's steps."""
 
     def __init__(self, model: nn.Module, learning_rate: float, weight_decay: float):
         learning = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -283,7 +281,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 @dataclass(frozen=True)
 class Stage:
-    """How long and how fast a stage of `tiny` learns: warm-up, a constant rate, a linear decay over the last `decay`."""
+    """How long and how fast a stage of `tiny` learns: a warm-up, a constant rate, a linear decay in the last steps."""
 
     steps: int
     decay: int
@@ -329,7 +327,9 @@ class Report(TrainerCallback):
                 file.write(json.dumps(entry) + "\n")
 
 
-def pretrain_tower(output: Path, vision_config: PreTrainedConfig, stage: Stage, workers: int = 1) -> TowerForPretraining:
+def pretrain_tower(
+    output: Path, vision_config: PreTrainedConfig, stage: Stage, workers: int = 1
+) -> TowerForPretraining:
     """
     Train a tower, or go on from the last checkpoint in `output`.
 

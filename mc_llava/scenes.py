@@ -22,7 +22,7 @@ so glyphs are about H / 35 pixels high, and since c is about H / 3, the crops ma
 import math
 import random
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -215,7 +215,9 @@ def _make_sign(rng: random.Random, glyph: float, color: str, text: str, font: st
     size, height = _font_size(font, glyph)
     margin = height * rng.uniform(0.3, 0.55)
     width = _text_width(font, size, text) + 2 * margin
-    return Thing("sign", color, _shade(rng, color), (0, 0, round(width), round(height + 2 * margin)), height, text, font)
+    return Thing(
+        "sign", color, _shade(rng, color), (0, 0, round(width), round(height + 2 * margin)), height, text, font
+    )
 
 
 def _make_shape(rng: random.Random, height: float, name: str, color: str) -> Thing:
@@ -321,7 +323,7 @@ def load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _metrics(name: str | None) -> tuple[float, dict[str, float]]:
     """Height of a capital and the advance of each character with 6 % of tracking, in em."""
     font = load_font(name, 200)
@@ -458,8 +460,10 @@ def _background(kind: str, seed: int) -> Image.Image:
             draw.rectangle((0, 0, small, shore), fill=muted(130, 190))
             for _ in range(6):
                 x, across, top = rng.randint(-10, small), rng.randint(10, 40), rng.randint(shore - 30, shore - 6)
-                draw.polygon([(x, shore), (x, top), (x + across // 2, top - 8), (x + across, top), (x + across, shore)],
-                             fill=muted())
+                draw.polygon(
+                    [(x, shore), (x, top), (x + across // 2, top - 8), (x + across, top), (x + across, shore)],
+                    fill=muted(),
+                )
             draw.rectangle((0, shore, small, small), fill=muted(80, 140, 12))
             for y in range(shore + 3, small, 5):
                 x = rng.randint(-20, small)

@@ -241,13 +241,17 @@ def answer(model, processor, images: list[CachedImage], questions: list[str], ba
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         prompts = [
-            f"<|im_start|>user\n{'<image>' * int(image.num_tokens.sum())}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            "<|im_start|>user\n"
+            + "<image>" * int(image.num_tokens.sum())
+            + f"\n{question}<|im_end|>\n<|im_start|>assistant\n"
             for image, question in zip(batch, questions[start:])
         ]
         inputs = processor.tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
         inputs = {name: value.to(model.device) for name, value in (dict(inputs) | image_fields(batch)).items()}
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-        replies += processor.tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        replies += processor.tokenizer.batch_decode(
+            output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+        )
     return replies
 
 
@@ -281,6 +285,8 @@ def train_language_model(model, processor, images: list[CachedImage], output: Pa
         }
 
     read_cached(model)
+    if not torch.cuda.is_available():
+        model.set_attn_implementation("eager")  # see `pretraining.TowerForPretraining`
     set_trainable(model, ("coordinates", "projector", "language_model"))
     # See `training.train`: a run could not go on from checkpoints under the published names.
     model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
@@ -302,7 +308,9 @@ def train_language_model(model, processor, images: list[CachedImage], output: Pa
     del model.save_pretrained, model.model._encode_crops
 
 
-def train_tiny(output: str | os.PathLike, tower: Stage, language_model: Stage, num_images: int, workers: int = 1) -> Path:
+def train_tiny(
+    output: str | os.PathLike, tower: Stage, language_model: Stage, num_images: int, workers: int = 1
+) -> Path:
     """
     Make `tiny` from nothing. An interrupted call goes on where it stopped.
 

@@ -252,8 +252,8 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
         first = rows.broken[0]
         raise ValueError(
             f"{len(rows.broken)} of {len(rows.good) + len(rows.broken)} rows are broken, max_broken is "
-            f"{recipe.max_broken}; the first is row {first['row']} (id {first['id']}): {first['reason']}. See {report}; "
-            "mend them or raise max_broken"
+            f"{recipe.max_broken}; the first is row {first['row']} (id {first['id']}): {first['reason']}. "
+            f"See {report}; mend them or raise max_broken"
         )
     if not rows.good:
         raise ValueError(f"{recipe.data} has no rows to train on")
@@ -271,8 +271,8 @@ class Collator:
         <|im_start|>user\\n<image>...<image>\\nWhat is it?<|im_end|>\\n<|im_start|>assistant\\nA bus.<|im_end|>\\n
         -100 ......................................................................... A bus .<|im_end|>  -100
 
-    Rows longer than the context lose their end. The knobs of a batch follow from its rows and the seed alone, so that a
-    resumed run draws what an uninterrupted one does.
+    Rows longer than the context lose their end. The knobs of a batch follow from its rows and the seed alone, so that
+    a resumed run draws what an uninterrupted one does.
     """
 
     def __init__(self, processor: MCLlavaProcessor, recipe: Recipe, context: int):
@@ -280,8 +280,9 @@ class Collator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         rng = random.Random(f"{self.recipe.seed} {[row['id'] for row in rows]}")
-        encoded = [self.encode(row, rng.randint(*self.recipe.max_crops), rng.randint(*self.recipe.num_tokens))
-                   for row in rows]
+        encoded = [
+            self.encode(row, rng.randint(*self.recipe.max_crops), rng.randint(*self.recipe.num_tokens)) for row in rows
+        ]
         pad_token_id = self.processor.tokenizer.pad_token_id
         batch = {
             name: nn.utils.rnn.pad_sequence([row[name] for row in encoded], batch_first=True, padding_value=padding)
@@ -297,7 +298,10 @@ class Collator:
         if row["image"] is not None:
             knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
             first = next(index for index, message in enumerate(messages) if message["role"] == "user")
-            parts = [{"type": "image", "image": load_image(row["image"])}, {"type": "text", "text": messages[first]["content"]}]
+            parts = [
+                {"type": "image", "image": load_image(row["image"])},
+                {"type": "text", "text": messages[first]["content"]},
+            ]
             messages = [*messages[:first], {"role": "user", "content": parts}, *messages[first + 1 :]]
         inputs = self.processor.apply_chat_template(
             messages,
@@ -346,7 +350,9 @@ def train(recipe: Recipe) -> Path:
     output = Path(recipe.output)
     checkpoint = get_last_checkpoint(output) if output.is_dir() else None
     if checkpoint and not recipe.resume:
-        raise ValueError(f"{output} holds {Path(checkpoint).name}: set resume to go on from it, or name another output")
+        raise ValueError(
+            f"{output} holds {Path(checkpoint).name}: set resume to go on from it, or name another output"
+        )
     processor = MCLlavaProcessor.from_pretrained(recipe.model)
     rows = check(recipe, processor)
 
@@ -354,7 +360,9 @@ def train(recipe: Recipe) -> Path:
     model = MCLlavaForConditionalGeneration.from_pretrained(recipe.model, dtype=getattr(torch, recipe.dtype))
     context = model.config.text_config.max_position_embeddings
     if recipe.num_tokens[1] >= context:
-        raise ValueError(f"num_tokens goes up to {recipe.num_tokens[1]}, the context is {context}: leave room for text")
+        raise ValueError(
+            f"num_tokens goes up to {recipe.num_tokens[1]}, the context is {context}: leave room for text"
+        )
     lora = None
     if recipe.lora is None:
         set_trainable(model, recipe.train)

@@ -87,7 +87,9 @@ def test_questions_are_answered_from_the_description(kind):
         if kind == "ocr":
             assert f"{signs[question.key].color} sign" in question.text
         if kind == "attribute":
-            asked = [thing for thing in scene.things if (thing.text or thing.name) in question.text.strip("?.").split()]
+            asked = [
+                thing for thing in scene.things if (thing.text or thing.name) in question.text.strip("?.").split()
+            ]
             assert [thing.color for thing in asked] == [question.key]
         if kind == "hard" and question.key in signs:
             (group,) = [group for group in scene.groups if signs[question.key] in group]

@@ -1,4 +1,4 @@
-"""The recipe, on rows in the exact format of LLaVA-Pretrain and LLaVA-Instruct-150K and a model of a few thousand weights."""
+"""The recipe, on rows in the exact format of LLaVA-Pretrain and LLaVA-Instruct-150K and a very small model."""
 
 import json
 from dataclasses import replace
@@ -261,7 +261,9 @@ def test_small_steps_add_up_where_the_model_is_kept_in_bfloat16(recipe, tmp_path
     assert (learned != start)[large].float().mean() > 0.1
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parent.parent.glob("recipes/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parent.parent.glob("recipes/*.yaml")), ids=lambda path: path.stem
+)
 def test_the_recipes_that_come_along_are_read(path):
     recipe = load_recipe(path)
     assert recipe.max_crops[1] > 0 and recipe.num_tokens[1] < 2048
