@@ -33,7 +33,7 @@ NAMES = SHAPES + OBJECTS
 NAME_IDS = {name: index for index, name in enumerate(NAMES)}
 LONGEST_SIGN = 4
 IGNORED = -100
-NUM_CROPS = 4_000_000  # that training draws from: none is seen twice, and a longer run goes on in the same order
+NUM_CROPS = 10**8  # more than any run draws: none is seen twice, and a longer run goes on in the same order
 # How often the gather head reads from the last 1, 3, 8 and 24 patches.
 GATHERED = (1, 3, 3, 3, 8, 24)
 
@@ -344,7 +344,9 @@ def pretrain_tower(
     seen = {split: CropDataset(384, split, side, patch_size, first=10**9) for split in scenes.SPLITS}
     trainer = Trainer(
         model,
-        TrainingArguments(**stage.options(output), dataloader_num_workers=workers),
+        TrainingArguments(
+            **stage.options(output), dataloader_num_workers=workers, train_sampling_strategy="sequential"
+        ),
         train_dataset=CropDataset(NUM_CROPS, "train", side, patch_size),
         optimizers=(MuonAndAdamW(model, stage.learning_rate, stage.weight_decay), None),
         callbacks=[Report(500, lambda model: {split: measure(model, crops) for split, crops in seen.items()})],

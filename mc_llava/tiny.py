@@ -125,14 +125,28 @@ class CachedImage(NamedTuple):
     num_tokens: torch.Tensor  # int64[crops]
 
 
+class SceneCrops(torch.utils.data.Dataset):
+    """Scenes drawn and cut into crops: what the image processor returns for each of `seeds` under its budget."""
+
+    def __init__(self, image_processor, seeds, split: str, budgets):
+        self.image_processor, self.seeds, self.split, self.budgets = image_processor, seeds, split, budgets
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        image = scenes.draw_scene(scenes.make_scene(self.seeds[index], self.split))
+        max_crops, num_tokens = self.budgets[index]
+        return dict(self.image_processor(image, max_crops=max_crops, num_tokens=num_tokens, return_tensors="pt"))
+
+
 @torch.no_grad()
-def encode_scenes(model, processor, seeds, split: str, budgets) -> list[CachedImage]:
-    """Draw scenes, cut them into crops and encode them. `budgets` has (max_crops, num_tokens) for each of `seeds`."""
+def encode_scenes(model, processor, seeds, split: str, budgets, workers: int = 0) -> list[CachedImage]:
+    """Encode drawn scenes. `budgets` has (max_crops, num_tokens) for each of `seeds`."""
     device = model.device
     images = []
-    for seed, (max_crops, num_tokens) in zip(seeds, budgets):
-        image = scenes.draw_scene(scenes.make_scene(seed, split))
-        inputs = processor.image_processor(image, max_crops=max_crops, num_tokens=num_tokens, return_tensors="pt")
+    crops = SceneCrops(processor.image_processor, seeds, split, budgets)
+    for seed, inputs in zip(seeds, torch.utils.data.DataLoader(crops, batch_size=None, num_workers=workers)):
         kept = inputs["crop_num_tokens"]
         with torch.autocast(device.type, torch.bfloat16):
             features = model.model._encode_crops(inputs["pixel_values"].to(device), kept.to(device))
@@ -140,21 +154,21 @@ def encode_scenes(model, processor, seeds, split: str, budgets) -> list[CachedIm
     return images
 
 
-def cache_scenes(model, processor, folder: Path, first: int, count: int) -> list[CachedImage]:
+def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> list[CachedImage]:
     """
-    The training scenes from number `first` on, each under a budget drawn from `CROP_BUDGETS`. What lies in `folder`
-    from an earlier run is taken from there.
+    The first `count` training scenes or some more, each under a budget drawn from `CROP_BUDGETS`. What lies in
+    `folder` from an earlier run is taken from there.
     """
     images = []
     folder.mkdir(parents=True, exist_ok=True)
-    for start in range(first, first + count, SHARD):
+    for start in range(0, count, SHARD):
         path = folder / f"{start}.pt"
         if not path.exists():
             rng = random.Random(start)
             budgets = []
             for max_crops in rng.choices(list(CROP_BUDGETS), list(CROP_BUDGETS.values()), k=SHARD):
                 budgets.append((max_crops, NUM_TOKENS if rng.random() < 0.7 else rng.randint(48, 256)))
-            shard = encode_scenes(model, processor, range(start, start + SHARD), "train", budgets)
+            shard = encode_scenes(model, processor, range(start, start + SHARD), "train", budgets, workers)
             partial = path.with_suffix(".part")
             torch.save([tuple(image) for image in shard], partial)
             partial.rename(path)  # an interrupted run leaves no half of a shard
@@ -326,7 +340,7 @@ def train_tiny(
     pretrained = pretrain_tower(work / "tower", vision_config(), tower, workers).tower
     model.model.vision_tower.load_state_dict(pretrained.state_dict())
     model.eval().to(pretrained.device)
-    images = cache_scenes(model, processor, work / "images", first=0, count=num_images)
+    images = cache_scenes(model, processor, work / "images", num_images, workers)
     train_language_model(model, processor, images, work / "language_model", language_model, CAPTIONS)
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
