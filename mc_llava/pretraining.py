@@ -38,7 +38,11 @@ NUM_CROPS = 10**8  # more than any run draws: none is seen twice, and a longer r
 GATHERED = (1, 3, 3, 3, 8, 24)
 
 # The targets of a crop, see `label_crop`: name -> number of classes and the weight of class 0 (nothing there).
-PATCH_TARGETS = {"patch_names": (1 + len(CHARACTERS) + len(NAMES), 0.05), "patch_colors": (1 + len(COLORS), 0.05)}
+PATCH_TARGETS = {
+    "patch_names": (1 + len(CHARACTERS) + len(NAMES), 0.05),
+    "patch_colors": (1 + len(COLORS), 0.05),
+    "patch_orders": (1 + LONGEST_SIGN, 0.05),
+}
 CROP_TARGETS = {
     "sign_texts": ((len(COLORS), LONGEST_SIGN), 1 + len(CHARACTERS), 0.03),
     "sign_neighbors": ((len(COLORS),), 1 + len(NAMES), 0.1),
@@ -93,6 +97,7 @@ def label_crop(scene: Scene, box: tuple[int, int, int, int], side: int, patch_si
     Returns:
         patch_names: int[patches], 1 + the character, or 1 + len(CHARACTERS) + the shape, centred in the patch.
         patch_colors: int[patches], 1 + the color of that plate or shape.
+        patch_orders: int[patches], the character's number in its sign, from 1: without it no text can be put together.
         sign_texts: int[colors, LONGEST_SIGN], 1 + the characters of the sign of each color.
         sign_neighbors: int[colors], 1 + the shape next to that sign.
         shape_colors: int[names], 1 + the color of each shape.
@@ -108,13 +113,14 @@ def label_crop(scene: Scene, box: tuple[int, int, int, int], side: int, patch_si
     def relative(point):
         return (point[0] - left) / (right - left), (point[1] - top) / (bottom - top)
 
-    def mark(point, name, color):
+    def mark(point, name, color, order=0):
         x, y = relative(point)
         if 0 <= x < 1 and 0 <= y < 1:
             patch = int(y * grid) * grid + int(x * grid)
             taken = labels["patch_names"][patch] != 0
             labels["patch_names"][patch] = IGNORED if taken else name
             labels["patch_colors"][patch] = 1 + COLOR_IDS[color]
+            labels["patch_orders"][patch] = IGNORED if taken else order
 
     def visible(thing: Thing) -> float:
         across = min(right, thing.box[2]) - max(left, thing.box[0])
@@ -136,12 +142,13 @@ def label_crop(scene: Scene, box: tuple[int, int, int, int], side: int, patch_si
                 if seen > 0.25:
                     labels["shape_colors"][index] = IGNORED if small or seen < 0.7 else 1 + color
                 continue
+            inside = thing.box[0] + thing.glyph / 4 >= left and thing.box[2] - thing.glyph / 4 <= right
+            inside &= thing.box[1] + thing.glyph / 4 >= top and thing.box[3] - thing.glyph / 4 <= bottom
             centers = scenes.character_centers(thing)
-            for character, center in zip(thing.text, centers):
-                mark(center, IGNORED if small else 1 + CHARACTERS.index(character), thing.color)
+            for order, (character, center) in enumerate(zip(thing.text, centers), start=1):
+                name = IGNORED if small else 1 + CHARACTERS.index(character)
+                mark(center, name, thing.color, IGNORED if small or not inside else order)
             if seen > 0.02:
-                inside = thing.box[0] + thing.glyph / 4 >= left and thing.box[2] - thing.glyph / 4 <= right
-                inside &= thing.box[1] + thing.glyph / 4 >= top and thing.box[3] - thing.glyph / 4 <= bottom
                 if small or not inside:
                     labels["sign_texts"][color] = IGNORED
                 else:
@@ -226,12 +233,13 @@ def measure(model: TowerForPretraining, dataset: CropDataset, gathered: int = 3,
     Accuracies in percent where something is to be seen.
 
     Returns:
-        characters: of the patch head; signs, neighbors, shapes: whole signs, and so on, of the gather head;
+        characters, orders: of the patch head.
+        texts, signs, neighbors, shapes: of the gather head, `texts` for single characters, `signs` for whole signs.
         places: its mean error in percent of the crop's side.
     """
     was_training = model.training
     model.eval()
-    right = {name: [] for name in ("characters", "signs", "neighbors", "shapes", "places")}
+    right = {name: [] for name in ("characters", "orders", "texts", "signs", "neighbors", "shapes", "places")}
     for batch in torch.utils.data.DataLoader(dataset, batch_size):
         device = model.patch_head.weight.device
         with torch.autocast(device.type, torch.bfloat16):
@@ -240,6 +248,8 @@ def measure(model: TowerForPretraining, dataset: CropDataset, gathered: int = 3,
         hits = {name: logits[name].argmax(-1) == batch[name] for name in logits if name != "places"}
         names = batch["patch_names"]
         right["characters"] += hits["patch_names"][(names > 0) & (names <= len(CHARACTERS))].tolist()
+        right["orders"] += hits["patch_orders"][batch["patch_orders"] > 0].tolist()
+        right["texts"] += hits["sign_texts"][batch["sign_texts"] > 0].tolist()
         right["signs"] += hits["sign_texts"].all(-1)[batch["sign_texts"][..., 0] > 0].tolist()
         right["neighbors"] += hits["sign_neighbors"][batch["sign_neighbors"] > 0].tolist()
         right["shapes"] += hits["shape_colors"][batch["shape_colors"] > 0].tolist()
