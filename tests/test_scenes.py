@@ -159,19 +159,26 @@ def test_labels_say_what_a_crop_shows():
     assert (labels["sign_texts"][[color for color in range(len(COLORS)) if color != red]] == 0).all()
     star_id = scenes.SHAPES.index("star")
     assert labels["shape_colors"][star_id] == 1 + blue and labels["sign_neighbors"][red] == 1 + star_id
-    for character, (x, y) in zip("K7", scenes.character_centers(sign)):
+    for order, (character, (x, y)) in enumerate(zip("K7", scenes.character_centers(sign)), start=1):
         patch = int(y / 192 * 12) * 12 + int(x / 192 * 12)
         assert labels["patch_names"][patch] == 1 + CHARACTERS.index(character)
-        assert labels["patch_colors"][patch] == 1 + red
-    assert (labels["patch_names"] > 0).sum() == 3
+        assert labels["patch_colors"][patch] == 1 + red and labels["patch_orders"][patch] == order
+        assert labels["characters"][CHARACTERS.index(character)] == 1
+        assert labels["ordered_characters"][order - 1, CHARACTERS.index(character)] == 1
+    assert (labels["patch_names"] > 0).sum() == 3 and (labels["patch_orders"] > 0).sum() == 2
+    assert labels["characters"].sum() == labels["ordered_characters"].sum() == 2
+    assert labels["places"][red] * 192 == pytest.approx(sign.center)
+    assert np.isnan(labels["places"]).sum() == 2 * (len(labels["places"]) - 2)
 
     # Cut by the crop's edge: what it says can't be told.
     middle = round(sign.center[0])
     cut = label_crop(scene, (middle, 0, middle + 192, 192), side=96, patch_size=8)
-    assert (cut["sign_texts"][red] == IGNORED).all()
+    assert (cut["sign_texts"][red] == IGNORED).all() and (cut["patch_orders"] == IGNORED).sum() == 1
+    assert cut["characters"][CHARACTERS.index("7")] == 1 and cut["characters"].sum() == 1
+    assert cut["ordered_characters"].sum() == 0
     # Too small to read.
     small = label_crop(scene, (0, 0, 400, 400), side=96, patch_size=8)
-    assert (small["sign_texts"][red] == IGNORED).all()
+    assert (small["sign_texts"][red] == IGNORED).all() and set(small["characters"]) == {0, IGNORED}
 
 
 def test_crops_are_the_same_for_the_same_number():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes, tiny
-from mc_llava.pretraining import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower
+from mc_llava.pretraining import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower, sine_positions
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +112,17 @@ def test_the_optimizer_steps_all_that_learns_and_comes_back_from_its_state():
     step(other, restored)
     for value, expected in zip(other.parameters(), model.parameters()):
         torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_positions_are_alike_for_patches_that_are_near():
+    positions = sine_positions(12, 128)
+    assert positions.shape == (144, 128) and positions.square().mean() == pytest.approx(0.5, abs=0.01)
+    alike = torch.cosine_similarity(positions[:, None], positions[None], dim=-1).reshape(144, 12, 12)
+    of_middle = alike[6 * 12 + 5]
+    assert of_middle[6, 5] == of_middle.max()
+    assert of_middle[6, 5] > of_middle[6, 6] > of_middle[6, 7] and of_middle[6, 5] > of_middle[7, 5] > of_middle[8, 5]
+    learned = TowerForPretraining(tiny.vision_config()).tower.embeddings.position_embedding.weight
+    assert torch.equal(learned, positions)
 
 
 def test_the_tower_learns_its_targets_and_resumes(tmp_path):
