@@ -79,7 +79,7 @@ def build_processor() -> MCLlavaProcessor:
     return MCLlavaProcessor(image_processor, fast)
 
 
-def vision_config(width: int = 128, layers: int = 5) -> SiglipVisionConfig:
+def vision_config(width: int = 128, layers: int = 6) -> SiglipVisionConfig:
     return SiglipVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
