@@ -384,7 +384,7 @@ def pretrain_tower(
     Returns:
         The trained tower, its heads still on.
     """
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(output / "logs"))
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     torch.manual_seed(stage.seed)
     torch.set_flush_denormal(True)  # without it steps take longer and longer on a CPU
     model = TowerForPretraining(vision_config)

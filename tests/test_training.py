@@ -139,8 +139,8 @@ def row(value="<image>\nWhat?", answer="That.", image="00000/000000000.jpg", **c
 @pytest.mark.parametrize(
     ("entry", "reason"),
     [
-        (row(image="none.jpg"), "is missing"),
-        (row(image="cut.jpg"), "can't be read"),
+        (row(image="none.jpg"), "cannot read the image"),
+        (row(image="cut.jpg"), "is corrupt"),
         (row(answer=" "), "turn of gpt is empty"),
         (row(value="<image>"), "turn of human is empty"),
         (row(value="What?"), "0 <image> for 1 images"),
@@ -150,6 +150,8 @@ def row(value="<image>\nWhat?", answer="That.", image="00000/000000000.jpg", **c
         (row(conversations=[]), "no conversations"),
         (row(conversations=[{"from": "human", "value": "<image> What?"}]), "must alternate"),
         (row(conversations=[{"from": "bot", "value": "Hi."}]), "a turn must have from"),
+        (row(conversations=["Hi."]), "a turn must have from"),
+        (row(image=["a.jpg", "b.jpg"]), "image must be one path"),
         ("text", "no conversations"),
     ],
 )
