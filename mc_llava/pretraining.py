@@ -189,11 +189,18 @@ class CropDataset(torch.utils.data.Dataset):
         return {"pixel_values": pixels} | label_crop(scene, box, self.side, self.patch_size)
 
 
-def _weighted_loss(logits: torch.Tensor, targets: torch.Tensor, nothing: float) -> torch.Tensor:
-    """Mean cross-entropy in which the frequent class 0 counts less."""
-    weights = torch.ones(logits.shape[-1], device=logits.device)
-    weights[0] = nothing
-    return nn.functional.cross_entropy(logits.float().flatten(0, -2), targets.flatten(), weights, ignore_index=IGNORED)
+def _weighted_loss(logits: torch.Tensor, targets: torch.Tensor, nothing: float, ends: bool = False) -> torch.Tensor:
+    """
+    Mean cross-entropy in which the frequent class 0 counts less.
+
+    With `ends` it counts in full where the last dimension holds anything else: a text's end matters as its characters.
+    """
+    something = targets > 0
+    if ends:
+        something = something.any(-1, keepdim=True).expand_as(targets)
+    losses = nn.functional.cross_entropy(logits.float().movedim(-1, 1), targets, reduction="none", ignore_index=IGNORED)
+    weights = torch.where(something, 1.0, nothing) * (targets != IGNORED)
+    return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
 
 def sine_positions(grid: int, width: int) -> torch.Tensor:
@@ -257,7 +264,8 @@ class TowerForPretraining(nn.Module):
         logits = self.read(*self.encode(pixel_values), random.choice(GATHERED))
         losses = [_weighted_loss(logits[name], targets[name], nothing) for name, (_, nothing) in PATCH_TARGETS.items()]
         losses += [
-            _weighted_loss(logits[name], targets[name], nothing) for name, (_, _, nothing) in CROP_TARGETS.items()
+            _weighted_loss(logits[name], targets[name], nothing, ends=name == "sign_texts")
+            for name, (_, _, nothing) in CROP_TARGETS.items()
         ]
         known = ~targets["places"].isnan()
         distance = (logits["places"] - targets["places"].nan_to_num()).abs() * known
