@@ -1,4 +1,4 @@
-"""The command line: `mc-llava ask`, `crops` and `convert`."""
+"""The command line: `mc-llava ask`, `crops`, `convert` and `train`."""
 
 import json
 import sys
@@ -126,6 +126,34 @@ def convert(
     say(f"wrote {convert_checkpoint(source, target, revision, push_to_hub)}")
 
 
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file; examples/ has some.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Taken instead of the recipe's values.")
+    ] = None,
+    check: Annotated[bool, typer.Option("--check", help="Only validate the data, and name its broken rows.")] = False,
+):
+    """Fine-tune a model on data in LLaVA's format, or make `tiny`, as a recipe says."""
+    with extra("train"):
+        from . import train_tiny, training
+    values = training.read_recipe(recipe, overrides or ())
+    kind = values.pop("kind", "finetune")
+    if kind == "finetune":
+        finetune = training.build_recipe(training.Recipe, values)
+        if check:
+            rows = training.check(finetune, MCLlavaProcessor.from_pretrained(finetune.model))
+            say(f"{len(rows.good)} rows are good; {len(rows.broken)} are broken, named in {rows.report}")
+        else:
+            say(f"wrote {training.train(finetune)}")
+    elif kind == "tiny":
+        if check:
+            raise ValueError("a recipe of kind tiny has no data to check: leave --check out")
+        say(f"wrote {train_tiny.train_tiny(training.build_recipe(train_tiny.TinyRecipe, values))}")
+    else:
+        raise ValueError(f"a recipe's kind must be finetune or tiny, got {kind!r}")
+
+
 def read_image(source: str):
     return load_image(sys.stdin.buffer.read() if source == "-" else source)
 
@@ -133,6 +161,17 @@ def read_image(source: str):
 def describe(plan: list[Crop]) -> str:
     tokens = sum(crop.num_tokens for crop in plan)
     return f"crops: {len(plan)} (the whole image and a grid of {len(plan) - 1}), tokens: {tokens}"
+
+
+@contextmanager
+def extra(name: str):
+    """ValueError that names the extra to install where an optional package is missing."""
+    try:
+        yield
+    except ImportError as error:
+        if error.name is None or error.name.startswith(("mc_llava", "torch", "transformers")):
+            raise
+        raise ValueError(f'the package {error.name} is missing: pip install "mc-llava[{name}]"') from error
 
 
 def say(message: str):

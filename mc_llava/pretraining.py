@@ -14,18 +14,19 @@ import json
 import os
 import random
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from . import scenes
 from .scenes import CHARACTERS, COLORS, OBJECTS, SHAPES, Scene, Thing
+from .training import checked
 
 
 COLOR_IDS = {name: index for index, name in enumerate(COLORS)}
@@ -198,7 +199,9 @@ def _weighted_loss(logits: torch.Tensor, targets: torch.Tensor, nothing: float, 
     something = targets > 0
     if ends:
         something = something.any(-1, keepdim=True).expand_as(targets)
-    losses = nn.functional.cross_entropy(logits.float().movedim(-1, 1), targets, reduction="none", ignore_index=IGNORED)
+    losses = nn.functional.cross_entropy(
+        logits.float().movedim(-1, 1), targets, reduction="none", ignore_index=IGNORED
+    )
     weights = torch.where(something, 1.0, nothing) * (targets != IGNORED)
     return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
@@ -335,17 +338,18 @@ class MuonAndAdamW(torch.optim.Optimizer):
         self._link()
 
 
-@dataclass(frozen=True)
+@checked
 class Stage:
     """How long and how fast a stage of `tiny` learns: a warm-up, a constant rate, a linear decay in the last steps."""
 
-    steps: int
-    decay: int
-    learning_rate: float
-    batch_size: int
-    warmup: int = 200
-    weight_decay: float = 0.05
-    seed: int = 0
+    steps: PositiveInt
+    decay: NonNegativeInt
+    learning_rate: PositiveFloat
+    batch_size: PositiveInt
+    warmup: NonNegativeInt = 200
+    weight_decay: NonNegativeFloat = 0.05
+    save_steps: PositiveInt = 250
+    seed: NonNegativeInt = 0
 
     def options(self, output: Path) -> dict:
         """For `TrainingArguments` and `SFTConfig`."""
@@ -361,9 +365,9 @@ class Stage:
             "seed": self.seed,
             "bf16": True,
             "use_cpu": not torch.cuda.is_available(),
-            "save_steps": 250,
+            "save_steps": self.save_steps,
             "save_total_limit": 2,
-            "logging_steps": 50,
+            "logging_steps": 10,
             "report_to": ["tensorboard"],
             "remove_unused_columns": False,
         }
@@ -407,7 +411,9 @@ def pretrain_tower(
         ),
         train_dataset=CropDataset(NUM_CROPS, "train", side, patch_size),
         optimizers=(MuonAndAdamW(model, stage.learning_rate, stage.weight_decay), None),
-        callbacks=[Report(250, lambda model: {split: measure(model, crops) for split, crops in seen.items()})],
+        callbacks=[
+            Report(stage.save_steps, lambda model: {split: measure(model, crops) for split, crops in seen.items()})
+        ],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
     return model

@@ -12,16 +12,28 @@ import json
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import yaml
+from pydantic import (
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+    ValidationError,
+)
+from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 from tqdm import tqdm
 
-from .image_processing_mc_llava import check_knob, load_image
+from .image_processing_mc_llava import load_image
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import MCLlavaProcessor
 
@@ -36,11 +48,22 @@ PARTS = {
     "language_model": ("model.language_model", "lm_head"),
 }
 LORA_TARGETS = r".*language_model\.layers\.\d+\..*(q_proj|k_proj|v_proj|dense|fc1|fc2)"
+checked = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+
 BROKEN_FILE = "broken.jsonl"
 ROWS_AT_ONCE = 10_000  # that wait for a thread
 
 
-@dataclass(frozen=True)
+@checked
+class Lora:
+    """Adapters on the language model's linear layers: their rank, the scale alpha / r, and their dropout."""
+
+    r: PositiveInt = 64
+    alpha: PositiveInt = 128
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+
+
+@checked
 class Recipe:
     """
     What `mc-llava train` does. Paths are relative to the working directory.
@@ -51,13 +74,14 @@ class Recipe:
         images: folder that the rows' `image` is relative to.
         output: folder for the model, checkpoints, TensorBoard's logs and the list of broken rows.
         train: which of `PARTS` learn; all else stays as it is.
-        lora: `r`, `alpha` and `dropout` of adapters for the language model, which then is no part of `train`.
+        lora: adapters for the language model, which then is no part of `train`.
         max_crops, num_tokens: bounds [low, high] from which both knobs are drawn for each row, so that one checkpoint
             serves every budget.
         max_broken: how many broken rows are skipped before training is refused.
         epochs, max_steps: how long; `max_steps` wins where it is above 0.
         batch_size: rows per device and step, `accumulation` of which make an update.
-        dtype: float32 or bfloat16, of the weights that don't learn and of the saved model. What learns is in float32.
+        warmup: of the learning rate, as a share of all steps below 1, or a number of steps.
+        dtype: of the weights that don't learn and of the saved model. What learns is in float32.
         bf16: compute in bfloat16.
         resume: go on from the last checkpoint in `output`, if there is one.
 
@@ -70,78 +94,82 @@ class Recipe:
     images: str
     output: str
     train: tuple[str, ...] = ("coordinates", "projector")
-    lora: dict | None = None
-    max_crops: tuple[int, int] = (0, 100)
-    num_tokens: tuple[int, int] = (128, 728)
-    max_broken: int = 0
-    epochs: float = 1.0
-    max_steps: int = 0
-    batch_size: int = 8
-    accumulation: int = 1
-    learning_rate: float = 1e-3
-    warmup: float = 0.03
-    weight_decay: float = 0.0
-    dtype: str = "float32"
+    lora: Lora | None = None
+    max_crops: tuple[NonNegativeInt, NonNegativeInt] = (0, 100)
+    num_tokens: tuple[PositiveInt, PositiveInt] = (128, 728)
+    max_broken: NonNegativeInt = 0
+    epochs: PositiveFloat = 1.0
+    max_steps: NonNegativeInt = 0
+    batch_size: PositiveInt = 8
+    accumulation: PositiveInt = 1
+    learning_rate: PositiveFloat = 1e-3
+    warmup: NonNegativeFloat = 0.03
+    weight_decay: NonNegativeFloat = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
     bf16: bool = True
     gradient_checkpointing: bool = False
-    save_steps: int = 500
-    log_steps: int = 10
-    workers: int = 2
-    seed: int = 0
+    save_steps: PositiveInt = 500
+    log_steps: PositiveInt = 10
+    workers: NonNegativeInt = 2
+    seed: NonNegativeInt = 0
     resume: bool = False
 
     def __post_init__(self):
-        for name in ("train", "max_crops", "num_tokens"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, minimum in {"max_crops": 0, "num_tokens": 1}.items():
-            bounds = getattr(self, name)
-            if len(bounds) != 2 or check_knob(name, bounds[0], minimum) > check_knob(name, bounds[1], minimum):
-                raise ValueError(f"{name} must be two bounds, the lower one first, got {list(bounds)}")
+        for name in ("max_crops", "num_tokens"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} must be two bounds, the lower one first, got [{low}, {high}]")
         if unknown := sorted(set(self.train) - set(PARTS)):
             raise ValueError(f"train names unknown parts {unknown}: choose from {list(PARTS)}")
         if self.lora is None and not self.train:
             raise ValueError(f"nothing learns: name parts in train (of {list(PARTS)}), or set lora")
-        if self.lora is not None:
-            if unknown := sorted(set(self.lora) - {"r", "alpha", "dropout"}):
-                raise ValueError(f"lora has unknown keys {unknown}: it knows r, alpha and dropout")
-            if "language_model" in self.train:
-                raise ValueError("lora stands for the language model: take language_model out of train, or lora away")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be float32 or bfloat16, got {self.dtype!r}")
+        if self.lora is not None and "language_model" in self.train:
+            raise ValueError("lora stands for the language model: take language_model out of train, or lora away")
 
 
-def load_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+def read_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> dict:
     """
-    Read a recipe.
+    The names and values of a YAML file.
 
     Args:
-        path: a YAML file with `Recipe`'s names.
-        overrides: "name=value" each, the value in YAML, taken instead of the file's.
+        overrides: "name=value" each, the value in YAML, taken instead of the file's; "part.name=value" inside of one.
 
     Raises:
-        ValueError: if the file can't be read, a name is unknown or missing, or a value can't be.
+        ValueError: if the file can't be read or an override is none.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the recipe {path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the recipe {path} must be a mapping of names to values, got {type(values).__name__}")
     for override in overrides:
         name, equals, value = override.partition("=")
-        if not equals:
-            raise ValueError(f"an override must read name=value, got {override!r}")
-        values[name.strip()] = yaml.safe_load(value)
-    known = {entry.name: entry for entry in fields(Recipe)}
-    if unknown := sorted(set(values) - set(known)):
-        raise ValueError(f"the recipe has unknown names {unknown}: it knows {list(known)}")
-    if missing := [name for name in ("model", "data", "images", "output") if name not in values]:
-        raise ValueError(f"the recipe {path} lacks {missing}: add them, or pass name=value")
-    for name, value in values.items():
-        # YAML reads 1e-3 as text.
-        if known[name].type is float and isinstance(value, str):
-            values[name] = float(value)
-    return Recipe(**values)
+        *parts, name = name.strip().split(".")
+        inner = values
+        for part in parts:
+            inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
+        if not equals or not isinstance(inner, dict):
+            raise ValueError(f"an override must read name=value, or part.name=value inside of a mapping: {override!r}")
+        try:
+            inner[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"the value of the override {override!r} is no YAML: {error}") from error
+    return values
+
+
+def build_recipe(kind: type, values: dict):
+    """An object of a recipe's class. Raises ValueError that names each unknown, missing and impossible value."""
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        reasons = (f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+        raise ValueError(f"the recipe can't be: {'; '.join(reasons)}") from None
+
+
+def load_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """A `Recipe` from a YAML file; see `read_recipe`. Raises ValueError, for unknown and missing names too."""
+    return build_recipe(Recipe, read_recipe(path, overrides))
 
 
 # Rows
@@ -153,6 +181,7 @@ class Rows:
 
     good: list[dict] = field(default_factory=list)
     broken: list[dict] = field(default_factory=list)  # {"row": position in the file, "id", "reason"}
+    report: Path | None = None  # where `check` named the broken ones
 
 
 def read_rows(data: str | os.PathLike, images: str | os.PathLike, special_tokens: list[str]) -> Rows:
@@ -242,7 +271,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
         ValueError: if there are more than `max_broken` of them, or none to train on.
     """
     rows = read_rows(recipe.data, recipe.images, processor.special_tokens)
-    report = Path(recipe.output, BROKEN_FILE)
+    rows.report = report = Path(recipe.output, BROKEN_FILE)
     report.parent.mkdir(parents=True, exist_ok=True)
     report.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.broken), encoding="utf-8")
     if len(rows.broken) > recipe.max_broken:
@@ -365,9 +394,9 @@ def train(recipe: Recipe) -> Path:
         set_trainable(model, recipe.train)
     else:
         lora = LoraConfig(
-            r=recipe.lora.get("r", 64),
-            lora_alpha=recipe.lora.get("alpha", 128),
-            lora_dropout=recipe.lora.get("dropout", 0.05),
+            r=recipe.lora.r,
+            lora_alpha=recipe.lora.alpha,
+            lora_dropout=recipe.lora.dropout,
             target_modules=LORA_TARGETS,
             modules_to_save=[module.split(".")[-1] for part in recipe.train for module in PARTS[part]] or None,
         )

@@ -8,13 +8,15 @@ once, and the language model, the projector and the coordinate embedding train o
 import functools
 import os
 import random
-import types
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from datasets import Dataset
+from pydantic import NonNegativeInt, PositiveInt
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
@@ -22,10 +24,10 @@ from trl import SFTConfig, SFTTrainer
 from . import scenes
 from .configuration_mc_llava import MCLlavaConfig
 from .image_processing_mc_llava import MCLlavaImageProcessor
-from .modeling_mc_llava import MCLlavaForConditionalGeneration
+from .modeling_mc_llava import MCLlavaForConditionalGeneration, MCLlavaModel
 from .pretraining import MuonAndAdamW, Report, Stage, pretrain_tower
 from .processing_mc_llava import MCLlavaProcessor
-from .training import set_trainable
+from .training import checked, set_trainable
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>", "<pad>"]
@@ -36,9 +38,35 @@ MAX_CROPS, NUM_TOKENS = 32, 128
 CROP_BUDGETS = {0: 4, 2: 4, 4: 6, 8: 10, 16: 16, 32: 48, 64: 12}
 
 SHARD = 500  # images of one file of the cache
-NUM_TESTED = 200
-TURNS = 8
-CAPTIONS = 0.1
+TURNS = 8  # at most, of one conversation
+CAPTIONS = 0.1  # share of the conversations that are a caption
+
+
+@checked
+class TinyRecipe:
+    """
+    How `tiny` is made. A call with the same `output` goes on where an earlier one stopped.
+
+    Args:
+        output: the folder of the model; the stages leave their checkpoints beside it, in `output`-work.
+        tower: the vision tower's stage, on single crops.
+        language_model: the stage of all else, on whole scenes.
+        num_images: how many scenes are encoded for the language model.
+        num_tested: how many scenes, of those never trained on, are asked about along the way.
+        tower_width, tower_layers, width, layers: sizes of the SigLIP and of the Phi architecture.
+        workers: processes that draw.
+    """
+
+    output: str
+    tower: Stage
+    language_model: Stage
+    num_images: PositiveInt
+    num_tested: PositiveInt = 200
+    tower_width: PositiveInt = 128
+    tower_layers: PositiveInt = 6
+    width: PositiveInt = 192
+    layers: PositiveInt = 4
+    workers: NonNegativeInt = 1
 
 
 def build_processor() -> MCLlavaProcessor:
@@ -79,7 +107,7 @@ def build_processor() -> MCLlavaProcessor:
     return MCLlavaProcessor(image_processor, fast)
 
 
-def vision_config(width: int = 128, layers: int = 6) -> SiglipVisionConfig:
+def vision_config(width: int, layers: int) -> SiglipVisionConfig:
     return SiglipVisionConfig(
         hidden_size=width,
         intermediate_size=4 * width,
@@ -91,7 +119,7 @@ def vision_config(width: int = 128, layers: int = 6) -> SiglipVisionConfig:
     )
 
 
-def build_model(processor: MCLlavaProcessor, vision: SiglipVisionConfig, width: int = 192, layers: int = 4):
+def build_model(processor: MCLlavaProcessor, vision: SiglipVisionConfig, width: int, layers: int):
     """A model of `tiny`'s sizes with random weights."""
     tokenizer = processor.tokenizer
     text = PhiConfig(
@@ -123,6 +151,8 @@ class CachedImage(NamedTuple):
     features: torch.Tensor  # float16[tokens, vision_hidden], without coordinates
     coords: torch.Tensor  # float32[crops, 2]
     num_tokens: torch.Tensor  # int64[crops]
+
+    TENSORS = ("features", "coords", "num_tokens")
 
 
 class SceneCrops(torch.utils.data.Dataset):
@@ -161,33 +191,47 @@ def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> li
     """
     images = []
     folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, count, SHARD):
-        path = folder / f"{start}.pt"
+    for start in tqdm(range(0, count, SHARD), desc="Encoding scenes", unit_scale=SHARD, unit="scene"):
+        path = folder / f"{start}.safetensors"
         if not path.exists():
             rng = random.Random(start)
             budgets = []
             for max_crops in rng.choices(list(CROP_BUDGETS), list(CROP_BUDGETS.values()), k=SHARD):
                 budgets.append((max_crops, NUM_TOKENS if rng.random() < 0.7 else rng.randint(48, 256)))
             shard = encode_scenes(model, processor, range(start, start + SHARD), "train", budgets, workers)
+            tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in CachedImage.TENSORS}
+            tensors["crops"] = torch.tensor([len(image.coords) for image in shard])
             partial = path.with_suffix(".part")
-            torch.save([tuple(image) for image in shard], partial)
+            save_file(tensors, partial)
             partial.rename(path)  # an interrupted run leaves no half of a shard
-        images += [CachedImage(*image) for image in torch.load(path)]
+        shard = load_file(path)
+        crops = shard["crops"].tolist()
+        tokens = [int(kept.sum()) for kept in shard["num_tokens"].split(crops)]
+        parts = shard["features"].split(tokens), shard["coords"].split(crops), shard["num_tokens"].split(crops)
+        images += [CachedImage(start + index, *image) for index, image in enumerate(zip(*parts))]
     return images
 
 
-def read_cached(model: MCLlavaForConditionalGeneration):
-    """Let `pixel_values` be right-aligned features [crops, longest, vision_hidden] instead of pixels, from now on."""
+class CachedTower(MCLlavaModel):
+    """Takes the features that its frozen tower gave before for pixels: right-aligned, [crops, longest, width]."""
 
-    def encode(self, features, num_tokens, **kwargs):
-        longest = features.shape[1]
-        return features[torch.arange(longest, device=features.device) >= longest - num_tokens[:, None]]
+    def _encode_crops(self, pixel_values: torch.Tensor, num_tokens: torch.Tensor, **kwargs) -> torch.Tensor:
+        longest = pixel_values.shape[1]
+        return pixel_values[torch.arange(longest, device=pixel_values.device) >= longest - num_tokens[:, None]]
 
-    model.model._encode_crops = types.MethodType(encode, model.model)
+
+class LanguageModelTrainee(MCLlavaForConditionalGeneration):
+    """The same parameters as the model's own, over a `CachedTower`."""
+
+    _auto_class = None  # its checkpoints are for resuming alone: no code goes along
+
+    def __init__(self, config: MCLlavaConfig):
+        super().__init__(config)
+        self.model = CachedTower(config)
 
 
 def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
-    """What a model prepared by `read_cached` takes for a batch of images."""
+    """What a `LanguageModelTrainee` takes for a batch of images."""
     counts = torch.cat([image.num_tokens for image in images])
     longest = int(counts.max())
     features = torch.zeros(len(counts), longest, images[0].features.shape[1])
@@ -250,7 +294,7 @@ class SceneCollator:
 
 @torch.no_grad()
 def answer(model, processor, images: list[CachedImage], questions: list[str], batch_size: int = 64) -> list[str]:
-    """Greedy replies of a model prepared by `read_cached`."""
+    """Greedy replies of a `LanguageModelTrainee`."""
     replies = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -284,28 +328,29 @@ def measure(model, processor, images: list[CachedImage], split: str) -> dict[str
     return accuracies
 
 
-def train_language_model(model, processor, images: list[CachedImage], output: Path, stage: Stage, captions: float):
+def train_language_model(model, processor, images: list[CachedImage], output: Path, stage: Stage, num_tested: int):
     """Train all but the tower on cached images, or go on from the last checkpoint in `output`."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
-    seeds = range(NUM_TESTED)
-    with_crops = encode_scenes(model, processor, seeds, "test", [(MAX_CROPS, NUM_TOKENS)] * NUM_TESTED)
-    without = encode_scenes(model, processor, seeds, "test", [(0, NUM_TOKENS)] * NUM_TESTED)
+    seeds = range(num_tested)
+    with_crops = encode_scenes(model, processor, seeds, "test", [(MAX_CROPS, NUM_TOKENS)] * num_tested)
+    without = encode_scenes(model, processor, seeds, "test", [(0, NUM_TOKENS)] * num_tested)
 
-    def measured(model):
+    def measured(trainee):
         return {
-            "crops": measure(model, processor, with_crops, "test"),
-            "whole": measure(model, processor, without, "test"),
-            "seen": measure(model, processor, images[:NUM_TESTED], "train"),
+            "crops": measure(trainee, processor, with_crops, "test"),
+            "whole": measure(trainee, processor, without, "test"),
+            "seen": measure(trainee, processor, images[:num_tested], "train"),
         }
 
-    read_cached(model)
-    if not torch.cuda.is_available():
-        model.set_attn_implementation("eager")  # see `pretraining.TowerForPretraining`
-    set_trainable(model, ("coordinates", "projector", "language_model"))
+    # The backward pass of fused attention is slow on a CPU, see `pretraining.TowerForPretraining`.
+    attention = "sdpa" if torch.cuda.is_available() else "eager"
+    trainee = LanguageModelTrainee._from_config(model.config, attn_implementation=attention)
+    trainee.load_state_dict(model.state_dict())
+    set_trainable(trainee, ("coordinates", "projector", "language_model"))
     # See `training.train`: a run could not go on from checkpoints under the published names.
-    model.save_pretrained = functools.partial(model.save_pretrained, save_original_format=False)
+    trainee.save_pretrained = functools.partial(trainee.save_pretrained, save_original_format=False)
     trainer = SFTTrainer(
-        model,
+        trainee,
         SFTConfig(
             **stage.options(output),
             max_length=None,
@@ -313,35 +358,28 @@ def train_language_model(model, processor, images: list[CachedImage], output: Pa
             dataset_kwargs={"skip_prepare_dataset": True},
         ),
         train_dataset=Dataset.from_dict({"image": range(len(images))}),
-        data_collator=SceneCollator(processor, images, captions, TURNS),
+        data_collator=SceneCollator(processor, images, CAPTIONS, TURNS),
         processing_class=processor,
-        optimizers=(MuonAndAdamW(model, stage.learning_rate, stage.weight_decay), None),
-        callbacks=[Report(500, measured)],
+        optimizers=(MuonAndAdamW(trainee, stage.learning_rate, stage.weight_decay), None),
+        callbacks=[Report(stage.save_steps, measured)],
     )
     trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
-    del model.save_pretrained, model.model._encode_crops
+    model.load_state_dict(trainee.state_dict())
 
 
-def train_tiny(
-    output: str | os.PathLike, tower: Stage, language_model: Stage, num_images: int, workers: int = 1
-) -> Path:
-    """
-    Make `tiny` from nothing. An interrupted call goes on where it stopped.
-
-    Args:
-        output: the folder of the model; the stages leave their checkpoints beside it, in `output`-work.
-        num_images: how many scenes are encoded for the language model.
-    """
-    output = Path(output)
+def train_tiny(recipe: TinyRecipe) -> Path:
+    """Make `tiny` from nothing, or go on where an interrupted call stopped. Returns the model's folder."""
+    output = Path(recipe.output)
     work = output.with_name(output.name + "-work")
     processor = build_processor()
-    torch.manual_seed(language_model.seed)
-    model = build_model(processor, vision_config())
-    pretrained = pretrain_tower(work / "tower", vision_config(), tower, workers).tower
+    vision = vision_config(recipe.tower_width, recipe.tower_layers)
+    torch.manual_seed(recipe.language_model.seed)
+    model = build_model(processor, vision, recipe.width, recipe.layers)
+    pretrained = pretrain_tower(work / "tower", vision, recipe.tower, recipe.workers).tower
     model.model.vision_tower.load_state_dict(pretrained.state_dict())
     model.eval().to(pretrained.device)
-    images = cache_scenes(model, processor, work / "images", num_images, workers)
-    train_language_model(model, processor, images, work / "language_model", language_model, CAPTIONS)
+    images = cache_scenes(model, processor, work / "images", recipe.num_images, recipe.workers)
+    train_language_model(model, processor, images, work / "language_model", recipe.language_model, recipe.num_tested)
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
     return output
