@@ -1,10 +1,11 @@
-"""The command line: `mc-llava ask`, `crops`, `convert` and `train`."""
+"""The command line: `mc-llava --help` lists its commands."""
 
 import json
 import sys
 import time
 from contextlib import contextmanager
 from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -14,9 +15,11 @@ from transformers import TextStreamer
 
 from .convert import convert as convert_checkpoint
 from .crop_grid import draw_crop_grid
+from .evaluation import Evaluator, compare, evaluate, load, score_table
 from .image_processing_mc_llava import Crop, MCLlavaImageProcessor, load_image
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import MCLlavaProcessor
+from .tasks import TASKS
 
 
 DEFAULT_MODEL = "visheratin/MC-LLaVA-3b"
@@ -152,6 +155,54 @@ def train(
         say(f"wrote {train_tiny.train_tiny(training.build_recipe(train_tiny.TinyRecipe, values))}")
     else:
         raise ValueError(f"a recipe's kind must be finetune or tiny, got {kind!r}")
+
+
+@app.command(name="eval")
+def evaluate_tasks(
+    model: ModelOption = DEFAULT_MODEL,
+    tasks: Annotated[str, typer.Option(help=f"Of {', '.join(TASKS)}, with commas between them.")] = "",
+    data: Annotated[
+        list[str], typer.Option(metavar="TASK=SOURCE", help="A Hub id, folder or parquet file instead of the task's.")
+    ] = [],  # noqa: B006
+    output: Annotated[Path, typer.Option(help="The folder for results; a stopped run goes on there.")] = Path(
+        "results"
+    ),
+    max_crops: MaxCrops = None,
+    num_tokens: NumTokens = None,
+    limit: Annotated[int | None, typer.Option(help="Ask only the first questions of each task.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions that are asked at once.", min=1)] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer's tokens.", min=1)] = 32,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint was saved.")] = Dtype.auto,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; an accelerator where there is one.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    results: Annotated[
+        tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Two results files; asks nothing.")
+    ] = None,
+):
+    """Measure a model on benchmarks, or compare two results."""
+    if results:
+        print(compare(*results))
+        return
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"no task was named: pass --tasks with some of {', '.join(TASKS)}")
+    sources = dict(source.partition("=")[::2] for source in data)
+    for name in (*names, *sources):
+        if name not in TASKS:
+            raise ValueError(f"there is no task {name!r}: choose from {', '.join(TASKS)}")
+    network, processor, commit = load(model, revision, dtype.value, device)
+    evaluator = Evaluator(network, processor, max_crops, num_tokens, batch_size, max_new_tokens)
+    failed = asked = 0
+    for name in names:
+        found = evaluate(name, evaluator, output, model=model, revision=commit, data=sources.get(name), limit=limit)
+        print(f"{name}, {len(found['questions'])} questions: {output / name}.json\n{score_table(found)}", flush=True)
+        asked += len(found["questions"])
+        for record in found["questions"]:
+            if "failed" in record:
+                say(f"failed and counted as wrong: {name} {record['id']}: {record['failed']}")
+                failed += 1
+    if failed == asked:
+        raise ValueError(f"all of {asked} questions failed: see the reasons above")
 
 
 def read_image(source: str):

@@ -1,0 +1,488 @@
+"""
+A model against a benchmark: batches, likelihoods, files that survive a kill, and two results side by side.
+
+While a task runs, its folder holds `TASK.partial.jsonl`: the settings, then a record per question, written batch by
+batch. Batches depend on the data set and the batch size alone, so that a run that was stopped ends in the same file as
+one that was not; that file is `TASK.json`.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+from .image_processing_mc_llava import check_knob, load_image
+from .metrics import bootstrap_interval, mcnemar, wilson_interval
+from .modeling_mc_llava import MCLlavaForConditionalGeneration
+from .processing_mc_llava import MCLlavaProcessor
+from .tasks import TASKS, Question, Task
+
+
+PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy")
+# What one question can fail of. Anything else, such as a lost device, would fail all that follow: it ends the run,
+# which goes on from there when it is started again.
+FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
+
+
+# Asking
+
+
+def user_turn(question: str) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+
+
+class Evaluator:
+    """
+    A model that answers questions about one image each, many at a time.
+
+    Args:
+        max_crops, num_tokens: as the processor was saved where None.
+        batch_size: rows of a forward pass.
+        max_new_tokens: upper bound of a reply's tokens.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model: MCLlavaForConditionalGeneration,
+        processor: MCLlavaProcessor,
+        max_crops: int | None = None,
+        num_tokens: int | None = None,
+        batch_size: int = 8,
+        max_new_tokens: int = 32,
+    ):
+        saved = processor.image_processor
+        self.model, self.processor = model.eval(), processor
+        self.knobs = {
+            "max_crops": check_knob("max_crops", saved.max_crops if max_crops is None else max_crops, 0),
+            "num_tokens": check_knob("num_tokens", saved.num_tokens if num_tokens is None else num_tokens, 1),
+        }
+        self.batch_size = check_knob("batch_size", batch_size, 1)
+        self.max_new_tokens = check_knob("max_new_tokens", max_new_tokens, 1)
+
+    def encode(self, images: list) -> list[torch.Tensor]:
+        """One float[tokens, hidden] per image."""
+        inputs = self.processor.image_processor(images, return_tensors="pt", **self.knobs).to(self.model.device)
+        with torch.no_grad():
+            return self.model.get_image_features(**inputs).pooler_output
+
+    def expand(self, prompt: str, features: torch.Tensor) -> str:
+        """The prompt of one image with one `<image>` per visual token."""
+        return prompt.replace(self.processor.image_token, self.processor.image_token * len(features))
+
+    def generate(self, questions: list[str], features: list[torch.Tensor]) -> list[str]:
+        """Greedy replies to questions, each about an encoded image."""
+        prompts = [
+            self.expand(self.processor.apply_chat_template(user_turn(question), add_generation_prompt=True), tokens)
+            for question, tokens in zip(questions, features)
+        ]
+        inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
+        output = self.model.generate(
+            **inputs, image_features=features, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
+        )
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        return [reply.strip() for reply in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
+
+    def option_likelihoods(
+        self, question: str, options: tuple[str, ...], features: torch.Tensor
+    ) -> list[tuple[float, int]]:
+        """
+        How likely each option is as the whole answer to a question about an encoded image.
+
+        Returns:
+            For each option the sum of its tokens' natural log probabilities and how many they are. The end of the turn
+            is one of them: without it "red" could never be less likely than "red and blue".
+
+        Raises:
+            ValueError: if an option doesn't fit into the context.
+        """
+        turn = user_turn(question)
+        prompt = self.processor.apply_chat_template(turn, add_generation_prompt=True)
+        rows, lengths = [], []
+        for option in options:
+            whole = self.processor.apply_chat_template([*turn, {"role": "assistant", "content": option}]).rstrip("\n")
+            prompt_ids, option_ids = (
+                self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+                for text in (self.expand(prompt, features), whole.removeprefix(prompt))
+            )
+            rows.append(torch.tensor(prompt_ids + option_ids))
+            lengths.append(len(option_ids))
+        limit = self.model.config.text_config.max_position_embeddings
+        if (longest := max(map(len, rows))) > limit:
+            raise ValueError(f"question and option have {longest} tokens, the context {limit}: lower num_tokens")
+
+        likelihoods = []
+        for start in range(0, len(rows), self.batch_size):
+            end = start + self.batch_size
+            likelihoods += self._row_likelihoods(rows[start:end], lengths[start:end], features)
+        return list(zip(likelihoods, lengths))
+
+    def _row_likelihoods(self, rows: list[torch.Tensor], lengths: list[int], features: torch.Tensor) -> list[float]:
+        """The log probability of the last `lengths[i]` tokens of row i."""
+        padding = self.processor.tokenizer.pad_token_id
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+        attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        kept = max(lengths) + 1  # padded on the left, all options end in the last column
+        with torch.no_grad():
+            logits = self.model(
+                input_ids=input_ids.to(self.model.device),
+                attention_mask=attention_mask.to(self.model.device),
+                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(self.model.device),
+                image_features=[features] * len(rows),
+                logits_to_keep=kept,
+            ).logits
+        log_probabilities = logits[:, :-1].float().log_softmax(-1)
+        targets = input_ids[:, -kept + 1 :].to(log_probabilities.device)
+        scores = log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+        return [float(row[-length:].sum()) for row, length in zip(scores, lengths)]
+
+    def answer(self, task: Task, questions: list[Question]) -> list[dict]:
+        """
+        A record of each question, in their order.
+
+        A batch that fails is asked again one by one: what fails then is recorded with its error and scores 0.
+        """
+        start = time.perf_counter()
+        try:
+            records = self._answer(task, questions)
+        except FAILURES as error:
+            if len(questions) > 1:
+                return [record for question in questions for record in self.answer(task, [question])]
+            metrics = metric_names(task) if questions[0].choice else [task.metric]
+            records = [{**describe(questions[0]), "failed": str(error), "scores": dict.fromkeys(metrics, 0.0)}]
+        seconds = (time.perf_counter() - start) / len(questions)
+        return [{**record, "seconds": round(seconds, 4)} for record in records]
+
+    def _answer(self, task: Task, questions: list[Question]) -> list[dict]:
+        # Questions about one image follow each other in these data sets: it is encoded once.
+        images = {question.image_id: question.image for question in questions}
+        images = {id: load_image(image) for id, image in images.items()}
+        plans = {id: self.processor.image_processor.plan(*image.size, **self.knobs) for id, image in images.items()}
+        features = dict(zip(images, self.encode(list(images.values()))))
+        replies = self.generate(
+            [question.prompt for question in questions], [features[question.image_id] for question in questions]
+        )
+        records = []
+        for question, reply in zip(questions, replies):
+            plan = plans[question.image_id]
+            record = {
+                **describe(question),
+                "reply": reply,
+                "scores": {task.metric: task.score(question, reply)},
+                "crops": len(plan),
+                "tokens": sum(crop.num_tokens for crop in plan),
+            }
+            if choice := question.choice:
+                likelihoods = self.option_likelihoods(choice.question, choice.options, features[question.image_id])
+                per_token = [likelihood / length for likelihood, length in likelihoods]
+                record["options"] = [
+                    {"text": text, "log_likelihood": likelihood, "tokens": length}
+                    for text, (likelihood, length) in zip(choice.options, likelihoods)
+                ]
+                record["scores"] |= {
+                    "likelihood": is_best([likelihood for likelihood, _ in likelihoods], choice.right),
+                    "likelihood_per_token": is_best(per_token, choice.right),
+                }
+            records.append(record)
+        return records
+
+
+def describe(question: Question) -> dict:
+    return {"id": question.id, "part": question.part, "prompt": question.prompt, "expected": question.expected}
+
+
+def is_best(values: list[float], right: int) -> float:
+    """1 if the right one's value is above all others. A tie is no choice: V*-bench's right option is always first."""
+    return float(all(value < values[right] for index, value in enumerate(values) if index != right))
+
+
+def metric_names(task: Task) -> list[str]:
+    return [task.metric, *(["likelihood", "likelihood_per_token"] if task.metric == "letter" else [])]
+
+
+# Running
+
+
+def load(
+    path: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
+) -> tuple[MCLlavaForConditionalGeneration, MCLlavaProcessor, str]:
+    """
+    A model, its processor, and what its weights are known by: the commit of a Hub id, a digest of a folder's files.
+    """
+    at = {"revision": revision} if revision else {}
+    processor = MCLlavaProcessor.from_pretrained(path, **at)
+    model = MCLlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, **at)
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator()
+        device = "cpu" if accelerator is None else accelerator.type
+    commit = getattr(model.config, "_commit_hash", None)
+    if Path(path).is_dir():
+        digest = hashlib.sha256()
+        for file in sorted(Path(path).glob("*.safetensors")):
+            with open(file, "rb") as opened:
+                for block in iter(partial(opened.read, 2**20), b""):
+                    digest.update(block)
+        commit = f"sha256:{digest.hexdigest()}"
+    return model.to(device), processor, commit or "unknown"
+
+
+def versions() -> dict[str, str | None]:
+    """Those of the packages that results depend on; None where one is not installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def evaluate(
+    task_name: str,
+    evaluator: Evaluator,
+    output: str | os.PathLike,
+    *,
+    model: str,
+    revision: str,
+    data: str | None = None,
+    limit: int | None = None,
+) -> dict:
+    """
+    Put a task's questions to a model, or go on with those that a stopped run left, and write `output`/TASK.json.
+
+    Args:
+        model, revision: what the results file calls the model.
+        data: a Hub id, a folder or a file; the task's own Hub id where None.
+        limit: ask the first questions only.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ValueError: if the task or its data are not there, or if `output` holds results of other settings.
+    """
+    if task_name not in TASKS:
+        raise ValueError(f"there is no task {task_name!r}: choose from {', '.join(TASKS)}")
+    task = TASKS[task_name]
+    if limit is not None:
+        check_knob("limit", limit, 1)
+    settings = {
+        "task": task_name,
+        "model": model,
+        "revision": revision,
+        "data": task.data if data is None else str(data),
+        "limit": limit,
+        **evaluator.knobs,
+        "batch_size": evaluator.batch_size,
+        "max_new_tokens": evaluator.max_new_tokens,
+        "dtype": str(evaluator.model.dtype).removeprefix("torch."),
+        "device": evaluator.model.device.type,
+        "instruction": task.instruction,
+        "versions": versions(),
+    }
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    final, unfinished = output / f"{task_name}.json", output / f"{task_name}.partial.jsonl"
+    if final.exists():
+        results = read_results(final)
+        check_settings(results["settings"], settings, final)
+        return results
+
+    records = resume(unfinished, settings, evaluator.batch_size)
+    count, questions = task.read(settings["data"], limit is not None)
+    questions = islice(questions, limit)
+    total = count if limit is None or (count is not None and count < limit) else limit
+    with (
+        tqdm(total=total, initial=len(records), unit="question", desc=task_name) as progress,
+        open(unfinished, "a", encoding="utf-8") as journal,
+    ):
+        for record in records:
+            question = next(questions, None)
+            if question is None or question.id != record["id"]:
+                raise ValueError(f"{unfinished} was made of other data: choose another output, or remove it")
+        seen = {record["id"] for record in records}
+        while batch := list(islice(questions, evaluator.batch_size)):
+            for question in batch:
+                if question.id in seen:
+                    raise ValueError(f"the data {settings['data']} hold question {question.id} twice: remove one")
+                seen.add(question.id)
+            answered = evaluator.answer(task, batch)
+            journal.writelines(map(to_line, answered))
+            journal.flush()
+            os.fsync(journal.fileno())
+            records += answered
+            progress.update(len(batch))
+    if not records:
+        raise ValueError(f"the data {settings['data']} hold no questions: pass others")
+    results = {"settings": settings, **summarize(task, records), "questions": records}
+    write_json(final, results)
+    unfinished.unlink()
+    return results
+
+
+def to_line(entry: dict) -> str:
+    return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, content: dict):
+    """All of it or nothing: a reader never sees half a file."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, path)
+
+
+def read_results(path: str | os.PathLike) -> dict:
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the results {path} ({error}): pass a file that mc-llava eval wrote") from error
+    if not isinstance(results, dict) or not {"settings", "scores", "questions"} <= set(results):
+        raise ValueError(f"{path} holds no results: pass a file that mc-llava eval wrote")
+    return results
+
+
+def check_settings(found: dict, wanted: dict, path: Path):
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    if names:
+        raise ValueError(
+            f"{path} has {names[0]} {found.get(names[0])!r}, this run {wanted.get(names[0])!r}: "
+            "choose another output, or remove the file"
+        )
+
+
+def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
+    """
+    The records of a stopped run, and the file cut to them; none and a new file if there was no run.
+
+    A batch of which a record is missing is asked again as a whole.
+    """
+    records = []
+    if unfinished.exists():
+        # What follows the last line's end was torn by the kill.
+        lines = unfinished.read_bytes().split(b"\n")[:-1]
+        found, *records = map(json.loads, lines)
+        check_settings(found, settings, unfinished)
+        records = records[: len(records) // batch_size * batch_size]
+    draft = unfinished.with_name(unfinished.name + ".draft")
+    draft.write_text("".join(map(to_line, [settings, *records])), encoding="utf-8")
+    os.replace(draft, unfinished)
+    return records
+
+
+def summarize(task: Task, records: list[dict]) -> dict:
+    """Scores in percent with 95 % intervals, overall and for each part, and what they cost."""
+    parts = dict.fromkeys(record["part"] for record in records)
+    rows = {"overall": [record for record in records if not task.overall or record["part"] in task.overall]}
+    if len(parts) > 1 or task.overall:
+        rows |= {part: [record for record in records if record["part"] == part] for part in parts}
+    scores = []
+    for part, chosen in rows.items():
+        for metric in metric_names(task) if chosen else ():
+            values = [record["scores"][metric] for record in chosen]
+            is_graded = metric == "vqa_accuracy"
+            low, high = bootstrap_interval(values) if is_graded else wilson_interval(sum(values), len(values))
+            scores.append(
+                {
+                    "part": part,
+                    "metric": metric,
+                    "score": round(100 * sum(values) / len(values), 2),
+                    "low": round(100 * low, 2),
+                    "high": round(100 * high, 2),
+                    "interval": "bootstrap" if is_graded else "wilson",
+                    "n": len(values),
+                }
+            )
+    return {
+        "scores": scores,
+        "failed": [record["id"] for record in records if "failed" in record],
+        "crops": sum(record.get("crops", 0) for record in records),
+        "tokens": sum(record.get("tokens", 0) for record in records),
+        "seconds": round(sum(record["seconds"] for record in records), 2),
+    }
+
+
+def score_table(results: dict) -> str:
+    rows = [("part", "metric", "score", "95 % interval", "n")]
+    for row in results["scores"]:
+        interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        rows.append((row["part"], row["metric"], f"{row['score']:.2f}", interval, str(row["n"])))
+    return align(rows)
+
+
+def align(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+# Comparing
+
+
+def compare(first: str | os.PathLike, second: str | os.PathLike) -> str:
+    """
+    Two results files side by side: a table of scores, differences and paired tests, then the questions that changed.
+
+    Only questions that are in both count. The interval of a difference is bootstrapped over questions; p is that of
+    McNemar's exact test, which for VQA accuracy is the sign test.
+
+    Raises:
+        ValueError: if a file holds no results, or the two have no question in common.
+    """
+    a, b = read_results(first), read_results(second)
+    task_name = a["settings"]["task"]
+    if task_name != b["settings"]["task"]:
+        raise ValueError(f"{first} has the task {task_name}, {second} {b['settings']['task']}: compare one task")
+    task = TASKS[task_name]
+    in_a, in_b = ({record["id"]: record for record in results["questions"]} for results in (a, b))
+    common = [id for id in in_a if id in in_b and in_a[id]["expected"] == in_b[id]["expected"]]
+    if not common:
+        raise ValueError(f"{first} and {second} have no question in common: compare results on the same data")
+
+    lines = [f"A: {first}", f"B: {second}"]
+    for name in a["settings"] | b["settings"]:
+        if (one := a["settings"].get(name)) != (other := b["settings"].get(name)):
+            lines.append(f"{name}: {one} -> {other}")
+    if len(common) < max(len(in_a), len(in_b)):
+        lines.append(f"questions: {len(common)} in both, {len(in_a)} in A, {len(in_b)} in B")
+
+    rows = [("part", "metric", "A", "B", "B - A", "95 % interval", "better", "worse", "p", "n")]
+    for part in dict.fromkeys(row["part"] for row in a["scores"]):
+        parts = task.overall if part == "overall" else (part,)
+        ids = [id for id in common if not parts or in_a[id]["part"] in parts]
+        for metric in metric_names(task) if ids else ():
+            pairs = [(in_a[id]["scores"][metric], in_b[id]["scores"][metric]) for id in ids]
+            differences = [other - one for one, other in pairs]
+            better, worse = sum(d > 0 for d in differences), sum(d < 0 for d in differences)
+            low, high = bootstrap_interval(differences)
+            means = [100 * sum(values) / len(ids) for values in (*zip(*pairs), differences)]
+            rows.append(
+                (
+                    *(part, metric, f"{means[0]:.2f}", f"{means[1]:.2f}", f"{means[2]:+.2f}"),
+                    *(f"{100 * low:+.2f} to {100 * high:+.2f}", str(better), str(worse)),
+                    *(f"{mcnemar(better, worse):.3g}", str(len(ids))),
+                )
+            )
+    lines += ["", align(rows), ""]
+
+    changed = [id for id in common if in_a[id]["scores"] != in_b[id]["scores"]]
+    lines.append(f"changed: {len(changed)} of {len(common)}")
+    for id in changed:
+        lines += [f"{id}: {in_a[id]['prompt']!r}, expected {in_a[id]['expected']}"]
+        lines += [f"  {name}: {short(record)}" for name, record in (("A", in_a[id]), ("B", in_b[id]))]
+    return "\n".join(lines)
+
+
+def short(record: dict[str, Any]) -> str:
+    scores = ", ".join(f"{metric} {score:g}" for metric, score in record["scores"].items())
+    return f"{record['reply']!r} ({scores})" if "reply" in record else f"failed ({record['failed']})"

@@ -1,0 +1,330 @@
+"""
+The benchmarks' questions: where each data set lies, what its columns are called, how it asks, and how it scores.
+
+A `Task` turns a data set in its usual format into `Question`s and knows nothing of the model that answers them. The
+formats are those of lmms-eval's data sets on the Hub and of the V*-bench repository, and the same things as local
+folders and parquet files.
+"""
+
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+
+from . import scenes
+from .metrics import find_letter, gqa_accuracy, normalize_answer, textvqa_accuracy, vqav2_accuracy
+
+
+# What LLaVA's evaluation asks beside the question. It reads no OCR tokens for TextVQA here.
+SHORT = "\nAnswer the question using a single word or phrase."
+UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+VSTAR_PARTS = ("direct_attributes", "relative_position", "OCR", "GPT4V-hard")
+VSTAR_OVERALL = VSTAR_PARTS[:2]  # the benchmark's own 191 questions
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+NUM_SCENES = 500
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The options of a multiple choice question, to be scored by their likelihood after `question` alone."""
+
+    question: str
+    options: tuple[str, ...]
+    right: int
+
+
+@dataclass(frozen=True)
+class Question:
+    """
+    Args:
+        id: unique within the data set.
+        prompt: what the model is to answer, the task's instruction included.
+        image: whatever `load_image` reads.
+        image_id: the same for questions about the same image.
+        expected: what `Task.score` compares a reply with.
+        part: the row of the results that it counts in.
+        choice: set for multiple choice.
+    """
+
+    id: str
+    prompt: str
+    image: Any
+    image_id: str
+    expected: Any
+    part: str
+    choice: Choice | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    Args:
+        data: a Hub id; empty for questions that are made here.
+        read: from a source (a Hub id, folder or file) and whether to stream it from the Hub, to the number of its
+            questions, where it is known beforehand, and the questions.
+        instruction: what follows the question in a prompt.
+        metric: the name of what `score` gives, from 0 to 1.
+        score: from a question and a reply.
+        overall: the parts that make up the overall score; empty for all.
+    """
+
+    data: str
+    read: Callable[[str, bool], tuple[int | None, Iterable[Question]]]
+    instruction: str
+    metric: str
+    score: Callable[[Question, str], float]
+    overall: tuple[str, ...] = ()
+
+
+# Data sets of rows
+
+
+def load_rows(
+    source: str, split: str, columns: tuple[str, ...], stream: bool, config: str | None = None
+) -> tuple[int | None, Iterator[dict]]:
+    """
+    The rows of a data set, images as the files' bytes.
+
+    Args:
+        source: a parquet file; a folder of them as on the Hub (`data/validation-00000-of-00003.parquet`, in a folder
+            of the configuration's name if it has one); a folder by `save_to_disk`; or a Hub id.
+        columns: what each row must have.
+        stream: download no more of a Hub id than is read.
+
+    Returns:
+        How many rows there are, None where that is not known, and the rows.
+
+    Raises:
+        ValueError: if there is no such data set or it lacks a column.
+    """
+    try:
+        import datasets
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ValueError('reading data sets needs the package datasets: pip install "mc-llava[eval]"') from error
+    path = Path(source)
+    try:
+        if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
+            rows = datasets.load_from_disk(path)
+            rows = rows[split] if isinstance(rows, dict) else rows
+            count = len(rows)
+        elif path.exists():
+            files = [path]
+            if path.is_dir():
+                files = sorted(path.glob(f"**/{split}-*.parquet"))
+                files = [file for file in files if config in (None, file.parent.name)]
+            if not files:
+                name = f"{config}/{split}" if config else f"data/{split}"
+                raise ValueError(f"the folder {source} has no {name}-*.parquet: pass a copy of the Hub's data set")
+            count = sum(ParquetFile(file).metadata.num_rows for file in files)
+            rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
+        else:
+            rows = datasets.load_dataset(source, config, split=split, streaming=stream)
+            count = rows.info.splits[split].num_examples if rows.info.splits else None
+    except (OSError, KeyError, HFValidationError) as error:
+        raise ValueError(f"cannot read the data set {source} ({error}): check the path, or the network") from error
+    return count, _without_decoding(rows, source, columns)
+
+
+def _without_decoding(rows, source: str, columns: tuple[str, ...]) -> Iterator[dict]:
+    import datasets
+
+    # One corrupt image is one failed question, not the end of the data set; and `load_image` has limits.
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image):
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    for row in rows:
+        if missing := [name for name in columns if name not in row]:
+            raise ValueError(f"the data set {source} has no column {missing[0]!r}, only {list(row)}: is it another's?")
+        yield row
+
+
+def image_bytes(cell: Any) -> Any:
+    """What `load_image` can read of an image column's cell. Paths in a data set are not followed."""
+    return cell.get("bytes") if isinstance(cell, dict) else cell
+
+
+def _read_vqa(
+    source: str,
+    stream: bool,
+    *,
+    split: str,
+    instruction: str,
+    image_id: str,
+    part: str | None = None,
+) -> tuple[int | None, Iterator[Question]]:
+    """TextVQA, VQAv2 and VizWiz: one image, and what ten people answered, as strings or as VQAv2's records."""
+    columns = ("question_id", "question", "image", "answers", image_id, *([part] if part else []))
+    count, rows = load_rows(source, split, columns, stream)
+
+    def questions():
+        for row in rows:
+            answers = [answer["answer"] if isinstance(answer, dict) else answer for answer in row["answers"] or []]
+            yield Question(
+                id=str(row["question_id"]),
+                prompt=row["question"] + instruction,
+                image=image_bytes(row["image"]),
+                image_id=str(row[image_id]),
+                expected=answers,
+                part=str(row[part]) if part else "all",
+            )
+
+    return count, questions()
+
+
+def _read_gqa(source: str, stream: bool) -> tuple[int | None, Iterator[Question]]:
+    """Questions and images lie in two configurations; rows that carry their image are read too."""
+    config = "testdev_balanced_{}"
+    columns = ("id", "imageId", "question", "answer")
+    count, rows = load_rows(source, "testdev", columns, stream, config.format("instructions"))
+
+    def questions():
+        images = None
+        for row in rows:
+            if "image" not in row and images is None:
+                if Path(source).is_file():
+                    raise ValueError(f"{source} has no images: pass the folder with {config.format('images')} too")
+                _, pictures = load_rows(source, "testdev", ("id", "image"), False, config.format("images"))
+                images = {picture["id"]: image_bytes(picture["image"]) for picture in pictures}
+            yield Question(
+                id=str(row["id"]),
+                prompt=row["question"] + SHORT,
+                image=image_bytes(row["image"]) if "image" in row else images.get(row["imageId"]),
+                image_id=str(row["imageId"]),
+                expected=row["answer"],
+                part="all",
+            )
+
+    return count, questions()
+
+
+# V*-bench
+
+
+def _read_vstar(source: str, stream: bool) -> tuple[int | None, Iterable[Question]]:
+    """The repository's folders with an annotation beside each image, or rows in lmms-eval's format."""
+    folder = Path(source)
+    if source == TASKS["vstar"].data and not folder.exists():
+        try:
+            folder = Path(snapshot_download(source, repo_type="dataset"))
+        except OSError as error:
+            raise ValueError(f"cannot download {source}: pass --data vstar=FOLDER, a copy of it") from error
+    if not any((folder / part).is_dir() for part in VSTAR_PARTS):
+        columns = ("question_id", "image", "text", "category", "label")
+        count, rows = load_rows(source, "test", columns, stream)
+        return count, map(_vstar_row, rows)
+
+    published, questions = {}, []
+    if (lettered := folder / "test_questions.jsonl").exists():
+        entries = map(json.loads, lettered.read_text(encoding="utf-8").splitlines())
+        published = {entry["image"]: entry for entry in entries}
+    for part in VSTAR_PARTS:
+        for path in sorted((folder / part).glob("*.json")):
+            images = [file for file in path.parent.glob(f"{path.stem}.*") if file.suffix.lower() in IMAGE_SUFFIXES]
+            if len(images) != 1:
+                raise ValueError(f"{path} has {len(images)} images beside it, must have 1: download V*-bench again")
+            image_id = images[0].relative_to(folder).as_posix()
+            questions.append(_vstar_annotation(path, images[0], image_id, part, published.get(image_id)))
+    return len(questions), questions
+
+
+def _vstar_annotation(path: Path, image: Path, image_id: str, part: str, published: dict | None) -> Question:
+    annotation = json.loads(path.read_text(encoding="utf-8"))
+    if missing := {"question", "options"} - set(annotation):
+        raise ValueError(f"the annotation {path} has no {sorted(missing)[0]}: download V*-bench again")
+    options = annotation["options"]
+    choice = Choice(annotation["question"], tuple(options), right=0)  # the annotations put the right one first
+    if published:
+        text, label = published["text"], published["label"]
+    else:  # OCR and GPT4V-hard have no published order: one that depends on the image alone
+        order = random.Random(image_id).sample(range(len(options)), len(options))
+        letters = [f"({chr(65 + place)}) {options[index]}" for place, index in enumerate(order)]
+        text, label = "\n".join([annotation["question"], *letters]), chr(65 + order.index(0))
+    return Question(image_id, _with_letter_instruction(text), image, image_id, label, part, choice)
+
+
+def _vstar_row(row: dict) -> Question:
+    options = re.findall(r"\(([A-Z])\)\s*(.*?)\s*(?=\([A-Z]\)|\n|$)", row["text"])
+    letters = "".join(letter for letter, _ in options)
+    label = row["label"].strip().upper()
+    if not label or label not in letters:
+        raise ValueError(f"question {row['question_id']} has the label {label!r} but the options {letters!r}")
+    choice = Choice(row["text"].split("(A)")[0].strip(), tuple(option for _, option in options), letters.index(label))
+    id, prompt = str(row["question_id"]), _with_letter_instruction(row["text"])
+    return Question(id, prompt, image_bytes(row["image"]), id, label, row["category"], choice)
+
+
+def _with_letter_instruction(text: str) -> str:
+    return text if text.endswith(LETTER) else text + LETTER
+
+
+def _score_letter(question: Question, reply: str) -> float:
+    letters = "".join(chr(65 + index) for index in range(len(question.choice.options)))
+    return float(find_letter(reply, letters) == question.expected)
+
+
+# Scenes
+
+
+def _read_scenes(source: str, stream: bool) -> tuple[int, Iterator[Question]]:
+    """Questions of every kind about each scene of the test split."""
+    if source:
+        raise ValueError(f"scenes are made, not read, got the data {source!r}: leave --data out for them")
+
+    def questions():
+        for seed in range(NUM_SCENES):
+            scene = scenes.make_scene(seed, "test")
+            image = scenes.draw_scene(scene)
+            for kind in scenes.KINDS:
+                question = scenes.ask(scene, kind, random.Random(f"{kind} {seed}"))
+                yield Question(f"{kind}-{seed}", question.text, image, str(seed), question.key, kind)
+
+    return NUM_SCENES * len(scenes.KINDS), questions()
+
+
+def _score_scene(question: Question, reply: str) -> float:
+    return float(scenes.is_correct(scenes.Question(question.part, "", "", question.expected), reply))
+
+
+TASKS = {
+    "textvqa": Task(
+        "lmms-lab/textvqa",
+        partial(_read_vqa, split="validation", instruction=SHORT, image_id="image_id"),
+        SHORT,
+        "vqa_accuracy",
+        lambda question, reply: textvqa_accuracy(reply, question.expected),
+    ),
+    "gqa": Task(
+        "lmms-lab/GQA",
+        _read_gqa,
+        SHORT,
+        "accuracy",
+        lambda question, reply: gqa_accuracy(reply, question.expected),
+    ),
+    "vqav2": Task(
+        "lmms-lab/VQAv2",
+        partial(_read_vqa, split="validation", instruction=SHORT, image_id="image_id", part="answer_type"),
+        SHORT,
+        "vqa_accuracy",
+        # As LLaVA hands replies in: vqaEval.py would take "Yes" for wrong where all people said "yes".
+        lambda question, reply: vqav2_accuracy(normalize_answer(reply), question.expected),
+    ),
+    "vizwiz": Task(
+        "lmms-lab/VizWiz-VQA",
+        partial(_read_vqa, split="val", instruction=UNANSWERABLE + SHORT, image_id="question_id", part="category"),
+        UNANSWERABLE + SHORT,
+        "vqa_accuracy",
+        lambda question, reply: textvqa_accuracy(reply, question.expected),
+    ),
+    "vstar": Task("craigwu/vstar_bench", _read_vstar, LETTER, "letter", _score_letter, VSTAR_OVERALL),
+    "scenes": Task("", _read_scenes, "", "accuracy", _score_scene),
+}
