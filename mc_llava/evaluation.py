@@ -13,9 +13,9 @@ import platform
 import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -37,13 +37,25 @@ FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
 # Asking
 
 
-def user_turn(question: str) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+def user_turn(question: str, num_images: int) -> list[dict]:
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
+class Likelihood(NamedTuple):
+    """
+    Of an answer's tokens, the end of its turn among them: without it "red" could never be less likely than "red and
+    blue".
+    """
+
+    log_probability: float  # the sum over the tokens, natural
+    num_tokens: int
+    is_greedy: bool  # whether each token is the likeliest
 
 
 class Evaluator:
     """
-    A model that answers questions about one image each, many at a time.
+    A model that answers questions about images, many at a time. An image is encoded once for all that is asked of it.
 
     Args:
         max_crops, num_tokens: as the processor was saved where None.
@@ -78,37 +90,40 @@ class Evaluator:
         with torch.no_grad():
             return self.model.get_image_features(**inputs).pooler_output
 
-    def expand(self, prompt: str, features: torch.Tensor) -> str:
-        """The prompt of one image with one `<image>` per visual token."""
-        return prompt.replace(self.processor.image_token, self.processor.image_token * len(features))
+    def expand(self, prompt: str, features: list[torch.Tensor]) -> str:
+        """The prompt with one `<image>` per visual token."""
+        image_token = self.processor.image_token
+        first, *rest = prompt.split(image_token)
+        return first + "".join(image_token * len(tokens) + text for tokens, text in zip(features, rest, strict=True))
 
-    def generate(self, questions: list[str], features: list[torch.Tensor]) -> list[str]:
-        """Greedy replies to questions, each about an encoded image."""
-        prompts = [
-            self.expand(self.processor.apply_chat_template(user_turn(question), add_generation_prompt=True), tokens)
-            for question, tokens in zip(questions, features)
-        ]
+    def generate(self, questions: list[str], features: list[list[torch.Tensor]], **options) -> list[str]:
+        """
+        Replies to questions.
+
+        Args:
+            features: of each question its encoded images.
+            options: for `generate`, beside the defaults: greedy, and `max_new_tokens` of this object.
+        """
+        prompts = []
+        for question, images in zip(questions, features):
+            turn = user_turn(question, len(images))
+            prompts.append(self.expand(self.processor.apply_chat_template(turn, add_generation_prompt=True), images))
         inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
-        output = self.model.generate(
-            **inputs, image_features=features, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1
-        )
+        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1, **options}
+        output = self.model.generate(**inputs, image_features=[*chain(*features)], **options)
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         return [reply.strip() for reply in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
 
     def option_likelihoods(
-        self, question: str, options: tuple[str, ...], features: torch.Tensor
-    ) -> list[tuple[float, int]]:
+        self, question: str, options: tuple[str, ...], features: list[torch.Tensor]
+    ) -> list[Likelihood]:
         """
-        How likely each option is as the whole answer to a question about an encoded image.
-
-        Returns:
-            For each option the sum of its tokens' natural log probabilities and how many they are. The end of the turn
-            is one of them: without it "red" could never be less likely than "red and blue".
+        How likely each option is as the whole answer to a question about encoded images.
 
         Raises:
             ValueError: if an option doesn't fit into the context.
         """
-        turn = user_turn(question)
+        turn = user_turn(question, len(features))
         prompt = self.processor.apply_chat_template(turn, add_generation_prompt=True)
         rows, lengths = [], []
         for option in options:
@@ -127,10 +142,10 @@ class Evaluator:
         for start in range(0, len(rows), self.batch_size):
             end = start + self.batch_size
             likelihoods += self._row_likelihoods(rows[start:end], lengths[start:end], features)
-        return list(zip(likelihoods, lengths))
+        return likelihoods
 
-    def _row_likelihoods(self, rows: list[torch.Tensor], lengths: list[int], features: torch.Tensor) -> list[float]:
-        """The log probability of the last `lengths[i]` tokens of row i."""
+    def _row_likelihoods(self, rows: list[torch.Tensor], lengths: list[int], features: list) -> list[Likelihood]:
+        """Of the last `lengths[i]` tokens of row i."""
         padding = self.processor.tokenizer.pad_token_id
         input_ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
         attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -140,13 +155,17 @@ class Evaluator:
                 input_ids=input_ids.to(self.model.device),
                 attention_mask=attention_mask.to(self.model.device),
                 position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(self.model.device),
-                image_features=[features] * len(rows),
+                image_features=features * len(rows),
                 logits_to_keep=kept,
             ).logits
         log_probabilities = logits[:, :-1].float().log_softmax(-1)
         targets = input_ids[:, -kept + 1 :].to(log_probabilities.device)
         scores = log_probabilities.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-        return [float(row[-length:].sum()) for row, length in zip(scores, lengths)]
+        is_greedy = log_probabilities.argmax(-1) == targets
+        return [
+            Likelihood(float(row[-length:].sum()), length, bool(greedy[-length:].all()))
+            for row, greedy, length in zip(scores, is_greedy, lengths)
+        ]
 
     def answer(self, task: Task, questions: list[Question]) -> list[dict]:
         """
@@ -172,7 +191,7 @@ class Evaluator:
         plans = {id: self.processor.image_processor.plan(*image.size, **self.knobs) for id, image in images.items()}
         features = dict(zip(images, self.encode(list(images.values()))))
         replies = self.generate(
-            [question.prompt for question in questions], [features[question.image_id] for question in questions]
+            [question.prompt for question in questions], [[features[question.image_id]] for question in questions]
         )
         records = []
         for question, reply in zip(questions, replies):
@@ -185,14 +204,15 @@ class Evaluator:
                 "tokens": sum(crop.num_tokens for crop in plan),
             }
             if choice := question.choice:
-                likelihoods = self.option_likelihoods(choice.question, choice.options, features[question.image_id])
-                per_token = [likelihood / length for likelihood, length in likelihoods]
+                likelihoods = self.option_likelihoods(choice.question, choice.options, [features[question.image_id]])
+                sums = [likelihood.log_probability for likelihood in likelihoods]
+                per_token = [likelihood.log_probability / likelihood.num_tokens for likelihood in likelihoods]
                 record["options"] = [
-                    {"text": text, "log_likelihood": likelihood, "tokens": length}
-                    for text, (likelihood, length) in zip(choice.options, likelihoods)
+                    {"text": text, "log_likelihood": likelihood.log_probability, "tokens": likelihood.num_tokens}
+                    for text, likelihood in zip(choice.options, likelihoods)
                 ]
                 record["scores"] |= {
-                    "likelihood": is_best([likelihood for likelihood, _ in likelihoods], choice.right),
+                    "likelihood": is_best(sums, choice.right),
                     "likelihood_per_token": is_best(per_token, choice.right),
                 }
             records.append(record)

@@ -1,0 +1,124 @@
+"""
+MC-LLaVA in lmms-eval, which finds it by the entry point `lmms_eval.models`:
+
+    lmms-eval --model mc_llava --model_args pretrained=FOLDER,max_crops=20,num_tokens=728 --tasks textvqa_val
+
+lmms-eval asks; the asking itself is `evaluation.Evaluator`'s. Its exit code is 0 on failure too: look at its results.
+"""
+
+import json
+from itertools import groupby, islice
+
+from accelerate import Accelerator
+from lmms_eval.api.instance import Instance
+from lmms_eval.api.model import lmms
+from lmms_eval.models.registry_v2 import ModelManifest
+from tqdm import tqdm
+
+from .evaluation import Evaluator, load
+from .image_processing_mc_llava import load_image
+
+
+def manifest() -> ModelManifest:
+    return ModelManifest("mc_llava", simple_class_path=f"{__name__}.MCLlavaForLmmsEval")
+
+
+class MCLlavaForLmmsEval(lmms):
+    """
+    Args:
+        pretrained: a model folder or a Hub id.
+        revision: branch, tag or commit of a Hub id.
+        max_crops, num_tokens: as the processor was saved where None.
+        dtype: "auto", "float32", "bfloat16" or "float16".
+        batch_size: rows of a forward pass.
+        device: an accelerator where there is one; each of several processes has its own.
+        max_batch_size: not used: there is no automatic batch size.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "visheratin/MC-LLaVA-3b",
+        revision: str | None = None,
+        max_crops: int | None = None,
+        num_tokens: int | None = None,
+        dtype: str = "auto",
+        batch_size: int | str = 1,
+        device: str | None = None,
+        max_batch_size: int | None = None,
+    ):
+        super().__init__()
+        if not str(batch_size).isdecimal():
+            raise ValueError(f"batch_size must be a number, got {batch_size!r}: there is no automatic one")
+        self.accelerator = Accelerator()
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        if device is None or self._world_size > 1:
+            device = str(self.accelerator.device)
+        model, processor, _ = load(pretrained, revision, dtype, device)
+        self.evaluator = Evaluator(model, processor, max_crops, num_tokens, int(batch_size))
+        self.device = model.device
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """Replies, cut where one of the task's `until` begins."""
+        # Only requests with the same options can be generated together.
+        order = sorted(range(len(requests)), key=lambda index: options_of(requests[index]))
+        replies = [""] * len(requests)
+        with tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0) as progress:
+            for _, group in groupby(order, key=lambda index: options_of(requests[index])):
+                while batch := list(islice(group, self.evaluator.batch_size)):
+                    for index, reply in zip(batch, self._generate([requests[index] for index in batch])):
+                        replies[index] = reply
+                        self.cache_hook.add_partial("generate_until", requests[index].args, reply)
+                    progress.update(len(batch))
+        return replies
+
+    def _generate(self, batch: list[Instance]) -> list[str]:
+        given = dict(batch[0].args[1])
+        until = given.pop("until", None) or []
+        until = [until] if isinstance(until, str) else until
+        if not given.get("temperature"):
+            for name in ("temperature", "top_p", "top_k"):  # they go with sampling alone
+                given.pop(name, None)
+        options = {"do_sample": "temperature" in given, **given}
+        replies = self.evaluator.generate(
+            [request.args[0] for request in batch], [self._features(request) for request in batch], **options
+        )
+        for end in until:
+            replies = [reply.split(end)[0].strip() if end else reply for reply in replies]
+        return replies
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """
+        Of answers as whole turns: the loss, and whether the model would say just that.
+
+        lmms-eval's own models return the mean loss of the tokens here too, and its scores take the smallest. Its
+        release 0.7.3 turns what any model returns into a string, and so can't score tasks that ask for it.
+        """
+        found = []
+        with tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0) as progress:
+            for _, group in groupby(requests, key=lambda request: (request.args[0], *request.args[3:])):
+                group = list(group)  # the options of one question
+                answers = [
+                    request.args[1] if isinstance(request.args[1], str) else request.args[1](self._doc(request))
+                    for request in group
+                ]
+                likelihoods = self.evaluator.option_likelihoods(
+                    group[0].args[0], tuple(answer.strip() for answer in answers), self._features(group[0])
+                )
+                found += [(-one.log_probability / one.num_tokens, one.is_greedy) for one in likelihoods]
+                progress.update(len(group))
+        return found
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
+        raise NotImplementedError("MC-LLaVA answers one question at a time: choose tasks of a single round")
+
+    def _doc(self, request: Instance) -> dict:
+        *_, doc_id, task, split = request.args
+        return self.task_dict[task][split][doc_id]
+
+    def _features(self, request: Instance) -> list:
+        images = request.args[2](self._doc(request)) if request.args[2] else []
+        return self.evaluator.encode([load_image(image) for image in images]) if images else []
+
+
+def options_of(request: Instance) -> str:
+    return json.dumps(request.args[1], sort_keys=True, default=str)
