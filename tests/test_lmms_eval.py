@@ -4,12 +4,15 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, picture, prompt
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
+from mc_llava.evaluation import Evaluator, evaluate
+from mc_llava.tasks import SHORT
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see tests/lmms_eval.txt")
@@ -72,24 +75,82 @@ def processor(converted) -> MCLlavaProcessor:
     return MCLlavaProcessor.from_pretrained(converted)
 
 
-def test_the_command_line(converted, rows, tmp_path):
-    tasks, output = tmp_path / "tasks", tmp_path / "output"
+# Its own task, but for where the data lie.
+TEXTVQA = """\
+task: local_textvqa
+include: {tasks}/textvqa/textvqa_val.yaml
+dataset_path: parquet
+dataset_kwargs:
+  data_files:
+    validation: {data}
+"""
+
+
+@pytest.fixture(scope="module")
+def textvqa(rows, model, processor, tmp_path_factory) -> Path:
+    """A file in TextVQA's format; two people say what the model says to the first question, one to the second."""
+    path = tmp_path_factory.mktemp("textvqa") / "rows.parquet"
+    evaluator = Evaluator(model, processor, **KNOBS)
+    features = [[one] for one in evaluator.encode([row["image"] for row in rows])]
+    said = evaluator.generate([row["question"] + SHORT for row in rows], features)
+    entries = [
+        {
+            "question_id": index,
+            "image_id": str(index),
+            "question": row["question"],
+            "image": row["image"],
+            "answers": [said[index]] * (2 - index) + [f"answer {i}" for i in range(8 + index)],
+            "ocr_tokens": [""],
+        }
+        for index, row in enumerate(rows)
+    ]
+    datasets.Dataset.from_list(entries).cast_column("image", datasets.Image()).to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def output(converted, rows, textvqa, tmp_path_factory) -> Path:
+    """What the command writes for both tasks."""
+    import lmms_eval.tasks
+
+    folder = tmp_path_factory.mktemp("lmms_eval")
+    tasks, output = folder / "tasks", folder / "output"
     tasks.mkdir()
     dataset = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
-    dataset.to_parquet(tmp_path / "rows.parquet")
-    (tasks / "local.yaml").write_text(TASK.format(data=tmp_path / "rows.parquet"))
+    dataset.to_parquet(folder / "rows.parquet")
+    (tasks / "local.yaml").write_text(TASK.format(data=folder / "rows.parquet"))
     (tasks / "utils.py").write_text(UTILS)
+    theirs = Path(lmms_eval.tasks.__file__).parent
+    (tasks / "local_textvqa.yaml").write_text(TEXTVQA.format(tasks=theirs, data=textvqa))
     arguments = ",".join(f"{name}={value}" for name, value in KNOBS.items())
     command = [sys.executable, "-m", "lmms_eval", "--model", "mc_llava", "--batch_size", "2", "--log_samples"]
     command += ["--model_args", f"pretrained={converted},dtype=float32,device=cpu,{arguments}"]
-    command += ["--tasks", "local", "--include_path", str(tasks), "--output_path", str(output)]
+    command += ["--tasks", "local,local_textvqa", "--include_path", str(tasks), "--output_path", str(output)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    files = list(output.rglob("*_results.json"))
-    assert len(files) == 1, process.stdout[-3000:] + process.stderr[-3000:]
-    assert json.loads(files[0].read_text())["results"]["local"]["exact_match,none"] == pytest.approx(2 / 3)
-    (samples,) = output.rglob("*_samples_local.jsonl")
+    assert len(list(output.rglob("*_results.json"))) == 1, process.stdout[-3000:] + process.stderr[-3000:]
+    return output
+
+
+def results_of(output: Path, task: str) -> tuple[float, list[str]]:
+    """The score and the replies."""
+    (results,) = output.rglob("*_results.json")
+    (samples,) = output.rglob(f"*_samples_{task}.jsonl")
     replies = ["".join(json.loads(line)["filtered_resps"]) for line in samples.read_text().splitlines()]
+    return json.loads(results.read_text())["results"][task]["exact_match,none"], replies
+
+
+def test_the_command_line(output, rows):
+    score, replies = results_of(output, "local")
     assert replies[:2] == [row["answer"] for row in rows[:2]]
+    assert score == pytest.approx(2 / 3)
+
+
+def test_textvqa_is_the_same_in_both(output, textvqa, model, processor, tmp_path):
+    score, replies = results_of(output, "local_textvqa")
+    evaluator = Evaluator(model, processor, **KNOBS, batch_size=2)
+    ours = evaluate("textvqa", evaluator, tmp_path, model="", revision="", data=str(textvqa))
+    assert [record["reply"] for record in ours["questions"]] == replies
+    assert ours["scores"][0]["score"] == pytest.approx(100 * score, abs=0.01) and score == pytest.approx(0.3)
 
 
 class TestRequests:
