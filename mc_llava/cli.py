@@ -186,10 +186,15 @@ def evaluate_tasks(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise ValueError(f"no task was named: pass --tasks with some of {', '.join(TASKS)}")
-    sources = dict(source.partition("=")[::2] for source in data)
-    for name in (*names, *sources):
+    for name in names:
         if name not in TASKS:
             raise ValueError(f"there is no task {name!r}: choose from {', '.join(TASKS)}")
+    sources = {}
+    for entry in data:
+        name, _, source = entry.partition("=")
+        if name not in names or not source:
+            raise ValueError(f"--data must be TASK=SOURCE with one of the tasks {', '.join(names)}, got {entry!r}")
+        sources[name] = source
     network, processor, commit = load(model, revision, dtype.value, device)
     evaluator = Evaluator(network, processor, max_crops, num_tokens, batch_size, max_new_tokens)
     failed = asked = 0

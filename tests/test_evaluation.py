@@ -8,6 +8,7 @@ when it is asked without the evaluation's code.
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ import torch
 from conftest import ROOT, picture, prompt
 from PIL import Image
 
-from mc_llava import MCLlavaForConditionalGeneration, evaluation, scenes
+from mc_llava import MCLlavaForConditionalGeneration, cli, evaluation, scenes, tasks
 from mc_llava.evaluation import Evaluator, compare, evaluate, load, read_results, summarize
+from mc_llava.metrics import wilson_interval
 from mc_llava.tasks import LETTER, SHORT, TASKS, UNANSWERABLE
 
 
@@ -199,7 +201,7 @@ class TestVqa:
         assert overall["low"] < 85 < overall["high"]
 
     def test_scores_are_those_of_lmms_eval(self, task, results, images, answers):
-        pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see tests/lmms_eval.txt")
+        pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see scripts/test.sh")
         from lmms_eval.tasks.textvqa.utils import textvqa_process_results
         from lmms_eval.tasks.vizwiz_vqa.utils import vizwiz_vqa_process_results
         from lmms_eval.tasks.vqav2.utils import vqav2_process_results
@@ -408,7 +410,7 @@ class TestVstar:
         }
 
     def test_letter_scores_are_those_of_lmms_eval(self, data):
-        pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see tests/lmms_eval.txt")
+        pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see scripts/test.sh")
         from lmms_eval.tasks.vstar_bench.utils import vstar_process_results
 
         _, questions = TASKS["vstar"].read(str(data), False)
@@ -508,6 +510,49 @@ class TestFailures:
         for options in ({"batch_size": 0}, {"max_new_tokens": 0}, {"num_tokens": 0}, {"max_crops": -1}):
             with pytest.raises(ValueError, match=f"{list(options)[0]} must be at least"):
                 Evaluator(evaluator.model, evaluator.processor, **options)
+
+
+@pytest.mark.parametrize(
+    "task, calls",
+    [
+        ("textvqa", [("lmms-lab/textvqa", None, "validation")]),
+        ("vqav2", [("lmms-lab/VQAv2", None, "validation")]),
+        ("vizwiz", [("lmms-lab/VizWiz-VQA", None, "val")]),
+        (
+            "gqa",
+            [
+                ("lmms-lab/GQA", "testdev_balanced_instructions", "testdev"),
+                ("lmms-lab/GQA", "testdev_balanced_images", "testdev"),
+            ],
+        ),
+    ],
+)
+def test_what_is_asked_of_the_hub(task, calls, evaluator, images, tmp_path, monkeypatch):
+    """There is no Hub here: the package that would ask it is asked what it was asked."""
+    asked = []
+
+    def load_dataset(path, name, *, split, streaming):
+        asked.append((path, name, split))
+        assert streaming == (name != "testdev_balanced_images"), "with a limit, no more is downloaded than is read"
+        if task == "gqa":
+            rows = [{"id": "q", "imageId": "n", "question": "?", "answer": "yes"}]
+            return datasets.Dataset.from_list([{"id": "n", "image": images[0]}] if "images" in name else rows)
+        rows = vqa_rows(task, images[:1], [["x"] * 10])
+        return datasets.Dataset.from_list(rows, features=datasets.Features(FEATURES[task]))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    results = run(task, evaluator, tmp_path, limit=1)
+    assert asked == calls and len(results["questions"]) == 1 and not results["failed"]
+
+
+def test_vstar_is_downloaded_whole(tmp_path, monkeypatch):
+    def snapshot_download(path, *, repo_type):
+        assert (path, repo_type) == ("craigwu/vstar_bench", "dataset")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tasks, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match="cannot download craigwu/vstar_bench: pass --data vstar=FOLDER"):
+        TASKS["vstar"].read(TASKS["vstar"].data, False)
 
 
 def without_seconds(path: Path) -> dict:
@@ -625,24 +670,79 @@ class TestCompare:
                 compare(a, other)
 
 
-def test_command_line(tmp_path, converted, images):
-    """What goes wrong is one line, failed questions are named, and two results are compared."""
+class TestCommandLine:
+    """In this process; `TestResuming` starts it as its users do."""
 
-    def call(*arguments):
-        command = [sys.executable, "-m", "mc_llava", "eval", *map(str, arguments)]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    def call(self, *arguments):
+        cli.app(["eval", *map(str, arguments)], standalone_mode=False)
 
-    assert "error: no task was named" in call().stderr
-    assert "error: there is no task 'nope'" in call("--tasks", "nope").stderr
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ((), "no task was named: pass --tasks with some of textvqa"),
+            (("--tasks", "gqa,nope"), "there is no task 'nope': choose from textvqa"),
+            (("--tasks", "gqa", "--data", "gqa"), "--data must be TASK=SOURCE with one of the tasks gqa, got 'gqa'"),
+            (("--tasks", "gqa", "--data", "vqav2=x"), "got 'vqav2=x'"),
+        ],
+    )
+    def test_what_makes_no_sense(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            self.call(*arguments)
 
-    rows = vqa_rows("textvqa", [images[0], {"bytes": b"x", "path": None}], [["x"] * 10] * 2)
-    write(rows, FEATURES["textvqa"], tmp_path / "rows.parquet")
-    common = ("--model", converted, "--tasks", "textvqa", "--data", f"textvqa={tmp_path / 'rows.parquet'}")
-    common += ("--num-tokens", 30, "--max-new-tokens", 1)
-    for name, crops in (("a", 0), ("b", 2)):
-        result = call(*common, "--max-crops", crops, "--output", tmp_path / name)
-        assert result.returncode == 0 and "failed and counted as wrong: textvqa 11: 1 bytes is not" in result.stderr
-        settings = read_results(tmp_path / name / "textvqa.json")["settings"]
-        assert settings["max_crops"] == crops and settings["revision"].startswith("sha256:")
-    result = call("--compare", tmp_path / "a" / "textvqa.json", tmp_path / "b" / "textvqa.json")
-    assert result.returncode == 0 and "max_crops: 0 -> 2" in result.stdout and "changed: 0 of 2" in result.stdout
+    def test_two_runs_and_their_comparison(self, tmp_path, converted, images, capsys):
+        rows = vqa_rows("textvqa", [images[0], {"bytes": b"x", "path": None}], [["x"] * 10] * 2)
+        write(rows, FEATURES["textvqa"], tmp_path / "rows.parquet")
+        common = ("--model", converted, "--tasks", "textvqa", "--data", f"textvqa={tmp_path / 'rows.parquet'}")
+        common += ("--num-tokens", 30, "--max-new-tokens", 1, "--device", "cpu")
+        for name, crops in (("a", 0), ("b", 2)):
+            self.call(*common, "--max-crops", crops, "--output", tmp_path / name)
+            shown = capsys.readouterr()
+            assert "failed and counted as wrong: textvqa 11: 1 bytes is not an image" in shown.err
+            assert "overall  vqa_accuracy  0.00   0.00 to 0.00   2" in shown.out
+            settings = read_results(tmp_path / name / "textvqa.json")["settings"]
+            assert settings["max_crops"] == crops and settings["revision"].startswith("sha256:")
+        self.call("--compare", tmp_path / "a" / "textvqa.json", tmp_path / "b" / "textvqa.json")
+        shown = capsys.readouterr().out
+        assert "max_crops: 0 -> 2" in shown and "changed: 0 of 2" in shown
+
+    def test_nothing_but_failures_is_an_error(self, tmp_path, converted):
+        write(
+            vqa_rows("textvqa", [{"bytes": b"x", "path": None}], [["x"] * 10]),
+            FEATURES["textvqa"],
+            tmp_path / "rows.parquet",
+        )
+        data = f"textvqa={tmp_path / 'rows.parquet'}"
+        with pytest.raises(ValueError, match="all of 1 questions failed"):
+            self.call("--model", converted, "--tasks", "textvqa", "--data", data, "--output", tmp_path)
+
+
+class TestDocs:
+    """The tables in docs/benchmarks.md say what the code does."""
+
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "docs" / "benchmarks.md").read_text().splitlines()
+        if line.startswith("|")
+    ]
+
+    def test_the_cards_intervals(self):
+        checked = 0
+        for name, _command, card, count, interval in (row for row in self.rows if len(row) == 5):
+            if " to " in interval:
+                total = int(re.findall(r"[\d,]+", count)[-1 if " of " in count else 0].replace(",", ""))
+                hits = int(count.split()[0]) if " of " in count else float(card) / 100 * total
+                assert 100 * hits / total == pytest.approx(float(card), abs=0.01), name
+                bounds = wilson_interval(hits, total)
+                assert interval == " to ".join(f"{100 * bound:.2f}" for bound in bounds), name
+                checked += 1
+        assert checked == 8
+
+    def test_prompts_and_data(self):
+        documented = {row[0].strip("`"): row for row in self.rows if len(row) == 3 and row[0].startswith("`")}
+        assert set(documented) == set(TASKS)
+        prompts = [row for row in self.rows if len(row) == 3 and row[1].startswith("`") and "/" in row[1]]
+        assert len(prompts) == 5
+        for name, data, instruction in prompts:
+            task = TASKS[name.strip("`")]
+            assert data == f"`{task.data}`"
+            assert instruction.endswith(f"`{task.instruction}`".replace("\n", "\\n"))

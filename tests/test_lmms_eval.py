@@ -15,7 +15,7 @@ from mc_llava.evaluation import Evaluator, evaluate
 from mc_llava.tasks import SHORT
 
 
-pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see tests/lmms_eval.txt")
+pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see scripts/test.sh")
 datasets = pytest.importorskip("datasets", reason='the package datasets is not here: pip install "mc-llava[eval]"')
 if "mc_llava" not in importlib.metadata.entry_points(group="lmms_eval.models").names:
     pytest.skip("the package is not installed, so it has no entry points: pip install .", allow_module_level=True)

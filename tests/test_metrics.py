@@ -137,7 +137,7 @@ class TestAgainstLmmsEval:
 
     @pytest.fixture(autouse=True)
     def lmms_eval(self):
-        pytest.importorskip("lmms_eval", reason="lmms-eval is not here: pip install -r tests/lmms_eval.txt")
+        pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see scripts/test.sh")
 
     @pytest.fixture
     def texts(self) -> list[str]:
