@@ -179,8 +179,8 @@ class Evaluator:
         except FAILURES as error:
             if len(questions) > 1:
                 return [record for question in questions for record in self.answer(task, [question])]
-            metrics = metric_names(task) if questions[0].choice else [task.metric]
-            records = [{**describe(questions[0]), "failed": str(error), "scores": dict.fromkeys(metrics, 0.0)}]
+            scores = dict.fromkeys(metric_names(task), 0.0)
+            records = [{**describe(questions[0]), "failed": str(error), "scores": scores}]
         seconds = (time.perf_counter() - start) / len(questions)
         return [{**record, "seconds": round(seconds, 4)} for record in records]
 
@@ -389,9 +389,9 @@ def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
     A batch of which a record is missing is asked again as a whole.
     """
     records = []
-    if unfinished.exists():
-        # What follows the last line's end was torn by the kill.
-        lines = unfinished.read_bytes().split(b"\n")[:-1]
+    # What follows the last line's end was torn by the kill.
+    lines = unfinished.read_bytes().split(b"\n")[:-1] if unfinished.exists() else []
+    if lines:
         found, *records = map(json.loads, lines)
         check_settings(found, settings, unfinished)
         records = records[: len(records) // batch_size * batch_size]

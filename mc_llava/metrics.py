@@ -96,8 +96,8 @@ def vqav2_accuracy(reply: str, answers: Sequence[str]) -> float:
     """
     VQA accuracy as vqaEval.py has it: nothing is normalized where all people said the same.
 
-    Copies differ. One from 2017 always normalizes the reply, lmms-eval always normalizes both; and none of them
-    lowers the case of a reply where people agree, which is why LLaVA hands in `normalize_answer(reply)`.
+    Copies differ: the script's earlier versions normalize every reply, lmms-eval replies and answers alike. Where
+    people agree this one takes "Yes" for wrong, so LLaVA hands in `normalize_answer(reply)`, and so does our task.
     """
     reply, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (reply, *answers))
     if len(set(answers)) > 1:

@@ -360,6 +360,13 @@ class TestVstar:
             assert record["scores"]["likelihood"] == (np.argmax(sums) == 0)
             assert record["scores"]["likelihood_per_token"] == (np.argmax(means) == 0)
 
+    def test_compared_with_itself(self, results, tmp_path):
+        (tmp_path / "vstar.json").write_text(json.dumps(results))
+        lines = compare(tmp_path / "vstar.json", tmp_path / "vstar.json").splitlines()
+        table = [line.split() for line in lines if line.split()[:1] and line.split()[0] in ("overall", *self.counts)]
+        assert len(table) == 3 * 5 and {row[-2] for row in table} == {"1"}, "p"
+        assert lines[-1] == "changed: 0 of 7"
+
     def test_rows(self, results):
         counts = {row["part"]: row["n"] for row in results["scores"]}
         assert counts == {"overall": 5, **self.counts}, "overall are the first two alone"
@@ -439,6 +446,13 @@ class TestScenes:
         first = results["questions"][0]
         image = scenes.draw_scene(scenes.make_scene(0, "test"))
         assert first["reply"] == reply_to(evaluator, first["prompt"], file_of(image, "PNG"))
+
+    def test_an_image_is_encoded_once_for_all_its_questions(self, evaluator, tmp_path, monkeypatch):
+        encoded, encode = [], evaluator.encode
+        monkeypatch.setattr(evaluator, "encode", lambda images: encoded.append(len(images)) or encode(images))
+        monkeypatch.setattr(evaluator, "batch_size", 8)
+        run("scenes", evaluator, tmp_path, limit=12)
+        assert encoded == [2, 1]
 
     def test_right_replies_are_right(self):
         count, questions = TASKS["scenes"].read("", False)
