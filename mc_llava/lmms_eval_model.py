@@ -72,9 +72,11 @@ class MCLlavaForLmmsEval(lmms):
         return replies
 
     def _generate(self, batch: list[Instance]) -> list[str]:
-        given = dict(batch[0].args[1])
-        until = given.pop("until", None) or []
+        until = batch[0].args[1].get("until") or []
         until = [until] if isinstance(until, str) else until
+        # Tasks also hold options for one model or another, such as image_aspect_ratio: what `generate` knows is kept.
+        known = self.evaluator.model.generation_config.to_dict()
+        given = {name: value for name, value in batch[0].args[1].items() if name in known}
         if not given.get("temperature"):
             for name in ("temperature", "top_p", "top_k"):  # they go with sampling alone
                 given.pop(name, None)

@@ -203,7 +203,7 @@ class TestRequests:
         first, second = (row["image"] for row in rows[:2])
         asked = (
             ("Which?", {"max_new_tokens": 6}, lambda doc: [first, second]),
-            ("What?", {"max_new_tokens": 3, "temperature": 0, "top_p": 1.0, "num_beams": 1}, None),
+            ("What?", {"max_new_tokens": 3, "temperature": 0, "top_p": 1.0, "image_aspect_ratio": "pad"}, None),
             ("Why?", {"max_new_tokens": 6}, lambda doc: [first]),
         )
         replies = plugin.generate_until([self.request("generate_until", 0, *request) for request in asked])
