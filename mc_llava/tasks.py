@@ -148,9 +148,9 @@ def _without_decoding(rows, source: str, columns: tuple[str, ...]) -> Iterator[d
         yield row
 
 
-def image_bytes(cell: Any) -> Any:
-    """What `load_image` can read of an image column's cell. Paths in a data set are not followed."""
-    return cell.get("bytes") if isinstance(cell, dict) else cell
+def image_bytes(cell: Any) -> bytes | None:
+    """The file in an image column's cell. Paths and URLs in a data set are not followed: they read as no image."""
+    return cell.get("bytes") if isinstance(cell, dict) else None
 
 
 def _read_vqa(

@@ -480,6 +480,14 @@ class TestFailures:
         assert results["scores"][0]["n"] == 5
         assert results["questions"][0]["reply"] == reply_to(evaluator, f"What is in picture 0?{SHORT}", images[0])
 
+    def test_paths_and_urls_in_data_are_not_followed(self, evaluator, images, tmp_path):
+        rows = [
+            {**row, "image": str(ROOT / "examples" / "coffee.jpg")} for row in vqa_rows("textvqa", images[:1], [["x"]])
+        ]
+        write(rows, FEATURES["textvqa"] | {"image": TEXT}, tmp_path / PLACES["textvqa"])
+        results = run("textvqa", evaluator, tmp_path / "results", tmp_path)
+        assert "cannot read an image from NoneType" in results["questions"][0]["failed"]
+
     def test_a_lost_device_ends_the_run_and_loses_nothing(self, evaluator, images, tmp_path, monkeypatch):
         data = write_vqa("textvqa", tmp_path, images[:4], [["x"] * 10] * 4)
         calls = []
