@@ -178,6 +178,19 @@ class TestAgainstLmmsEval:
                 assert vqav2_accuracy(reply, answers) == pytest.approx(expected)
         assert len(seen) >= 4
 
+    def test_gqa(self):
+        """Its task ignores case and all punctuation; GQA's script, the case and a period at the end alone."""
+        from lmms_eval.api.metrics import exact_match_hf_evaluate
+
+        def oracle(reply, answer):
+            options = {"ignore_case": True, "ignore_punctuation": True}
+            return exact_match_hf_evaluate(predictions=[reply], references=[answer], **options)["exact_match"]
+
+        for reply in ("yes", "Yes", "YES.", "no", "yes sir", "", "bed"):
+            for answer in ("yes", "bed"):
+                assert gqa_accuracy(reply, answer) == oracle(reply, answer)
+        assert (oracle("tshirt", "t-shirt"), gqa_accuracy("tshirt", "t-shirt")) == (1, 0)
+
     def test_letters(self):
         from lmms_eval.tasks.vstar_bench.utils import extract_answer_letter
 
