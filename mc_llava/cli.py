@@ -13,6 +13,7 @@ import typer
 from tqdm import tqdm
 from transformers import TextStreamer
 
+from . import find_model
 from .convert import convert as convert_checkpoint
 from .crop_grid import draw_crop_grid
 from .evaluation import Evaluator, compare, evaluate, load, score_table
@@ -22,7 +23,7 @@ from .processing_mc_llava import MCLlavaProcessor
 from .tasks import TASKS
 
 
-DEFAULT_MODEL = "visheratin/MC-LLaVA-3b"
+DEFAULT_MODEL = "tiny"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,7 +32,7 @@ app = typer.Typer(
     help="Ask MC-LLaVA about pictures. Answers go to standard output, everything else to standard error.",
 )
 
-ModelOption = Annotated[str, typer.Option(help="A model folder or a Hub id.")]
+ModelOption = Annotated[str, typer.Option(help="A model folder, a Hub id, or tiny, which comes along.")]
 MaxCrops = Annotated[int | None, typer.Option(help="Upper bound of the crops beside the whole image.")]
 NumTokens = Annotated[int | None, typer.Option(help="Upper bound of the visual tokens of one image.")]
 
@@ -61,7 +62,7 @@ def ask(
     if not sources:
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
     images = [read_image(source) for source in sources]
-    processor = MCLlavaProcessor.from_pretrained(model)
+    processor = MCLlavaProcessor.from_pretrained(find_model(model))
     knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
 
     crops = tokens = 0
@@ -82,7 +83,7 @@ def ask(
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
-    network = MCLlavaForConditionalGeneration.from_pretrained(model, dtype=dtype.value).to(device).eval()
+    network = MCLlavaForConditionalGeneration.from_pretrained(find_model(model), dtype=dtype.value).to(device).eval()
 
     start = time.perf_counter()
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -111,7 +112,7 @@ def crops(
     num_tokens: NumTokens = None,
 ):
     """Draw the crop grid over a picture. Loads no weights."""
-    processor = MCLlavaImageProcessor() if model is None else MCLlavaImageProcessor.from_pretrained(model)
+    processor = MCLlavaImageProcessor() if model is None else MCLlavaImageProcessor.from_pretrained(find_model(model))
     picture = read_image(image)
     plan = processor.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
     draw_crop_grid(picture, plan).save(output)
@@ -208,6 +209,23 @@ def evaluate_tasks(
                 failed += 1
     if failed == asked:
         raise ValueError(f"all of {asked} questions failed: see the reasons above")
+
+
+@app.command()
+def study(
+    model: ModelOption = DEFAULT_MODEL,
+    num_scenes: Annotated[int, typer.Option(help="Scenes to ask about, a question of each kind.", min=1)] = 500,
+    work: Annotated[Path, typer.Option(help="The folder for all replies; a stopped run goes on there.")] = Path(
+        "results/study"
+    ),
+    output: Annotated[Path, typer.Option(help="The folder for study.json and the figures.")] = Path("docs"),
+):
+    """Measure what crops and tokens bring on drawn scenes, and print the README's table."""
+    with extra("eval"):
+        pass  # noqa: F401, missed now and not after all questions
+    from .study import markdown, run_study
+
+    print(markdown(run_study(model, work, output, num_scenes)))
 
 
 def read_image(source: str):

@@ -1,0 +1,176 @@
+"""
+The published claim, "more crops, more detail, at no more tokens", measured on scenes that nothing was trained on.
+
+The same questions are asked under every setting: `max_crops` grows while `num_tokens` stays, then the other way round.
+Beside them stand what a model answers that sees nothing, and what always giving a kind's commonest answer would score.
+"""
+
+import json
+from collections import Counter
+from functools import cache
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from . import scenes
+from .estimate import estimate
+from .evaluation import Evaluator, evaluate, load
+from .metrics import wilson_interval
+
+
+MAX_CROPS, NUM_TOKENS = scenes.CROPS, 128
+CROPS = (0, 2, 4, 8, 16, 32, 64)
+TOKENS = (40, 64, 96, 128, 192, 256)
+SETTINGS = tuple(dict.fromkeys([(c, NUM_TOKENS) for c in CROPS] + [(MAX_CROPS, t) for t in TOKENS]))
+NAMES = {"ocr": "OCR", "attribute": "attributes", "position": "position", "hard": "hard"}
+BATCH_SIZE = 64
+MAX_NEW_TOKENS = 24
+
+
+def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dict:
+    """
+    Ask about the first `num_scenes` scenes of the test split under all settings, or go on where an interrupted call
+    stopped, and write `study.json`, `study_crops.png` and `study_tokens.png`.
+
+    Args:
+        work: folder for every reply, one results file of `evaluate` per setting.
+        output: folder for what the study found.
+
+    Returns:
+        What `study.json` holds: accuracies in percent with Wilson's 95 % intervals, and FLOPs of a question.
+    """
+    model, processor, revision = load(model_path)
+    rows = []
+    for max_crops, num_tokens in SETTINGS:
+        evaluator = Evaluator(model, processor, max_crops, num_tokens, BATCH_SIZE, MAX_NEW_TOKENS)
+        folder = work / f"crops-{max_crops}-tokens-{num_tokens}"
+        results = evaluate(
+            "scenes", evaluator, folder, model=model_path, revision=revision, limit=num_scenes * len(scenes.KINDS)
+        )
+        records = results["questions"]
+        rows.append(
+            {
+                "max_crops": max_crops,
+                "num_tokens": num_tokens,
+                "crops": round(sum(record["crops"] for record in records) / len(records), 1),
+                "tokens": round(sum(record["tokens"] for record in records) / len(records), 1),
+                "gflops": round(mean_flops(model.config, processor, max_crops, num_tokens, num_scenes) / 1e9, 3),
+                "accuracy": accuracies((record["part"], record["scores"]["accuracy"]) for record in records),
+            }
+        )
+    study = {
+        "model": model_path,
+        "revision": revision,
+        "scenes": num_scenes,
+        "settings": rows,
+        "blind": accuracies(zip([record["part"] for record in records], blind_scores(evaluator, records))),
+        "majority": majority(records),
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "study.json").write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+    draw(study, output)
+    return study
+
+
+def accuracies(scored) -> dict[str, dict]:
+    """Per kind of question, from (kind, 0 or 1): percent right, the interval's bounds, and how many questions."""
+    by_kind: dict[str, list[float]] = {}
+    for kind, score in scored:
+        by_kind.setdefault(kind, []).append(score)
+    found = {}
+    for kind, scores in by_kind.items():
+        low, high = wilson_interval(sum(scores), len(scores))
+        percent = [round(100 * value, 1) for value in (sum(scores) / len(scores), low, high)]
+        found[kind] = dict(zip(("score", "low", "high"), percent)) | {"questions": len(scores)}
+    return found
+
+
+def blind_scores(evaluator: Evaluator, records: list[dict]) -> list[float]:
+    """The same questions without the image."""
+    scores = []
+    records = iter(records)
+    while batch := list(islice(records, BATCH_SIZE)):
+        replies = evaluator.generate([record["prompt"] for record in batch], [[]] * len(batch))
+        for record, reply in zip(batch, replies):
+            question = scenes.Question(record["part"], "", "", record["expected"])
+            scores.append(float(scenes.is_correct(question, reply)))
+    return scores
+
+
+def majority(records: list[dict]) -> dict[str, dict]:
+    """The commonest answer of each kind, and what giving it always would score."""
+    found = {}
+    for kind in scenes.KINDS:
+        keys = [record["expected"] for record in records if record["part"] == kind]
+        ((key, count),) = Counter(keys).most_common(1)
+        found[kind] = {"answer": key, "score": round(100 * count / len(keys), 1)}
+    return found
+
+
+def mean_flops(config, processor, max_crops: int, num_tokens: int, num_scenes: int) -> float:
+    """FLOPs of the tower, the prompt and an answer of 8 tokens, averaged over the scenes."""
+
+    @cache
+    def flops(crops: int, tokens: int) -> int:
+        cost = estimate(config, plans[crops, tokens], new_tokens=8, dtype=torch.bfloat16)
+        return cost.tower_flops + cost.prefill_flops + 8 * cost.flops_per_new_token
+
+    plans, total = {}, 0
+    for seed in range(num_scenes):
+        scene = scenes.make_scene(seed, "test")
+        plan = processor.image_processor.plan(scene.width, scene.height, max_crops=max_crops, num_tokens=num_tokens)
+        size = len(plan), sum(crop.num_tokens for crop in plan)
+        plans[size] = plan
+        total += flops(*size)
+    return total / num_scenes
+
+
+def markdown(study: dict) -> str:
+    """The README's table: accuracy by `max_crops`, and what it is to be compared with."""
+    lines = [
+        "| `max_crops` | crops | " + " | ".join(NAMES.values()) + " | GFLOPs |",
+        "|---" * (len(NAMES) + 3) + "|",
+    ]
+
+    def cells(accuracy):
+        return [f"{accuracy[kind]['score']:.1f}" for kind in NAMES]
+
+    for row in study["settings"]:
+        if row["num_tokens"] == NUM_TOKENS:
+            first = [str(row["max_crops"]), f"{row['crops']:g}"]
+            lines.append(f"| {' | '.join([*first, *cells(row['accuracy']), format(row['gflops'], '.1f')])} |")
+    for name in ("blind", "majority"):
+        lines.append(f"| {name} | | {' | '.join(cells(study[name]))} | |")
+    return "\n".join(lines)
+
+
+def draw(study: dict, output: Path):
+    """Accuracy and cost over one knob while the other stays, a figure each."""
+    from matplotlib.figure import Figure
+
+    for knob, other, fixed in (("max_crops", "num_tokens", NUM_TOKENS), ("num_tokens", "max_crops", MAX_CROPS)):
+        rows = sorted((row for row in study["settings"] if row[other] == fixed), key=lambda row: row[knob])
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        places = range(len(rows))
+        cost = axes.twinx()
+        cost.bar(places, [row["gflops"] for row in rows], color="0.88", width=0.6, zorder=0)
+        cost.set_ylabel("GFLOPs of a question (bars)")
+        axes.set_zorder(cost.get_zorder() + 1)
+        axes.set_frame_on(False)
+        for kind, name in NAMES.items():
+            found = [row["accuracy"][kind] for row in rows]
+            scores = [entry["score"] for entry in found]
+            spread = [
+                [entry["score"] - entry["low"] for entry in found],
+                [entry["high"] - entry["score"] for entry in found],
+            ]
+            (line, *_) = axes.errorbar(places, scores, spread, marker="o", capsize=3, label=name)
+            axes.axhline(study["blind"][kind]["score"], color=line.get_color(), linestyle=":", linewidth=1)
+        axes.set_xticks(places, [str(row[knob]) for row in rows])
+        axes.set_xlabel(f"{knob} at {other} = {fixed}")
+        axes.set_ylabel("right answers, % (dotted: without the picture)")
+        axes.set_ylim(0, 100)
+        axes.legend(loc="upper left")
+        figure.savefig(output / f"study_{'crops' if knob == 'max_crops' else 'tokens'}.png", dpi=110)
