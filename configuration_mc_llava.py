@@ -5,6 +5,10 @@ import copy
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 
 # SigLIP so400m, patch 14 at 384 x 384.
@@ -108,5 +112,9 @@ class MCLlavaConfig(PreTrainedConfig):
 
 
 MCLlavaConfig.register_for_auto_class()
+
+# Pipelines and `transformers serve` look the class up by name, and the configuration is the first file they load.
+for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    names[MCLlavaConfig.model_type] = GENERATION_CLASS.rpartition(".")[2]
 
 __all__ = ["MCLlavaConfig"]

@@ -8,9 +8,14 @@ pixel_values [crops, 3, side, side]
 """
 
 import copy
+import hashlib
+import os
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
@@ -48,6 +53,101 @@ def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw:
             "pass what the processor returned"
         )
     return [int(crops.sum()) for crops in crop_num_tokens.split(crops_per_image)]
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """
+    Images that passed the vision tower and the projector, to be asked about any number of times.
+
+    Made by `encode_images`; `generate` and `forward` take it as `image_features`.
+
+    Args:
+        features: float[tokens, hidden], the visual tokens of all images one after another.
+        crop_coords, crop_num_tokens, image_grid_thw: the crops that they came from, as the processor returns them.
+        weights_hash: of the weights that made them, see `MCLlavaForConditionalGeneration.hash_encoder`.
+
+    Raises:
+        ValueError: if the features are not as many as the crops give tokens.
+    """
+
+    features: torch.Tensor
+    crop_coords: torch.Tensor
+    crop_num_tokens: torch.LongTensor
+    image_grid_thw: torch.LongTensor
+    weights_hash: str
+
+    def __post_init__(self):
+        tokens, crops = sum(self.tokens_per_image), len(self.crop_num_tokens)
+        if self.features.ndim != 2 or len(self.features) != tokens or tuple(self.crop_coords.shape) != (crops, 2):
+            raise ValueError(
+                f"{crops} crops with {tokens} tokens don't fit features {list(self.features.shape)} and crop_coords "
+                f"{list(self.crop_coords.shape)}: encode the images again"
+            )
+
+    @property
+    def tokens_per_image(self) -> list[int]:
+        return count_image_tokens(self.crop_num_tokens, self.image_grid_thw)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._tensors().values())
+
+    def split(self) -> list[torch.Tensor]:
+        """One float[tokens, hidden] per image."""
+        return list(self.features.split(self.tokens_per_image))
+
+    def to(self, device: str | torch.device) -> "EncodedImages":
+        """The same images on another device."""
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def save(self, path: str | os.PathLike):
+        """Write a safetensors file; what made the features stands in its header."""
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        save_file(tensors, path, metadata={"format": "pt", "weights_hash": self.weights_hash})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "EncodedImages":
+        """
+        Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is no safetensors file, or not one of encoded images.
+        """
+        names = [field.name for field in fields(cls) if field.name != "weights_hash"]
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                tensors = {name: file.get_tensor(name) for name in names}
+                return cls(**tensors, weights_hash=file.metadata()["weights_hash"])
+        except (SafetensorError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path} holds no encoded images ({error}): pass a file that save() wrote") from error
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+
+def hash_tensors(tensors) -> str:
+    """
+    A hash of the bits, dtypes and shapes of tensors, the same on every device.
+
+    Each tensor's 64-bit words are mixed with their places and summed up where they lie: copying a vision tower from a
+    GPU for a hash on the CPU would take longer than encoding a picture.
+
+    Raises:
+        ValueError: if a tensor has no data here, as where weights wait on a disk.
+    """
+    odd = 0x5851F42D4C957F2D
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor.is_meta:
+            raise ValueError("weights that wait on a disk can't be hashed: load the vision tower to a device")
+        octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        words = nn.functional.pad(octets, (0, -len(octets) % 8)).view(torch.int64)
+        keys = (2 * torch.arange(len(words), device=words.device) + 1) * odd  # int64 wraps around
+        mixed = (words ^ keys) * odd
+        mixed ^= mixed >> 32
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}{(mixed * keys).sum().item()}".encode())
+    return digest.hexdigest()
 
 
 class MCLlavaMultiModalProjector(nn.Module):
@@ -264,6 +364,37 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
         """See `MCLlavaModel.get_image_features`."""
         return self.model.get_image_features(pixel_values, crop_coords, crop_num_tokens, image_grid_thw, **kwargs)
 
+    @torch.no_grad()
+    def encode_images(
+        self,
+        pixel_values: torch.Tensor,
+        crop_coords: torch.Tensor | None = None,
+        crop_num_tokens: torch.LongTensor | None = None,
+        image_grid_thw: torch.LongTensor | None = None,
+        **text_inputs,
+    ) -> EncodedImages:
+        """
+        Encode images once, to ask about them many times: `generate(**inputs, image_features=encoded)`.
+
+        Takes all that the processor or the image processor returned, and reads its four image fields.
+
+        Raises:
+            ValueError: as `get_image_features`, and if weights wait on a disk.
+        """
+        features = self.get_image_features(
+            pixel_values, crop_coords, crop_num_tokens, image_grid_thw, return_dict=True
+        ).pooler_output
+        return EncodedImages(torch.cat(features), crop_coords, crop_num_tokens, image_grid_thw, self.hash_encoder())
+
+    def hash_encoder(self) -> str:
+        """
+        A hash of the weights that `EncodedImages` depend on: vision tower, coordinate embedding and projector.
+
+        It is worked out at each call, as nothing tells reliably that weights have been trained in between.
+        """
+        parts = (self.model.vision_tower, self.model.coord_embed, self.model.multi_modal_projector)
+        return hash_tensors(tensor for part in parts for tensor in part.state_dict().values())
+
     @can_return_tuple
     def forward(
         self,
@@ -272,7 +403,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
         crop_coords: torch.Tensor | None = None,
         crop_num_tokens: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
-        image_features: list[torch.Tensor] | torch.Tensor | None = None,
+        image_features: EncodedImages | list[torch.Tensor] | torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
@@ -286,14 +417,14 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
         Args:
             input_ids: int[batch, length] with one `<image>` per visual token.
             pixel_values, crop_coords, crop_num_tokens, image_grid_thw: the images, as the processor returns them.
-            image_features: the images, encoded: what `get_image_features(...).pooler_output` gives, or one
-                float[images, tokens, hidden] tensor.
+            image_features: the images, encoded: what `encode_images` or `get_image_features(...).pooler_output` gives,
+                or one float[images, tokens, hidden] tensor.
             labels: int[batch, length], -100 where there is nothing to learn.
             logits_to_keep: how many logits to compute, counted from the end; 0 for all.
             mm_encoder_outputs: the images, encoded, as transformers hands them around: `{"image": ...}`.
 
         Raises:
-            ValueError: if images and their places in the prompt don't match.
+            ValueError: if images and their places in the prompt don't match, or were encoded with other weights.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -323,7 +454,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
         )
 
     def _encoder_outputs(
-        self, image_features: list[torch.Tensor] | torch.Tensor | None, mm_encoder_outputs: dict | None
+        self, image_features: EncodedImages | list[torch.Tensor] | torch.Tensor | None, mm_encoder_outputs: dict | None
     ) -> dict[str, BaseModelOutputWithPooling] | None:
         """The encoded images in transformers' form, in a new object, as beams change theirs in place."""
         if image_features is None:
@@ -332,6 +463,14 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
             return {name: copy.copy(output) for name, output in (mm_encoder_outputs or {}).items()} or None
         if mm_encoder_outputs:
             raise ValueError("pass either image_features or mm_encoder_outputs, not both")
+        # Each copy of this file that transformers loads has an EncodedImages of its own: ask for what it can do.
+        if hasattr(image_features, "weights_hash"):
+            if image_features.weights_hash != self.hash_encoder():
+                raise ValueError(
+                    "the images were encoded with other weights of vision tower, coordinate embedding or projector "
+                    "(or another dtype): encode them again with this model"
+                )
+            image_features = image_features.split()
         image_features = list(image_features)
         hidden_size = self.config.text_config.hidden_size
         for features in image_features:
@@ -364,8 +503,8 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
         - `<image>` is never generated.
 
         Raises:
-            ValueError: if the prompt leaves no room for an answer, if images and their places don't match, or if an
-                option can't go with images or with the short form.
+            ValueError: if the prompt leaves no room for an answer, if images and their places don't match or were
+                encoded with other weights, or if an option can't go with images or with the short form.
         """
         input_ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
         inputs_embeds, attention_mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
@@ -508,4 +647,4 @@ register_checkpoint_conversion_mapping(
 MCLlavaForConditionalGeneration.register_for_auto_class("AutoModel")
 MCLlavaModel.register_for_auto_class("AutoModel")
 
-__all__ = ["MCLlavaForConditionalGeneration", "MCLlavaModel", "MCLlavaPreTrainedModel"]
+__all__ = ["EncodedImages", "MCLlavaForConditionalGeneration", "MCLlavaModel", "MCLlavaPreTrainedModel"]

@@ -3,8 +3,14 @@
 The processor knows text; where crops lie and what they give is the image processor's business.
 """
 
+import hashlib
+import json
+from collections import OrderedDict
+from threading import Lock
+
 import numpy as np
 import torch
+from PIL import Image
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
@@ -44,6 +50,56 @@ CHAT_TEMPLATE = """\
 """
 
 ROLES = ("system", "user", "assistant")
+
+
+class FeatureCache:
+    """
+    Keeps what `encode_images` made of the images used last: the processor's `feature_cache`.
+
+    An image is known by its pixels, the image processor's options (`max_crops` and `num_tokens` among them) and the
+    weights that encode it with their dtype. Each image is encoded by itself, so that what it gives does not depend on
+    the others. Threads may share a cache.
+
+    Args:
+        max_bytes: upper bound of the tensors kept, on whatever device they were made. Those unused for longest go.
+
+    Raises:
+        ValueError: if `max_bytes` is negative.
+    """
+
+    def __init__(self, max_bytes: int = 256 * 2**20):
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.nbytes = self.hits = self.misses = 0
+        self._entries = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def encode(self, model, image_processor: MCLlavaImageProcessor, image: Image.Image, **options):
+        """The `EncodedImages` of one RGB image, encoded with these options unless it is kept."""
+        settings = json.dumps({**image_processor.to_dict(), **options}, sort_keys=True, default=str)
+        picture = hashlib.sha256(f"{image.size} {settings}".encode())
+        picture.update(image.tobytes())
+        key = (picture.hexdigest(), model.hash_encoder())
+        with self._lock:
+            if key in self._entries:
+                self.hits += 1
+                self._entries.move_to_end(key)
+                return self._entries[key]
+            self.misses += 1
+        inputs = image_processor(image, **{**options, "return_tensors": "pt"}).to(model.device)
+        encoded = model.encode_images(**inputs)
+        with self._lock:
+            # Another thread may have been faster, and an image that is too large for the cache must not empty it.
+            if key not in self._entries and encoded.nbytes <= self.max_bytes:
+                self._entries[key] = encoded
+                self.nbytes += encoded.nbytes
+                while self.nbytes > self.max_bytes:
+                    self.nbytes -= self._entries.popitem(last=False)[1].nbytes
+        return encoded
 
 
 class MCLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -97,7 +153,7 @@ class MCLlavaProcessor(ProcessorMixin):
     def _first_special_token(self, text: str) -> str | None:
         return next((token for token in self.special_tokens if token in text), None)
 
-    def __call__(self, text=None, images=None, model=None, **kwargs) -> BatchFeature:
+    def __call__(self, text=None, images=None, model=None, feature_cache=None, **kwargs) -> BatchFeature:
         r"""
         Args:
             text (`str` or `list[str]`): a question, or a raw prompt. Text that holds a special token is a raw prompt
@@ -108,6 +164,7 @@ class MCLlavaProcessor(ProcessorMixin):
                 text its own.
             model (`MCLlavaForConditionalGeneration`, *optional*): encode the images here and now, as the published
                 processor did. `input_ids` then keep one `<image>` per image.
+            feature_cache (`FeatureCache`, *optional*): with `model`, where images that were encoded before are kept.
             kwargs: `max_crops`, `num_tokens`, and what transformers' processors take (`padding`, `return_tensors`,
                 ...), flat or in `images_kwargs` and `text_kwargs`.
 
@@ -124,6 +181,8 @@ class MCLlavaProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("text is missing: pass a question or a prompt, or call the image processor for images")
         if model is None:
+            if feature_cache is not None:
+                raise ValueError("feature_cache needs the model that encodes: pass model, too")
             return super().__call__(images=images, text=text, **kwargs)
 
         prompts, images = self._assemble(text, images, kwargs.get("input_data_format"))
@@ -136,7 +195,12 @@ class MCLlavaProcessor(ProcessorMixin):
         device = "cpu" if model.device.type == "meta" else model.device
         inputs = BatchFeature(dict(inputs)).to(device)
         if images:
-            image_inputs = self.image_processor(images, **{**kwargs["images_kwargs"], "return_tensors": "pt"})
+            options = kwargs["images_kwargs"]
+            if feature_cache is not None:
+                encoded = (feature_cache.encode(model, self.image_processor, image, **options) for image in images)
+                inputs["image_features"] = [features for image in encoded for features in image.split()]
+                return inputs
+            image_inputs = self.image_processor(images, **{**options, "return_tensors": "pt"})
             with torch.no_grad():
                 inputs["image_features"] = model.get_image_features(**image_inputs.to(device)).pooler_output
         return inputs
@@ -300,4 +364,4 @@ class MCLlavaProcessor(ProcessorMixin):
 
 MCLlavaProcessor.register_for_auto_class()
 
-__all__ = ["MCLlavaProcessor", "MCLlavaProcessorKwargs"]
+__all__ = ["FeatureCache", "MCLlavaProcessor", "MCLlavaProcessorKwargs"]

@@ -11,12 +11,14 @@ if not (Path(__file__).parent / "modeling_mc_llava.py").exists():
 from . import configuration_mc_llava
 from .configuration_mc_llava import MCLlavaConfig
 from .image_processing_mc_llava import MCLlavaImageProcessor
-from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import MCLlavaProcessor
+from .modeling_mc_llava import EncodedImages, MCLlavaForConditionalGeneration
+from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 
 
 __all__ = [
     "TINY",
+    "EncodedImages",
+    "FeatureCache",
     "MCLlavaConfig",
     "MCLlavaForConditionalGeneration",
     "MCLlavaImageProcessor",

@@ -1,0 +1,240 @@
+"""Images that are encoded once: the value, its file, its hash, and the cache over it."""
+
+import copy
+
+import pytest
+import torch
+from conftest import picture, prompt, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoProcessor
+
+from mc_llava import EncodedImages, FeatureCache
+from mc_llava.modeling_mc_llava import hash_tensors
+
+
+IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(300, 300, seed=3)]
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+
+
+def ask(model, inputs, **options) -> list:
+    return model.generate(**inputs, **GREEDY, **options)[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def text_of(inputs) -> dict:
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+@pytest.fixture(scope="module")
+def inputs(processor):
+    return processor(["What is it?", prompt("And these two?", 2)], [IMAGES[:1], IMAGES[1:3]])
+
+
+@pytest.fixture(scope="module")
+def encoded(model, inputs) -> EncodedImages:
+    return model.encode_images(**inputs)
+
+
+class TestAsking:
+    def test_it_stands_in_for_pixels_in_both_forms(self, model, processor, inputs, encoded):
+        reference = ask(model, inputs)
+        assert ask(model, text_of(inputs), image_features=encoded) == reference
+        short = processor.tokenizer([prompt("What is it?"), prompt("And these two?", 2)], padding=True)
+        short = {name: torch.tensor(value) for name, value in short.items()}
+        for options in ({}, {"num_beams": 3}):
+            assert ask(model, short, image_features=encoded, **options) == ask(model, inputs, **options)
+        with torch.no_grad():
+            logits = [
+                model(**inputs).logits,
+                model(**text_of(inputs), image_features=encoded).logits,
+            ]
+        assert torch.equal(*logits)
+
+    def test_further_questions_pass_no_tower(self, model, processor, monkeypatch):
+        inputs = processor("What is it?", IMAGES[1])
+        encoded = model.encode_images(**inputs)
+        expected = [ask(model, processor(question, IMAGES[1])) for question in ("Where?", "Is it blue?")]
+        monkeypatch.setattr(model.model.vision_tower.encoder, "forward", None)
+        for question, answer in zip(("Where?", "Is it blue?"), expected):
+            assert (
+                ask(model, processor.tokenizer(prompt(question), return_tensors="pt"), image_features=encoded)
+                == answer
+            )
+
+    def test_other_counts_are_refused(self, model, processor, inputs, encoded):
+        with pytest.raises(ValueError, match="<image> tokens"):
+            model.generate(**text_of(processor("What?", IMAGES[0], num_tokens=7)), image_features=encoded)
+        with pytest.raises(ValueError, match="<image> tokens"):
+            model.generate(**processor.tokenizer(prompt("?", 2), return_tensors="pt"), image_features=encoded)
+        with pytest.raises(ValueError, match="either pixel_values or image features"):
+            model.generate(**inputs, image_features=encoded)
+
+    def test_it_goes_from_the_package_to_remote_code(self, converted, tmp_path):
+        model = AutoModel.from_pretrained(converted, trust_remote_code=True)
+        processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
+        inputs = processor("What is it?", IMAGES[1], num_tokens=50)
+        model.encode_images(**inputs).save(tmp_path / "encoded.safetensors")
+        encoded = EncodedImages.load(tmp_path / "encoded.safetensors")
+        assert ask(model, text_of(inputs), image_features=encoded) == ask(model, inputs)
+
+
+class TestWeights:
+    @pytest.mark.parametrize("part", ["vision_tower", "coord_embed", "multi_modal_projector"])
+    def test_a_training_step_of_what_encodes_is_noticed(self, inputs, part):
+        model = small_model()
+        encoded = model.encode_images(**inputs)
+        parameters = list(getattr(model.model, part).parameters())
+        optimizer = torch.optim.SGD(parameters, lr=1e-3)
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        optimizer.step()
+        with pytest.raises(ValueError, match="other weights of vision tower.* encode them again"):
+            model.generate(**text_of(inputs), image_features=encoded)
+        with pytest.raises(ValueError, match="other weights"):
+            model(**text_of(inputs), image_features=encoded)
+        again = model.encode_images(**inputs)
+        assert ask(model, text_of(inputs), image_features=again) == ask(model, inputs)
+
+    def test_changes_that_no_version_counts_are_noticed(self, inputs):
+        model = small_model()
+        encoded = model.encode_images(**inputs)
+        weight = model.model.multi_modal_projector.linear_2.weight
+        version = weight._version
+        weight.data[3, 5] += 1e-4
+        assert weight._version == version
+        with pytest.raises(ValueError, match="other weights"):
+            model.generate(**text_of(inputs), image_features=encoded)
+
+    def test_the_language_model_may_change(self, inputs):
+        model = small_model()
+        encoded = model.encode_images(**inputs)
+        before = ask(model, inputs)
+        with torch.no_grad():
+            model.lm_head.weight.normal_()
+        assert ask(model, text_of(inputs), image_features=encoded) == ask(model, inputs) != before
+
+    def test_the_dtype_counts(self, inputs, encoded):
+        with pytest.raises(ValueError, match="another dtype"):
+            small_model().bfloat16().generate(**text_of(inputs), image_features=encoded)
+
+    def test_equal_weights_have_equal_hashes(self, model):
+        assert small_model().hash_encoder() == copy.deepcopy(model).hash_encoder() == model.hash_encoder()
+
+    def test_weights_on_a_disk_are_refused(self, inputs):
+        with pytest.raises(ValueError, match="wait on a disk"):
+            small_model().to("meta").hash_encoder()
+
+    @given(st.data())
+    @settings(max_examples=60, deadline=None)
+    def test_every_bit_counts(self, data):
+        """Flipped bits, one or several, wherever they lie, and swapped words: each gives another hash."""
+        dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.int8]))
+        tensor = torch.randn(data.draw(st.integers(2, 60)), generator=torch.Generator().manual_seed(0)).to(dtype)
+        bits = tensor.view(torch.uint8)
+        changed = bits.clone()
+        for place in data.draw(st.sets(st.integers(0, 8 * len(bits) - 1), min_size=1, max_size=9)):
+            changed[place // 8] ^= 1 << place % 8
+        assert hash_tensors([changed.view(dtype)]) != hash_tensors([tensor]) == hash_tensors([tensor.clone()])
+
+    def test_order_sign_shape_and_dtype_count(self):
+        tensor = torch.arange(1.0, 65.0)
+        variants = [tensor, -tensor, tensor.flip(0), tensor.view(8, 8), tensor.view(8, 8).T, tensor.view(torch.int32)]
+        hashes = {hash_tensors([variant]) for variant in variants}
+        hashes |= {hash_tensors([tensor[:32], tensor[32:]]), hash_tensors([]), hash_tensors([tensor[:0]])}
+        assert len(hashes) == len(variants) + 3
+
+
+class TestFiles:
+    def test_saved_and_loaded(self, model, inputs, encoded, tmp_path):
+        encoded.save(tmp_path / "encoded.safetensors")
+        loaded = EncodedImages.load(tmp_path / "encoded.safetensors")
+        assert loaded.weights_hash == encoded.weights_hash and loaded.nbytes == encoded.nbytes
+        assert all(torch.equal(a, b) for a, b in zip(loaded.split(), encoded.split()))
+        assert ask(model, text_of(inputs), image_features=loaded.to("cpu")) == ask(model, inputs)
+
+    def test_other_files_are_refused(self, encoded, tmp_path):
+        path = tmp_path / "other.safetensors"
+        path.write_bytes(b"no safetensors")
+        with pytest.raises(ValueError, match="holds no encoded images"):
+            EncodedImages.load(path)
+        tensors = {name: value for name, value in vars(encoded).items() if name != "weights_hash"}
+        for broken, metadata in (
+            ({"features": encoded.features}, {"weights_hash": "a"}),
+            (tensors, None),
+            (tensors, {"format": "pt"}),
+        ):
+            save_file(broken, path, metadata=metadata)
+            with pytest.raises(ValueError, match="holds no encoded images"):
+                EncodedImages.load(path)
+        save_file({**tensors, "features": encoded.features[1:].clone()}, path, metadata={"weights_hash": "a"})
+        with pytest.raises(ValueError, match="don't fit features"):
+            EncodedImages.load(path)
+
+
+class TestFeatureCache:
+    @given(st.data())
+    @settings(max_examples=20, deadline=None)
+    def test_cached_equals_uncached(self, model, processor, data):
+        """Over random orders, sizes, knobs and evictions."""
+        kept = data.draw(st.integers(0, 4), label="images that fit")
+        cache = FeatureCache(max_bytes=kept * 20 * (48 * 4 + 40))
+        for _ in range(data.draw(st.integers(1, 8))):
+            images = data.draw(st.lists(st.sampled_from(IMAGES), min_size=1, max_size=3))
+            knobs = {"max_crops": data.draw(st.integers(0, 5)), "num_tokens": data.draw(st.integers(4, 20))}
+            arguments = (prompt("What?", len(images)), images)
+            cached = processor(*arguments, model, feature_cache=cache, **knobs)
+            uncached = processor(*arguments, model, **knobs)
+            assert torch.equal(cached["input_ids"], uncached["input_ids"])
+            for ours, theirs in zip(cached["image_features"], uncached["image_features"], strict=True):
+                assert torch.allclose(ours, theirs, atol=1e-5)
+            assert cache.nbytes == sum(entry.nbytes for entry in cache._entries.values()) <= cache.max_bytes
+
+    def test_hits_and_what_makes_a_miss(self, processor):
+        model, cache = small_model(), FeatureCache()
+
+        def counts(image, **options):
+            processor("What?", image, model, feature_cache=cache, **options)
+            return cache.hits, cache.misses
+
+        assert counts(IMAGES[1]) == (0, 1)
+        assert counts(IMAGES[1].copy()) == (1, 1)
+        assert counts(IMAGES[1], max_crops=6, num_tokens=20) == (2, 1), "the saved knobs, written out"
+        assert counts(IMAGES[1], max_crops=2) == (2, 2)
+        assert counts(IMAGES[1], num_tokens=19) == (2, 3)
+        other = IMAGES[1].copy()
+        other.putpixel((7, 7), (1, 2, 3))
+        assert counts(other) == (2, 4)
+        assert counts(IMAGES[1].transpose(0).transpose(0)) == (3, 4)
+        with torch.no_grad():
+            model.model.coord_embed[0].bias += 1
+        assert counts(IMAGES[1]) == (3, 5)
+        model.bfloat16()
+        assert counts(IMAGES[1]) == (3, 6)
+        assert len(cache) == 6
+
+    def test_the_one_unused_for_longest_goes(self, model, processor):
+        processor("What?", IMAGES[0], model, feature_cache=(cache := FeatureCache()), num_tokens=10)
+        cache = FeatureCache(max_bytes=2 * cache.nbytes)
+        for image, hits in ((0, 0), (1, 0), (0, 1), (2, 1), (0, 2), (1, 2)):
+            processor("What?", picture(40, 40, seed=image), model, feature_cache=cache, num_tokens=10)
+            assert cache.hits == hits and len(cache) <= 2
+
+    def test_in_messages(self, model, processor):
+        cache = FeatureCache()
+        content = [{"type": "image", "image": IMAGES[1]}, {"type": "text", "text": "What is it?"}]
+        for _ in range(2):
+            inputs = processor.apply_chat_template(
+                [{"role": "user", "content": content}],
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                processor_kwargs={"model": model, "feature_cache": cache, "max_crops": 3},
+            )
+            assert ask(model, inputs) == ask(model, processor("What is it?", IMAGES[1], max_crops=3))
+        assert (cache.hits, cache.misses) == (1, 1)
+
+    def test_wrong_arguments(self, processor):
+        with pytest.raises(ValueError, match="pass model, too"):
+            processor("What?", IMAGES[0], feature_cache=FeatureCache())
+        with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
+            FeatureCache(-1)
