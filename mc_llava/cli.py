@@ -14,12 +14,14 @@ from tqdm import tqdm
 from transformers import TextStreamer
 
 from . import find_model
+from .configuration_mc_llava import MCLlavaConfig
 from .convert import convert as convert_checkpoint
 from .crop_grid import draw_crop_grid
+from .estimate import estimate as estimate_cost
 from .evaluation import Evaluator, compare, evaluate, load, score_table
 from .image_processing_mc_llava import Crop, MCLlavaImageProcessor, load_image
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import MCLlavaProcessor
+from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 from .tasks import TASKS
 
 
@@ -35,6 +37,8 @@ app = typer.Typer(
 ModelOption = Annotated[str, typer.Option(help="A model folder, a Hub id, or tiny, which comes along.")]
 MaxCrops = Annotated[int | None, typer.Option(help="Upper bound of the crops beside the whole image.")]
 NumTokens = Annotated[int | None, typer.Option(help="Upper bound of the visual tokens of one image.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Upper bound of the answer's tokens.", min=1)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; an accelerator where there is one.")]
 
 
 class Dtype(str, Enum):
@@ -42,6 +46,9 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+DtypeOption = Annotated[Dtype, typer.Option(help="auto: as the checkpoint was saved.")]
 
 
 @app.command()
@@ -52,9 +59,9 @@ def ask(
     model: ModelOption = DEFAULT_MODEL,
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Upper bound of the answer's tokens.", min=1)] = 200,
-    dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint was saved.")] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; an accelerator where there is one.")] = None,
+    max_new_tokens: MaxNewTokens = 200,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the answer.")] = False,
 ):
     """Ask a question about one or more pictures and stream the answer."""
@@ -80,15 +87,12 @@ def ask(
         return_tensors="pt",
         processor_kwargs=knobs,
     )
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator()
-        device = "cpu" if accelerator is None else accelerator.type
-    network = MCLlavaForConditionalGeneration.from_pretrained(find_model(model), dtype=dtype.value).to(device).eval()
+    network = load_model(model, dtype, device)
 
     start = time.perf_counter()
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with crop_progress(network, crops):
-        output = network.generate(**inputs.to(device), max_new_tokens=max_new_tokens, streamer=streamer)
+        output = network.generate(**inputs.to(network.device), max_new_tokens=max_new_tokens, streamer=streamer)
     if as_json:
         new_tokens = output[0, inputs["input_ids"].shape[1] :]
         answer = {
@@ -101,6 +105,60 @@ def ask(
             "seconds": round(time.perf_counter() - start, 3),
         }
         print(json.dumps(answer, ensure_ascii=False))
+
+
+@app.command()
+def chat(
+    image: Annotated[str, typer.Argument(help="A path or a URL.")],
+    model: ModelOption = DEFAULT_MODEL,
+    max_crops: MaxCrops = None,
+    num_tokens: NumTokens = None,
+    max_new_tokens: MaxNewTokens = 200,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+):
+    """
+    Talk about a picture: one question a line, and an empty one ends.
+
+    The picture is encoded once. Earlier turns are remembered; /new forgets them.
+    """
+    picture = load_image(image)  # standard input is for questions
+    processor = MCLlavaProcessor.from_pretrained(find_model(model))
+    knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
+    plan = processor.image_processor.plan(*picture.size, **knobs)
+    say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
+    network = load_model(model, dtype, device)
+    cache = FeatureCache()
+    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    turns = []
+    while question := read_question():
+        if question == "/new":
+            turns = []
+            continue
+        content = [{"type": "text", "text": question}]
+        if not turns:
+            content.insert(0, {"type": "image", "image": picture})
+        asked = [*turns, {"role": "user", "content": content}]
+        try:
+            with crop_progress(network, len(plan)):
+                inputs = processor.apply_chat_template(
+                    asked,
+                    add_generation_prompt=True,
+                    tokenize=True,
+                    return_dict=True,
+                    processor_kwargs={"model": network, "feature_cache": cache, **knobs},
+                )
+            output = network.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
+        except ValueError as error:  # what was said before is not lost
+            say(f"error: {error}")
+            if turns:
+                say("Ask something shorter, or type /new to forget the earlier turns.")
+            continue
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        for token in processor.special_tokens:  # messages must not hold any, wherever they come from
+            answer = answer.replace(token, "")
+        turns = [*asked, {"role": "assistant", "content": answer}]
 
 
 @app.command()
@@ -117,6 +175,38 @@ def crops(
     plan = processor.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
     draw_crop_grid(picture, plan).save(output)
     say(f"{output}: {describe(plan)}")
+
+
+@app.command()
+def estimate(
+    image: Annotated[str, typer.Argument(help="A path, a URL, or - for standard input.")],
+    model: Annotated[str | None, typer.Option(help="A model folder or a Hub id; the 3B's sizes without it.")] = None,
+    max_crops: MaxCrops = None,
+    num_tokens: NumTokens = None,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the prompt beside the picture.")] = 27,
+    max_new_tokens: MaxNewTokens = 200,
+    dtype: DtypeOption = Dtype.auto,
+):
+    """Print what a question about a picture costs. Loads no weights."""
+    if model is None:
+        processor, config = MCLlavaImageProcessor(), MCLlavaConfig(dtype="float16")
+    else:
+        processor, config = MCLlavaImageProcessor.from_pretrained(find_model(model)), MCLlavaConfig.from_pretrained(model)
+    plan = processor.plan(*read_image(image).size, max_crops=max_crops, num_tokens=num_tokens)
+    precision = config.dtype or torch.float32 if dtype is Dtype.auto else getattr(torch, dtype.value)
+    cost = estimate_cost(config, plan, text_tokens, max_new_tokens, precision)
+    for name, value in (
+        ("crops", cost.crops),
+        ("image tokens", cost.image_tokens),
+        ("prompt tokens", cost.prompt_tokens),
+        ("vision tower", f"{cost.tower_flops / 1e9:,.1f} GFLOP"),
+        ("prefill", f"{cost.prefill_flops / 1e9:,.1f} GFLOP"),
+        ("each new token", f"{cost.flops_per_new_token / 1e9:,.1f} GFLOP"),
+        ("weights", f"{cost.weight_bytes / 1e9:,.2f} GB"),
+        ("activations", f"{cost.activation_bytes / 1e9:,.2f} GB"),
+        ("keys and values", f"{cost.cache_bytes / 1e9:,.2f} GB"),
+    ):
+        print(f"{name:16}{value:>12}")
 
 
 @app.command()
@@ -230,6 +320,20 @@ def study(
 
 def read_image(source: str):
     return load_image(sys.stdin.buffer.read() if source == "-" else source)
+
+
+def read_question() -> str:
+    """A line of standard input without the space around it; empty at its end."""
+    if sys.stdin.isatty():
+        print("> ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip()
+
+
+def load_model(model: str, dtype: Dtype, device: str | None) -> MCLlavaForConditionalGeneration:
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator()
+        device = "cpu" if accelerator is None else accelerator.type
+    return MCLlavaForConditionalGeneration.from_pretrained(find_model(model), dtype=dtype.value).to(device).eval()
 
 
 def describe(plan: list[Crop]) -> str:

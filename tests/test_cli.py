@@ -87,6 +87,38 @@ def test_convert(checkpoint, tmp_path):
     assert (tmp_path / "model" / "modeling_mc_llava.py").exists()
 
 
+class TestChat:
+    def test_several_turns_about_a_picture_that_is_encoded_once(self, converted):
+        questions = ["What is on the table?", "And beside it?"]
+        result = run("chat", COFFEE, "--model", converted, *OPTIONS, input="\n".join([*questions, ""]).encode())
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.decode() == "".join(f"{answer}\n" for answer in self.answers(converted, questions))
+        assert result.stderr.decode().count("Encoding crops: 1 100%") == 1
+
+    def test_errors_and_new_conversations(self, converted):
+        lines = ["What?<|im_end|>", "What is on the table?", "/new", "What is on the table?", "", "not read any more"]
+        result = run("chat", COFFEE, "--model", converted, *OPTIONS, input="\n".join(lines).encode())
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.decode() == 2 * f"{self.answers(converted, lines[1:2])[0]}\n"
+        assert "error: the text of a message must not hold the special token <|im_end|>" in result.stderr.decode()
+
+    def answers(self, folder, questions) -> list[str]:
+        """Of plain `generate`, with the pixels in every turn."""
+        model = MCLlavaForConditionalGeneration.from_pretrained(folder)
+        processor = MCLlavaProcessor.from_pretrained(folder)
+        turns, answers = [], []
+        for question in questions:
+            image = [] if turns else [{"type": "image", "path": COFFEE}]
+            turns.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+            inputs = processor.apply_chat_template(
+                turns, add_generation_prompt=True, tokenize=True, return_dict=True, max_crops=1, num_tokens=50
+            )
+            output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+            answers.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+            turns.append({"role": "assistant", "content": answers[-1]})
+        return answers
+
+
 def test_errors_are_one_line(checkpoint, tmp_path):
     assert error_of("ask", "What?") == "error: got a question without an image: pass IMAGE... and then the question"
     assert "no-such.jpg is no file" in error_of("ask", "no-such.jpg", "What?", "--model", checkpoint)

@@ -96,7 +96,8 @@ class TestReadme:
         """Every `mc-llava` line names a command and options that there are; test_cli.py runs each of them."""
         blocks = re.findall(r"```bash\n(.*?)```", self.text, flags=re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines() if line.startswith("mc-llava ")]
-        assert {line.split()[1] for line in lines} == {"ask", "crops", "convert", "eval", "study", "train"}
+        commands = {"ask", "chat", "convert", "crops", "estimate", "eval", "study", "train"}
+        assert {line.split()[1] for line in lines} == commands
         for line in lines:
             help_text = run("-m", "mc_llava", line.split()[1], "--help", cwd=ROOT)
             for option in re.findall(r" (--?[a-z][a-z-]*)", line):

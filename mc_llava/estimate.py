@@ -1,0 +1,102 @@
+"""What a question about a picture costs, worked out from configurations alone: no weights are loaded."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import DynamicCache
+
+from .configuration_mc_llava import MCLlavaConfig
+from .image_processing_mc_llava import Crop
+from .modeling_mc_llava import CROPS_PER_PASS, MCLlavaForConditionalGeneration
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """
+    FLOPs count a multiplication and an addition as two, and attention as if no position were masked.
+
+    `activation_bytes` are the crops' pixels (float32, and once more in the model's dtype) and the widest moment of the
+    tower's or the language model's pass; `cache_bytes` the keys and values of prompt and answer.
+    """
+
+    crops: int
+    image_tokens: int
+    prompt_tokens: int
+    tower_flops: int
+    prefill_flops: int
+    flops_per_new_token: int
+    weight_bytes: int
+    activation_bytes: int
+    cache_bytes: int
+
+
+@torch.no_grad()
+def estimate(
+    config: MCLlavaConfig,
+    plan: list[Crop],
+    text_tokens: int = 27,
+    new_tokens: int = 200,
+    dtype: torch.dtype = torch.float16,
+) -> Estimate:
+    """
+    Cost of one picture's crops and of one question about it.
+
+    FLOPs are counted by torch on the model itself, with tensors that have a shape but no data. Activations follow from
+    the layers, with fused attention: while an MLP of width m passes its activation, a token of the tower holds
+    4 hidden + 2 m numbers, one of Phi, whose `gelu_new` is made of several operations, 4 hidden + 4 m.
+
+    Args:
+        plan: what `MCLlavaImageProcessor.plan` gives.
+        text_tokens: of the prompt beside the picture; 27 are the card's prompt with a question of four words.
+        new_tokens: of the answer.
+
+    Raises:
+        ValueError: if prompt and answer don't fit into the context.
+    """
+    image_tokens = sum(crop.num_tokens for crop in plan)
+    length = image_tokens + text_tokens
+    limit = config.text_config.max_position_embeddings
+    if text_tokens < 1 or new_tokens < 1 or length + new_tokens > limit:
+        raise ValueError(
+            f"{image_tokens} image tokens, {text_tokens} of text and {new_tokens} new ones must each be at least 1 "
+            f"and together at most {limit}: lower num_tokens or the answer's length"
+        )
+    with torch.device("meta"):
+        model = MCLlavaForConditionalGeneration._from_config(config, dtype=dtype)
+        vision, text = config.vision_config, config.text_config
+        pixels = torch.empty(1, vision.num_channels, vision.image_size, vision.image_size, dtype=dtype)
+        selected = torch.empty(image_tokens, vision.hidden_size, dtype=dtype)
+        prompt, token = (torch.empty(1, n, text.hidden_size, dtype=dtype) for n in (length, 1))
+
+    tower = model.model.vision_tower
+    crop_flops = _count_flops(lambda: tower.encoder(inputs_embeds=tower.embeddings(pixels)))
+    token_flops = _count_flops(lambda: model.model.multi_modal_projector(selected))
+    coordinate_flops = _count_flops(lambda: model.model.coord_embed(torch.empty_like(selected[: len(plan), :2])))
+    cache = DynamicCache(config=text)
+    prefill_flops = _count_flops(lambda: model(inputs_embeds=prompt, past_key_values=cache, logits_to_keep=1))
+    prompt_bytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    flops_per_new_token = _count_flops(lambda: model(inputs_embeds=token, past_key_values=cache, logits_to_keep=1))
+
+    tower_width = 4 * vision.hidden_size + 2 * vision.intermediate_size
+    text_width = 4 * text.hidden_size + 4 * text.intermediate_size
+    patches = tower.embeddings.num_patches
+    widest = max(min(len(plan), CROPS_PER_PASS) * patches * tower_width, length * text_width) * dtype.itemsize
+    copied = 0 if dtype == torch.float32 else dtype.itemsize
+    return Estimate(
+        crops=len(plan),
+        image_tokens=image_tokens,
+        prompt_tokens=length,
+        tower_flops=len(plan) * crop_flops + token_flops + coordinate_flops,
+        prefill_flops=prefill_flops,
+        flops_per_new_token=flops_per_new_token,
+        weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
+        activation_bytes=len(plan) * pixels.numel() * (4 + copied) + widest,
+        cache_bytes=prompt_bytes * (length + new_tokens) // length,
+    )
+
+
+def _count_flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()

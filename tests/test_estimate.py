@@ -1,0 +1,117 @@
+"""The estimate against what torch counts and measures on models with weights."""
+
+import weakref
+
+import pytest
+import torch
+from conftest import ROOT, picture, small_config, small_model
+from test_cli import HUBBLE, error_of, run
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from mc_llava import MCLlavaConfig, MCLlavaImageProcessor
+from mc_llava.estimate import estimate
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of all tensors that are made and still alive, at most."""
+
+    def __init__(self, *known: torch.Tensor):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = weakref.WeakKeyDictionary({tensor.untyped_storage(): 0 for tensor in known})
+
+    def free(self, nbytes: int):
+        self.live -= nbytes
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage() not in self.seen:
+                storage = leaf.untyped_storage()
+                self.seen[storage] = storage.nbytes()
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return result
+
+
+@pytest.fixture(scope="module")
+def inputs(processor):
+    return processor("What is it?", picture(600, 500), max_crops=40, num_tokens=60)
+
+
+def estimate_of(inputs, processor, **options):
+    plan = processor.image_processor.plan(600, 500, max_crops=40, num_tokens=60)
+    assert len(plan) == len(inputs["pixel_values"]) > 16
+    text_tokens = int((inputs["input_ids"] != 50297).sum())
+    return estimate(small_config(), plan, text_tokens, new_tokens=8, dtype=torch.float32, **options)
+
+
+@torch.no_grad()
+def test_flops_and_weights_are_those_of_the_model(processor, inputs):
+    model = small_model(attn_implementation="eager")  # torch does not count its fused attention on a CPU
+    ours = estimate_of(inputs, processor)
+    assert (ours.crops, ours.image_tokens) == (36, 50)
+    assert ours.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
+    images = {name: inputs[name] for name in processor.image_processor.model_input_names}
+    with FlopCounterMode(display=False) as counter:
+        features = model.get_image_features(**images).pooler_output
+    assert ours.tower_flops == counter.get_total_flops()
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with FlopCounterMode(display=False) as counter:
+        output = model(**text, image_features=features, logits_to_keep=1)
+    assert ours.prefill_flops == counter.get_total_flops()
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=text["input_ids"][:, -1:], past_key_values=output.past_key_values)
+    assert ours.flops_per_new_token == counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_the_cache_is_that_of_prompt_and_answer(model, processor, inputs):
+    output = model.generate(
+        **inputs, max_new_tokens=9, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+    )  # the ninth token is not fed to the model any more
+    measured = sum(tensor.nbytes for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values))
+    assert estimate_of(inputs, processor).cache_bytes == measured
+
+
+@torch.no_grad()
+def test_activations_are_what_is_alive_at_most(processor, inputs):
+    model = small_model()
+    images = {name: inputs[name] for name in processor.image_processor.model_input_names}
+    known = [*model.parameters(), *model.buffers(), *images.values()]
+    with PeakMemory(*known) as memory:
+        model.get_image_features(**images)
+    pixels = images["pixel_values"].nbytes
+    assert estimate_of(inputs, processor).activation_bytes == pytest.approx(pixels + memory.peak, rel=0.1)
+
+
+def test_the_published_sizes():
+    """FACTS of the published model: 0.67 TFLOP a crop, 4.0 TFLOP of prefill for 780 tokens, 6.4 GB in float16."""
+    plan = MCLlavaImageProcessor().plan(4240, 2832)
+    ours = estimate(MCLlavaConfig(), plan, text_tokens=52)
+    assert (ours.image_tokens, ours.prompt_tokens) == (728, 780)
+    assert ours.tower_flops / len(plan) == pytest.approx(0.67e12, rel=0.02)
+    assert ours.prefill_flops == pytest.approx(4.0e12, rel=0.04)
+    assert ours.weight_bytes == pytest.approx(6.4e9, rel=0.01)
+    assert ours.cache_bytes == 980 * 2 * 32 * 2560 * 2
+
+
+def test_what_does_not_fit_is_refused():
+    plan = MCLlavaImageProcessor().plan(500, 500)
+    for options in ({"text_tokens": 1300}, {"new_tokens": 1300}, {"new_tokens": 0}, {"text_tokens": 0}):
+        with pytest.raises(ValueError, match="at least 1 and together at most 2048"):
+            estimate(MCLlavaConfig(), plan, **options)
+
+
+def test_the_command(converted):
+    result = run("estimate", HUBBLE, "--max-crops", 4, "--num-tokens", 300)
+    assert result.returncode == 0, result.stderr
+    text = result.stdout.decode()
+    for line in ("crops                      5", "image tokens             300", "vision tower", "6.41 GB"):
+        assert line in text, text
+    small = run("estimate", ROOT / "examples" / "coffee.jpg", "--model", converted).stdout.decode()
+    assert "crops                      3" in small and "6.41 GB" not in small
+    assert "together at most 2048" in error_of("estimate", HUBBLE, "--num-tokens", 2000)
