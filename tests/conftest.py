@@ -5,7 +5,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than the few steps that tests train
 
+import random
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import torch
 from make_published_checkpoint import write_published_checkpoint
 from PIL import Image
 
-from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
+from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor, scenes
 from mc_llava.convert import convert
 
 
@@ -39,6 +42,66 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def converted(checkpoint, tmp_path_factory) -> Path:
     return convert(str(checkpoint), str(tmp_path_factory.mktemp("converted") / "model"))
+
+
+class Trial(NamedTuple):
+    """A folder made by `convert`, pictures with a question to each, and whether a reply to a question is right."""
+
+    folder: Path
+    pictures: list[Path]
+    questions: list[str]
+    is_right: Callable[[int, str], bool]
+
+
+NEW_TOKENS = 12  # enough for any answer about a scene
+
+
+@pytest.fixture(scope="session")
+def trial(checkpoint, tmp_path_factory) -> Trial:
+    """
+    What everything that users meet is asked about.
+
+    Until `tiny` is in the repository, the model is random and a reply right where plain `generate` gives the same.
+    """
+    folder = tmp_path_factory.mktemp("trial")
+    asked, pictures = [], []
+    for seed in range(2):
+        scene = scenes.make_scene(seed, "test")
+        pictures.append(folder / f"scene{seed}.png")
+        scenes.draw_scene(scene).save(pictures[-1])
+        asked.append(scenes.ask(scene, "ocr", random.Random(seed)))
+    questions = [question.text for question in asked]
+    # With tiny: convert(str(ROOT / "tiny"), ...) and `lambda index, reply: scenes.is_correct(asked[index], reply)`.
+    random_model = write_wordy_checkpoint(checkpoint, folder / "random")
+    converted = convert(str(random_model), str(folder / "model"))
+    replies = [plain_reply(converted, picture, question) for picture, question in zip(pictures, questions)]
+    assert replies[0] != replies[1]
+    return Trial(converted, pictures, questions, lambda index, reply: reply.strip() == replies[index])
+
+
+def write_wordy_checkpoint(checkpoint: Path, folder: Path) -> Path:
+    """The random checkpoint with few crops, and answers made of ASCII words."""
+    processor = MCLlavaProcessor.from_pretrained(checkpoint)
+    processor.image_processor.max_crops, processor.image_processor.num_tokens = 4, 60
+    processor.save_pretrained(folder)
+    model = MCLlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    words = [(token, id) for token, id in processor.tokenizer.get_vocab().items() if len(token) == 2]
+    with torch.no_grad():
+        model.lm_head.bias -= 1e4
+        for token, id in words:
+            if token.isascii() and token.isalpha() or token[0] == "Ġ" and token[1].isascii() and token[1].isalpha():
+                model.lm_head.bias[id] += 1e4
+    model.save_pretrained(folder)
+    return folder
+
+
+def plain_reply(folder: Path, image, question: str, **knobs) -> str:
+    """What `generate` gives for the processor's pixels."""
+    model = MCLlavaForConditionalGeneration.from_pretrained(folder)
+    processor = MCLlavaProcessor.from_pretrained(folder)
+    inputs = processor(question, [image], **knobs)
+    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 def small_config(**kwargs) -> MCLlavaConfig:

@@ -1,0 +1,89 @@
+"""`pipeline("image-text-to-text")`, as the Hub's widget and its users call it."""
+
+import logging
+
+import pytest
+from conftest import NEW_TOKENS, plain_reply
+from PIL import Image
+from transformers import TextIteratorStreamer, pipeline
+
+
+@pytest.fixture(scope="module")
+def pipe(trial):
+    return pipeline("image-text-to-text", model=str(trial.folder), trust_remote_code=True)
+
+
+def messages(trial, index: int) -> list[dict]:
+    content = [{"type": "image", "path": str(trial.pictures[index])}, {"type": "text", "text": trial.questions[index]}]
+    return [{"role": "user", "content": content}]
+
+
+def test_it_is_supported(trial, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with caplog.at_level(logging.WARNING, "transformers"):
+        pipeline("image-text-to-text", model=str(trial.folder), trust_remote_code=True)
+    assert "not supported" not in caplog.text
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_widgets_question(pipe, trial, index):
+    for picture in (str(trial.pictures[index]), Image.open(trial.pictures[index])):
+        (result,) = pipe(picture, text=trial.questions[index], max_new_tokens=NEW_TOKENS, return_full_text=False)
+        assert trial.is_right(index, result["generated_text"])
+    (result,) = pipe(str(trial.pictures[index]), text=trial.questions[index], max_new_tokens=NEW_TOKENS)
+    assert result["input_text"] == trial.questions[index]
+    assert trial.is_right(index, result["generated_text"].removeprefix(trial.questions[index]))
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_messages(pipe, trial, index):
+    (result,) = pipe(text=messages(trial, index), max_new_tokens=NEW_TOKENS)
+    *asked, answer = result["generated_text"]
+    assert asked == messages(trial, index) and answer["role"] == "assistant"
+    assert trial.is_right(index, answer["content"])
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_batches(pipe, trial, batch_size):
+    options = {"max_new_tokens": NEW_TOKENS, "batch_size": batch_size, "return_full_text": False}
+    order = (0, 1, 0)
+    pictures, questions = [str(trial.pictures[index]) for index in order], [trial.questions[index] for index in order]
+    pairs = ({"images": picture, "text": question} for picture, question in zip(pictures, questions))
+    for results in (
+        pipe(text=[messages(trial, index) for index in order], **options),
+        pipe(pairs, **options),
+        [[result] for result in pipe(pictures, text=questions, **options)],
+    ):
+        replies = [result[0]["generated_text"] for result in results]
+        assert all(trial.is_right(index, reply) for index, reply in zip(order, replies, strict=True))
+
+
+@pytest.mark.parametrize("knobs", [{"max_crops": 0, "num_tokens": 30}, {"max_crops": 8}])
+def test_knobs(pipe, trial, knobs):
+    expected = plain_reply(trial.folder, trial.pictures[0], trial.questions[0], **knobs)
+    options = {"max_new_tokens": NEW_TOKENS, "return_full_text": False}
+    for result in (
+        pipe(str(trial.pictures[0]), text=trial.questions[0], **knobs, **options),
+        pipe(text=messages(trial, 0), **knobs, **options),
+        pipe(text=messages(trial, 0), processor_kwargs=knobs, **options),
+    ):
+        assert result[0]["generated_text"].strip() == expected
+    with pytest.raises(ValueError, match="max_crops must be at least 0"):
+        pipe(text=messages(trial, 0), max_crops=-1)
+
+
+def test_generation_options_and_streaming(pipe, trial):
+    options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 3}
+    results = pipe(text=messages(trial, 0), generate_kwargs=options, return_full_text=False)
+    assert len({result["generated_text"] for result in results}) == 2
+
+    streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    options = {"streamer": streamer, "max_new_tokens": NEW_TOKENS}
+    pipe(text=messages(trial, 0), generate_kwargs=options)
+    pieces = list(streamer)
+    assert len(pieces) > 1 and trial.is_right(0, "".join(pieces))
+
+
+def test_questions_without_a_picture(pipe):
+    (result,) = pipe(text="What is a galaxy?", max_new_tokens=2)
+    assert len(result["generated_text"]) > len("What is a galaxy?")
