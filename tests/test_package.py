@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from huggingface_hub import ModelCard
 
 from mc_llava.convert import REMOTE_CODE
 
@@ -107,3 +108,22 @@ class TestReadme:
         for target in re.findall(r"\]\(([^)#]+)\)", self.text):
             if not target.startswith("http"):
                 assert (ROOT / target).exists(), target
+
+
+class TestModelCard:
+    def test_its_metadata_are_what_the_hub_reads(self):
+        data = ModelCard.load(ROOT / "README.md", ignore_metadata_errors=False).data
+        assert (data.license, data.language, data.library_name) == ("mit", ["en"], "transformers")
+        assert data.pipeline_tag == "image-text-to-text"
+        assert data.base_model == ["vince62s/phi-2-psy", "google/siglip-so400m-patch14-384"]
+        assert data.datasets == ["liuhaotian/LLaVA-Pretrain", "liuhaotian/LLaVA-Instruct-150K"]
+        assert {"llava", "custom_code"} <= set(data.tags)
+        assert [set(example) for example in data.get("widget")] == [{"text", "src"}] * 2
+
+    def test_the_hubs_validator_accepts_it(self):
+        """huggingface_hub's validator asks the Hub: it runs where that is wanted."""
+        if os.environ.get("TEST_HUB") != "1":
+            pytest.skip("ModelCard.validate() asks the Hub: set TEST_HUB=1 to run it")
+        code = f"from huggingface_hub import ModelCard; ModelCard.load({str(ROOT / 'README.md')!r}).validate()"
+        environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True)
