@@ -191,7 +191,7 @@ def estimate(
     if model is None:
         processor, config = MCLlavaImageProcessor(), MCLlavaConfig(dtype="float16")
     else:
-        processor, config = MCLlavaImageProcessor.from_pretrained(find_model(model)), MCLlavaConfig.from_pretrained(model)
+        processor, config = MCLlavaImageProcessor.from_pretrained(find_model(model)), MCLlavaConfig.from_pretrained(find_model(model))
     plan = processor.plan(*read_image(image).size, max_crops=max_crops, num_tokens=num_tokens)
     precision = config.dtype or torch.float32 if dtype is Dtype.auto else getattr(torch, dtype.value)
     cost = estimate_cost(config, plan, text_tokens, max_new_tokens, precision)
