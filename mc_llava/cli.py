@@ -13,7 +13,6 @@ import typer
 from tqdm import tqdm
 from transformers import TextStreamer
 
-from . import find_model
 from .configuration_mc_llava import MCLlavaConfig
 from .convert import convert as convert_checkpoint
 from .crop_grid import draw_crop_grid
@@ -25,7 +24,7 @@ from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 from .tasks import TASKS
 
 
-DEFAULT_MODEL = "tiny"
+DEFAULT_MODEL = "visheratin/MC-LLaVA-3b"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,7 +33,7 @@ app = typer.Typer(
     help="Ask MC-LLaVA about pictures. Answers go to standard output, everything else to standard error.",
 )
 
-ModelOption = Annotated[str, typer.Option(help="A model folder, a Hub id, or tiny, which comes along.")]
+ModelOption = Annotated[str, typer.Option(help="A model folder or a Hub id.")]
 MaxCrops = Annotated[int | None, typer.Option(help="Upper bound of the crops beside the whole image.")]
 NumTokens = Annotated[int | None, typer.Option(help="Upper bound of the visual tokens of one image.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Upper bound of the answer's tokens.", min=1)]
@@ -69,7 +68,7 @@ def ask(
     if not sources:
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
     images = [read_image(source) for source in sources]
-    processor = MCLlavaProcessor.from_pretrained(find_model(model))
+    processor = MCLlavaProcessor.from_pretrained(model)
     knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
 
     crops = tokens = 0
@@ -123,7 +122,7 @@ def chat(
     The picture is encoded once. Earlier turns are remembered; /new forgets them.
     """
     picture = load_image(image)  # standard input is for questions
-    processor = MCLlavaProcessor.from_pretrained(find_model(model))
+    processor = MCLlavaProcessor.from_pretrained(model)
     knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
     plan = processor.image_processor.plan(*picture.size, **knobs)
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
@@ -170,7 +169,7 @@ def crops(
     num_tokens: NumTokens = None,
 ):
     """Draw the crop grid over a picture. Loads no weights."""
-    processor = MCLlavaImageProcessor() if model is None else MCLlavaImageProcessor.from_pretrained(find_model(model))
+    processor = MCLlavaImageProcessor() if model is None else MCLlavaImageProcessor.from_pretrained(model)
     picture = read_image(image)
     plan = processor.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
     draw_crop_grid(picture, plan).save(output)
@@ -191,7 +190,7 @@ def estimate(
     if model is None:
         processor, config = MCLlavaImageProcessor(), MCLlavaConfig(dtype="float16")
     else:
-        processor, config = MCLlavaImageProcessor.from_pretrained(find_model(model)), MCLlavaConfig.from_pretrained(find_model(model))
+        processor, config = MCLlavaImageProcessor.from_pretrained(model), MCLlavaConfig.from_pretrained(model)
     plan = processor.plan(*read_image(image).size, max_crops=max_crops, num_tokens=num_tokens)
     precision = config.dtype or torch.float32 if dtype is Dtype.auto else getattr(torch, dtype.value)
     cost = estimate_cost(config, plan, text_tokens, max_new_tokens, precision)
@@ -312,9 +311,7 @@ def study(
 ):
     """Measure what crops and tokens bring on drawn scenes, and print the README's table."""
     with extra("eval"):
-        pass  # noqa: F401, missed now and not after all questions
-    from .study import markdown, run_study
-
+        from .study import markdown, run_study
     print(markdown(run_study(model, work, output, num_scenes)))
 
 
@@ -333,7 +330,7 @@ def load_model(model: str, dtype: Dtype, device: str | None) -> MCLlavaForCondit
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
-    return MCLlavaForConditionalGeneration.from_pretrained(find_model(model), dtype=dtype.value).to(device).eval()
+    return MCLlavaForConditionalGeneration.from_pretrained(model, dtype=dtype.value).to(device).eval()
 
 
 def describe(plan: list[Crop]) -> str:

@@ -21,7 +21,6 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from . import find_model
 from .image_processing_mc_llava import check_knob, load_image
 from .metrics import bootstrap_interval, mcnemar, wilson_interval
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
@@ -242,7 +241,6 @@ def load(
     """
     A model, its processor, and what its weights are known by: the commit of a Hub id, a digest of a folder's files.
     """
-    path = find_model(path)
     at = {"revision": revision} if revision else {}
     processor = MCLlavaProcessor.from_pretrained(path, **at)
     model = MCLlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, **at)

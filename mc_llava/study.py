@@ -12,6 +12,7 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from . import scenes
 from .estimate import estimate
@@ -147,8 +148,6 @@ def markdown(study: dict) -> str:
 
 def draw(study: dict, output: Path):
     """Accuracy and cost over one knob while the other stays, a figure each."""
-    from matplotlib.figure import Figure
-
     for knob, other, fixed in (("max_crops", "num_tokens", NUM_TOKENS), ("num_tokens", "max_crops", MAX_CROPS)):
         rows = sorted((row for row in study["settings"] if row[other] == fixed), key=lambda row: row[knob])
         figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -1,0 +1,64 @@
+"""The study, with a random model and a few scenes."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from mc_llava import scenes, study, train_tiny
+from mc_llava.estimate import estimate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "model"
+    torch.manual_seed(0)
+    processor = train_tiny.build_processor()
+    vision = train_tiny.vision_config(width=32, layers=1)
+    train_tiny.build_model(processor, vision, width=32, layers=1).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "SETTINGS", ((0, 128), (2, 128), (32, 40)))
+    found = study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=2)
+    assert json.loads((tmp_path / "docs" / "study.json").read_text()) == found
+    assert [(row["max_crops"], row["num_tokens"]) for row in found["settings"]] == list(study.SETTINGS)
+    whole, few, _ = found["settings"]
+    assert whole["crops"] == 1 and 1 < few["crops"] <= 3 and whole["gflops"] < few["gflops"]
+    for row in (*(row["accuracy"] for row in found["settings"]), found["blind"]):
+        assert set(row) == set(scenes.KINDS)
+        assert all(entry["questions"] == 2 and 0 <= entry["low"] <= entry["score"] for entry in row.values())
+    for name in ("study_crops.png", "study_tokens.png"):
+        with Image.open(tmp_path / "docs" / name) as figure:
+            assert figure.width > 500
+    table = study.markdown(found).splitlines()
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["0", "2", "blind", "majority"]
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("what was asked before is asked again")
+
+    monkeypatch.setattr(study.Evaluator, "answer", refuse)
+    assert study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=2) == found
+
+
+def test_the_commonest_answer_and_the_accuracies():
+    records = [{"part": kind, "expected": key} for kind in scenes.KINDS for key in ("red", "red", "left", "K7")]
+    assert study.majority(records)["ocr"] == {"answer": "red", "score": 50.0}
+    (found,) = study.accuracies([("ocr", 1.0)] * 3 + [("ocr", 0.0)]).values()
+    assert found == {"score": 75.0, "low": 30.1, "high": 95.4, "questions": 4}
+
+
+def test_flops_are_the_mean_over_the_scenes(folder):
+    from mc_llava import MCLlavaConfig, MCLlavaProcessor
+
+    config, processor = MCLlavaConfig.from_pretrained(folder), MCLlavaProcessor.from_pretrained(folder)
+    costs = []
+    for seed in range(3):
+        scene = scenes.make_scene(seed, "test")
+        plan = processor.image_processor.plan(scene.width, scene.height, max_crops=8, num_tokens=64)
+        cost = estimate(config, plan, new_tokens=8, dtype=torch.bfloat16)
+        costs.append(cost.tower_flops + cost.prefill_flops + 8 * cost.flops_per_new_token)
+    assert study.mean_flops(config, processor, 8, 64, 3) == pytest.approx(sum(costs) / 3)
