@@ -22,6 +22,7 @@ REMOTE_CODE = (
     "processing_mc_llava.py",
     "modeling_mc_llava.py",
 )
+HANDLER = "handler.py"  # of Inference Endpoints, which run it where they find it
 
 
 def convert(source: str, target: str, revision: str | None = None, push_to_hub: str | None = None) -> Path:
@@ -58,7 +59,7 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
         _copy_weights(folder, unfinished)
         _load_and_save(folder, unfinished)
         code = Path(modeling_mc_llava.__file__).parent
-        for name in REMOTE_CODE:
+        for name in (*REMOTE_CODE, HANDLER):
             shutil.copyfile(code / name, unfinished / name)
         target.mkdir(parents=True, exist_ok=True)
         for path in unfinished.iterdir():

@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than the few steps that tests train
 
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -80,17 +81,15 @@ def trial(checkpoint, tmp_path_factory) -> Trial:
 
 
 def write_wordy_checkpoint(checkpoint: Path, folder: Path) -> Path:
-    """The random checkpoint with few crops, and answers made of ASCII words."""
+    """The random checkpoint with few crops, and answers made of words, which streamers wait for."""
     processor = MCLlavaProcessor.from_pretrained(checkpoint)
     processor.image_processor.max_crops, processor.image_processor.num_tokens = 4, 60
     processor.save_pretrained(folder)
     model = MCLlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
-    words = [(token, id) for token, id in processor.tokenizer.get_vocab().items() if len(token) == 2]
+    words = [id for token, id in processor.tokenizer.get_vocab().items() if re.fullmatch("[a-zA-Z]Ġ", token)]
     with torch.no_grad():
         model.lm_head.bias -= 1e4
-        for token, id in words:
-            if token.isascii() and token.isalpha() or token[0] == "Ġ" and token[1].isascii() and token[1].isalpha():
-                model.lm_head.bias[id] += 1e4
+        model.lm_head.bias[words] += 1e4
     model.save_pretrained(folder)
     return folder
 

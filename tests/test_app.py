@@ -1,0 +1,216 @@
+"""The Space in a real browser: Debian's chromium, headless, driven by Playwright."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from urllib.parse import urlparse
+
+import pytest
+from conftest import NEW_TOKENS, ROOT
+from PIL import Image
+
+
+CHROMIUM = Path("/usr/bin/chromium")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SCREENSHOT = ROOT / "docs" / "app.png"
+
+
+@pytest.fixture(scope="module")
+def url(trial, tmp_path_factory):
+    pytest.importorskip("gradio", reason='pip install "mc-llava[app]" to test the Space')
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path_factory.mktemp("app")
+    environment = {
+        **os.environ,
+        "MC_LLAVA_MODEL": str(trial.folder),
+        "GRADIO_SERVER_PORT": str(port),
+        "GRADIO_TEMP_DIR": str(folder / "uploads"),
+    }
+    with open(folder / "log", "w") as log:
+        server = subprocess.Popen([sys.executable, ROOT / "app.py"], env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 180
+        while True:
+            assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}", timeout=5)
+                break
+            except OSError:
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright to drive the browser")
+    if not CHROMIUM.exists():
+        pytest.skip(f"{CHROMIUM} is not there: apt-get install chromium")
+    with playwright.sync_playwright() as started:
+        context = started.chromium.launch_persistent_context(
+            tmp_path_factory.mktemp("profile"),
+            executable_path=CHROMIUM,
+            args=FLAGS,
+            viewport={"width": 1280, "height": 1000},
+        )
+        yield context
+        context.close()
+
+
+@pytest.fixture
+def page(browser, url):
+    """The page, which may ask nobody but its own server."""
+    strangers = []
+
+    def watch(request):
+        address = urlparse(request.url)
+        if address.scheme not in ("data", "blob") and address.netloc != urlparse(url).netloc:
+            strangers.append(request.url)
+
+    browser.on("request", watch)
+    page = browser.new_page()
+    page.set_default_timeout(60_000)
+    page.goto(url)
+    yield page
+    page.close()
+    browser.remove_listener("request", watch)
+    assert not strangers
+
+
+def upload(page, path):
+    page.locator("#picture input[type=file]").set_input_files(path)
+
+
+def grid_of(page, crops: int) -> str:
+    """Waits for a grid of so many crops; the address of its picture."""
+    page.locator("#cost", has_text=re.compile(rf"^\s*{crops} crops")).wait_for()
+    return page.locator("#grid img").get_attribute("src")
+
+
+def set_knob(page, name: str, value: int):
+    number = page.locator(f"#{name} input[type=number]")
+    number.fill(str(value))
+    number.press("Enter")
+
+
+def ask(page, question: str) -> list[str]:
+    """Everything that the answer's box held, one after another, until the answer was there."""
+    page.locator("#question textarea").fill(question)
+    page.evaluate(
+        """() => {
+            const box = document.querySelector("#answer textarea"), status = document.querySelector("#status");
+            window.seen = [];
+            let begun = !status.innerText.includes("in all");
+            const recorder = setInterval(() => {
+                const ended = status.innerText.includes("in all");
+                begun ||= !ended;
+                if (begun && box.value && box.value !== window.seen.at(-1)) window.seen.push(box.value);
+                window.answered = begun && ended;
+                if (window.answered) clearInterval(recorder);
+            }, 1);
+        }"""
+    )
+    page.locator("#ask").click()
+    page.wait_for_function("() => window.answered")
+    return page.evaluate("() => window.seen")
+
+
+def set_longest_answer(page):
+    page.get_by_text("Sampling").click()
+    number = page.get_by_label("number input for Longest answer in tokens")
+    number.fill(str(NEW_TOKENS))
+    number.press("Enter")
+
+
+def test_upload_ask_move_a_slider_and_ask_again(page, trial):
+    from mc_llava import MCLlavaProcessor
+
+    size = Image.open(trial.pictures[0]).size
+    image_processor = MCLlavaProcessor.from_pretrained(trial.folder).image_processor
+    crops = len(image_processor.plan(*size))
+    assert crops > 1
+
+    upload(page, trial.pictures[0])
+    first_grid = grid_of(page, crops)
+    set_longest_answer(page)
+    pieces = ask(page, trial.questions[0])
+    assert len(pieces) > 1 and all(pieces[-1].startswith(piece.rstrip()) for piece in pieces), pieces
+    assert trial.is_right(0, pieces[-1])
+    assert "was encoded in" in page.locator("#status").inner_text()
+    if os.environ.get("SCREENSHOT") == "1":
+        page.screenshot(path=SCREENSHOT)
+
+    set_knob(page, "max_crops", 0)
+    assert grid_of(page, 1) != first_grid
+    set_knob(page, "max_crops", image_processor.max_crops)
+    grid_of(page, crops)
+    assert trial.is_right(0, ask(page, trial.questions[0])[-1])
+    assert "was encoded before" in page.locator("#status").inner_text()
+
+    upload_again = trial.pictures[1]
+    page.locator("#picture").get_by_label("Remove Image").click()
+    upload(page, upload_again)
+    page.locator("#picture img").wait_for()
+    assert trial.is_right(1, ask(page, trial.questions[1])[-1])
+    assert "was encoded in" in page.locator("#status").inner_text()
+
+
+def test_examples(page):
+    page.locator("#examples").get_by_text("What shines in the middle?").click()
+    page.locator("#grid img").wait_for()
+    assert page.locator("#question textarea").input_value() == "What shines in the middle?"
+
+
+def test_errors_are_words(page, trial, tmp_path):
+    def message() -> str:
+        toast = page.get_by_test_id("toast-text").last
+        toast.wait_for()
+        text = toast.inner_text()
+        page.get_by_test_id("toast-close").last.click()
+        toast.wait_for(state="detached")
+        return text
+
+    page.locator("#ask").click()
+    assert "there is no picture yet" in message()
+    upload(page, trial.pictures[0])
+    page.locator("#grid img").wait_for()
+    page.locator("#ask").click()
+    assert "there is no question yet" in message()
+    page.locator("#question textarea").fill("What?<|im_end|>")
+    page.locator("#ask").click()
+    assert "special token <|im_end|>" in message()
+    set_knob(page, "tokens", 2048)
+    page.locator("#question textarea").fill("What?")
+    page.locator("#ask").click()
+    assert "pass num_tokens=" in message()
+
+
+def test_a_missing_gradio_is_one_line(tmp_path):
+    (tmp_path / "gradio.py").write_text("raise ImportError\n")
+    result = subprocess.run(
+        [sys.executable, ROOT / "app.py"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 1
+    assert result.stderr == 'app.py needs Gradio: pip install "mc-llava[app]"\n'
