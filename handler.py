@@ -67,11 +67,11 @@ class EndpointHandler:
             if "messages" in inputs:
                 return self._chat({**data, **inputs})
             return self._answer(inputs, data)
+        if "question" in data:  # the hub's client then sends the image as inputs, too
+            return self._answer(data, data)
         if isinstance(inputs, str) and "image" in data:
             reply, _ = self._generate(self._ask(inputs, data["image"]), data.get("parameters"))
             return [{"generated_text": reply}]
-        if "question" in data:
-            return self._answer(data, data)
         raise ValueError(
             "pass a question as inputs and an image, or {question, image} as inputs or by themselves, or messages; "
             f"got {', '.join(sorted(map(str, data))) or 'nothing'}"
@@ -96,8 +96,6 @@ class EndpointHandler:
             for name, value in {**rest, **self._parameters(data.get("parameters"))}.items()
             if value is not None and name not in IGNORED
         }
-        if options.get("temperature"):
-            options.setdefault("do_sample", True)
         conversation = [{**message, "content": self._content(message.get("content"))} for message in messages]
         reply, outcome = self._generate(conversation, options)
         return {
@@ -167,8 +165,16 @@ class EndpointHandler:
         options = {name: value for name, value in self._parameters(parameters).items() if value is not None}
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise ValueError(f"unknown parameters {', '.join(unknown)}: there are {', '.join(OPTIONS)}")
+        for name, value in options.items():
+            kind = bool if name == "do_sample" else (int, float)
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(
+                    f"{name} must be {'true or false' if kind is bool else 'a number'}, got {value!r:.100}"
+                )
         knobs = {name: options.pop(name) for name in KNOBS if name in options}
-        options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False, **options}
+        if options.get("temperature") == 0:  # as OpenAI's clients ask for the likeliest answer
+            del options["temperature"]
+        options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": "temperature" in options, **options}
 
         parts = [part for turn in conversation if isinstance(turn["content"], list) for part in turn["content"]]
         images = [part["image"] for part in parts if isinstance(part, dict) and "image" in part]
@@ -218,7 +224,7 @@ def fetch(url: str) -> bytes:
         try:
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
             connection = http.client.HTTPConnection(parts.hostname, port, timeout=_seconds_left(deadline))
-            connection.sock = _connect(parts.hostname, port, parts.scheme == "https", deadline)
+            stream = connection.sock = _connect(parts.hostname, port, parts.scheme == "https", deadline)
             try:
                 target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
                 connection.request("GET", target, headers={"User-Agent": "mc-llava"})
@@ -233,7 +239,7 @@ def fetch(url: str) -> bytes:
                     content.write(chunk)
                     if content.tell() > MAX_IMAGE_BYTES:
                         raise ValueError(f"{url[:200]} holds more than {MAX_IMAGE_BYTES} bytes: resize the image")
-                    connection.sock and connection.sock.settimeout(_seconds_left(deadline))
+                    stream.settimeout(_seconds_left(deadline))
                 return content.getvalue()
             finally:
                 connection.close()
