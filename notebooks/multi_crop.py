@@ -1,0 +1,119 @@
+# %% [markdown]
+# # MC-LLaVA: what the two knobs do
+#
+# `max_crops` bounds the crops beside the whole picture, `num_tokens` the visual tokens that all crops share. More
+# crops show smaller things, and cost time in the vision tower; more tokens cost room in the prompt.
+
+# %%
+# What Colab lacks. The repository is the model's own; its weights are fetched later, by `from_pretrained`.
+import importlib.util
+
+from IPython import get_ipython
+
+
+if importlib.util.find_spec("mc_llava") is None:
+    get_ipython().run_line_magic("pip", "install --quiet git+https://huggingface.co/visheratin/MC-LLaVA-3b matplotlib")
+
+# %%
+import os
+import random
+
+import matplotlib.pyplot as plt
+import torch
+from tqdm.auto import tqdm
+
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
+from mc_llava.crop_grid import draw_crop_grid
+from mc_llava.estimate import estimate
+
+
+MODEL = os.environ.get("MC_LLAVA_MODEL", "visheratin/MC-LLaVA-3b")
+NUM_SCENES = int(os.environ.get("NUM_SCENES", 40))
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto").to(device)
+processor = MCLlavaProcessor.from_pretrained(MODEL)
+MAX_CROPS = (0, 4, 16, 32)
+MOST_TOKENS = processor.image_processor.num_tokens
+
+
+def ask(picture, question: str, **knobs) -> str:
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        processor_kwargs=knobs,
+    ).to(device)
+    output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+# %% [markdown]
+# ## More and more crops of one picture
+#
+# The sign of the question is too small to be read in the whole picture.
+
+# %%
+scene = scenes.make_scene(0, "test")
+picture = scenes.draw_scene(scene)
+question = scenes.ask(scene, "ocr", random.Random(0))
+print(f"{question.text} ({question.key})")
+
+figure, axes = plt.subplots(1, len(MAX_CROPS), figsize=(4 * len(MAX_CROPS), 4))
+for axis, max_crops in zip(axes, MAX_CROPS):
+    plan = processor.image_processor.plan(*picture.size, max_crops=max_crops)
+    reply = ask(picture, question.text, max_crops=max_crops)
+    axis.imshow(draw_crop_grid(picture, plan))
+    axis.set_title(f"max_crops={max_crops}, {len(plan)} crops\n{reply}", fontsize=9)
+    axis.axis("off")
+    print(f"max_crops={max_crops}: {reply}")
+plt.show()
+
+# %% [markdown]
+# ## Fewer tokens for the same crops
+
+# %%
+for num_tokens in (MOST_TOKENS // 4, MOST_TOKENS // 2, MOST_TOKENS):
+    plan = processor.image_processor.plan(*picture.size, num_tokens=num_tokens)
+    reply = ask(picture, question.text, num_tokens=num_tokens)
+    print(f"num_tokens={num_tokens}: {len(plan)} crops with {plan[0].num_tokens} tokens or more: {reply}")
+
+# %% [markdown]
+# ## A small study
+#
+# One question of each kind about scenes that no training saw: the share of right answers, and what the crops cost.
+
+# %%
+shares = {kind: [] for kind in scenes.KINDS}
+costs = []
+with tqdm(total=len(MAX_CROPS) * len(scenes.KINDS) * NUM_SCENES, unit="question") as progress:
+    for max_crops in MAX_CROPS:
+        right = dict.fromkeys(scenes.KINDS, 0)
+        flops = 0
+        for seed in range(NUM_SCENES):
+            scene = scenes.make_scene(seed, "test")
+            picture = scenes.draw_scene(scene)
+            plan = processor.image_processor.plan(*picture.size, max_crops=max_crops)
+            cost = estimate(model.config, plan, new_tokens=12)
+            flops += cost.tower_flops + cost.prefill_flops
+            for kind in scenes.KINDS:
+                asked = scenes.ask(scene, kind, random.Random(seed))
+                right[kind] += scenes.is_correct(asked, ask(picture, asked.text, max_crops=max_crops))
+                progress.update()
+        costs.append(flops / NUM_SCENES / 1e9)
+        for kind in scenes.KINDS:
+            shares[kind].append(right[kind] / NUM_SCENES)
+
+# %%
+figure, (quality, cost) = plt.subplots(1, 2, figsize=(11, 4))
+for kind, values in shares.items():
+    quality.plot(MAX_CROPS, values, marker="o", label=kind)
+quality.set(xlabel="max_crops", ylabel="right answers", ylim=(0, 1), title=f"{NUM_SCENES} scenes")
+quality.legend()
+cost.plot(MAX_CROPS, costs, marker="o")
+cost.set(xlabel="max_crops", ylabel="GFLOP", ylim=(0, None), title="vision tower and prefill of a question")
+plt.show()
+for max_crops, *values in zip(MAX_CROPS, *shares.values(), costs):
+    *values, flops = values
+    print(f"max_crops={max_crops}:", *(f"{k} {v:.0%}," for k, v in zip(shares, values)), f"{flops:,.1f} GFLOP")

@@ -1,0 +1,78 @@
+# %% [markdown]
+# # MC-LLaVA: load, ask, look at the crops
+#
+# The model reads a picture as a whole and as a grid of overlapping crops, and keeps a few tokens of each.
+
+# %%
+# What Colab lacks. The repository is the model's own; its weights are fetched later, by `from_pretrained`.
+import importlib.util
+
+from IPython import get_ipython
+
+
+if importlib.util.find_spec("mc_llava") is None:
+    get_ipython().run_line_magic("pip", "install --quiet git+https://huggingface.co/visheratin/MC-LLaVA-3b")
+
+# %%
+import os
+import random
+
+import torch
+from IPython.display import display
+
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
+from mc_llava.crop_grid import draw_crop_grid
+
+
+MODEL = os.environ.get("MC_LLAVA_MODEL", "visheratin/MC-LLaVA-3b")
+device = "cuda" if torch.cuda.is_available() else "cpu"
+model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto").to(device)
+processor = MCLlavaProcessor.from_pretrained(MODEL)
+
+# %% [markdown]
+# ## Ask
+#
+# The picture is a drawn scene with small signs; put any of your own in its place. Its question has one right answer.
+
+# %%
+scene = scenes.make_scene(0, "test")
+picture = scenes.draw_scene(scene)
+question = scenes.ask(scene, "ocr", random.Random(0))
+display(picture)
+
+messages = [
+    {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question.text}]}
+]
+inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True).to(
+    device
+)
+output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
+reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+print("Question:", question.text)
+print("Answer:", reply)
+print("Right:", scenes.is_correct(question, reply), f"({question.key})")
+
+# %% [markdown]
+# ## Look at the crops
+#
+# `max_crops` bounds their number beside the whole picture, `num_tokens` the visual tokens that they share.
+
+# %%
+plan = processor.image_processor.plan(*picture.size)
+print(f"{len(plan)} crops with {sum(crop.num_tokens for crop in plan)} tokens")
+draw_crop_grid(picture, plan)
+
+# %% [markdown]
+# ## Ask again
+#
+# The vision tower takes most of the time. What it gave is kept and asked again without it.
+
+# %%
+encoded = model.encode_images(**inputs)
+for kind in ("attribute", "position"):
+    further = scenes.ask(scene, kind, random.Random(0))
+    content = [{"type": "image"}, {"type": "text", "text": further.text}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    short = processor.tokenizer(prompt, return_tensors="pt").to(device)
+    output = model.generate(**short, image_features=encoded, max_new_tokens=12, do_sample=False)
+    print(further.text, processor.decode(output[0, short["input_ids"].shape[1] :], skip_special_tokens=True))

@@ -1,0 +1,59 @@
+"""The notebooks: as their jupytext sources, and run from the first cell to the last."""
+
+import os
+import re
+
+import pytest
+from conftest import ROOT
+
+
+jupytext = pytest.importorskip("jupytext", reason='pip install "mc-llava[notebooks]" to run the notebooks')
+nbclient = pytest.importorskip("nbclient", reason='pip install "mc-llava[notebooks]" to run the notebooks')
+
+NAMES = ("quickstart", "multi_crop")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_notebook_is_its_source(name):
+    """`jupytext --to ipynb --set-kernel python3 notebooks/*.py` makes one of the other."""
+    source, notebook = (jupytext.read(ROOT / "notebooks" / f"{name}.{suffix}") for suffix in ("py", "ipynb"))
+    assert [(cell.cell_type, cell.source) for cell in source.cells] == [
+        (cell.cell_type, cell.source) for cell in notebook.cells
+    ]
+    assert notebook.metadata["kernelspec"]["name"] == "python3"
+
+
+@pytest.fixture(scope="module")
+def run(trial):
+    def run(name: str) -> tuple[str, int]:
+        """What the notebook prints, and how many pictures it shows."""
+        notebook = jupytext.read(ROOT / "notebooks" / f"{name}.ipynb")
+        environment = {
+            **os.environ,
+            "MC_LLAVA_MODEL": str(trial.folder),
+            "NUM_SCENES": "1",
+            "PYTHONPATH": str(ROOT),
+        }
+        client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3")
+        client.execute(env=environment)
+        outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+        text = "".join(output.text for output in outputs if output.get("name") == "stdout")
+        return text, sum("image/png" in output.get("data", {}) for output in outputs)
+
+    return run
+
+
+def test_quickstart(run, trial):
+    text, pictures = run("quickstart")
+    assert f"Question: {trial.questions[0]}\n" in text
+    assert trial.is_right(0, re.search("Answer: (.*)", text)[1])
+    assert pictures == 2
+
+
+def test_multi_crop(run, trial):
+    text, pictures = run("multi_crop")
+    assert trial.questions[0] in text
+    assert trial.is_right(0, re.findall(r"num_tokens=.*: (.*)", text)[-1]), "the saved knobs"
+    row = r"max_crops=\d+: ocr \d+%, attribute \d+%, position \d+%, hard \d+%, [\d.,]+ GFLOP"
+    assert len(re.findall(row, text)) == 4
+    assert pictures == 2
