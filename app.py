@@ -27,6 +27,7 @@ from mc_llava.image_processing_mc_llava import load_image
 
 ROOT = Path(__file__).parent
 EXAMPLES = [
+    [str(ROOT / "examples" / "scene.jpg"), "Which characters are on the black sign?"],
     [str(ROOT / "examples" / "coffee.jpg"), "What is on the table?"],
     [str(ROOT / "examples" / "hubble.jpg"), "What shines in the middle?"],
 ]
@@ -79,7 +80,7 @@ class Demo:
         first = len(plan) * self.crop_seconds + tokens * self.prompt_seconds
         return grid, (
             f"**{len(plan)} crops** (the whole picture and a grid of {len(plan) - 1}), **{tokens} visual tokens**. "
-            f"The first word comes after about {first:.1f} s, or {tokens * self.prompt_seconds:.1f} s once it "
+            f"The first word comes after about {first:.2f} s, or {tokens * self.prompt_seconds:.2f} s once it "
             f"is encoded; each further one after {self.token_seconds:.2f} s."
         )
 
@@ -117,7 +118,7 @@ class Demo:
             )
             status = "The picture was encoded before."
             if self.cache.misses > misses:
-                status = f"The picture was encoded in {time.perf_counter() - start:.1f} s."
+                status = f"The picture was encoded in {time.perf_counter() - start:.2f} s."
             options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
             if temperature > 0:
                 options |= {"temperature": temperature, "top_p": top_p}
@@ -125,7 +126,7 @@ class Demo:
             for piece in self._stream(inputs, **options):
                 text += piece
                 yield text, status
-            yield text, f"{status} The answer took {time.perf_counter() - start:.1f} s in all."
+            yield text, f"{status} The answer took {time.perf_counter() - start:.2f} s in all."
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
 
@@ -175,7 +176,13 @@ def build_page(demo: Demo) -> gr.Blocks:
                 answer = gr.Textbox(label="Answer", lines=3, elem_id="answer")
                 status = gr.Markdown(elem_id="status")
             with gr.Column():
-                grid = gr.Image(label="Crops", interactive=False, format="jpeg", elem_id="grid")
+                grid = gr.Image(
+                    label="Crops",
+                    interactive=False,
+                    format="jpeg",
+                    buttons=["download", "fullscreen"],
+                    elem_id="grid",
+                )
                 cost = gr.Markdown(elem_id="cost")
                 max_crops = gr.Slider(0, 100, defaults.max_crops, step=1, label="max_crops", elem_id="max_crops")
                 num_tokens = gr.Slider(1, context, defaults.num_tokens, step=1, label="num_tokens", elem_id="tokens")

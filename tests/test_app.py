@@ -14,6 +14,8 @@ import pytest
 from conftest import NEW_TOKENS, ROOT
 from PIL import Image
 
+from mc_llava import MCLlavaProcessor
+
 
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
@@ -142,8 +144,6 @@ def set_longest_answer(page):
 
 
 def test_upload_ask_move_a_slider_and_ask_again(page, trial):
-    from mc_llava import MCLlavaProcessor
-
     size = Image.open(trial.pictures[0]).size
     image_processor = MCLlavaProcessor.from_pretrained(trial.folder).image_processor
     crops = len(image_processor.plan(*size))
@@ -166,9 +166,8 @@ def test_upload_ask_move_a_slider_and_ask_again(page, trial):
     assert trial.is_right(0, ask(page, trial.questions[0])[-1])
     assert "was encoded before" in page.locator("#status").inner_text()
 
-    upload_again = trial.pictures[1]
     page.locator("#picture").get_by_label("Remove Image").click()
-    upload(page, upload_again)
+    upload(page, trial.pictures[1])
     page.locator("#picture img").wait_for()
     assert trial.is_right(1, ask(page, trial.questions[1])[-1])
     assert "was encoded in" in page.locator("#status").inner_text()
@@ -202,6 +201,10 @@ def test_errors_are_words(page, trial, tmp_path):
     page.locator("#question textarea").fill("What?")
     page.locator("#ask").click()
     assert "pass num_tokens=" in message()
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    page.locator("#picture").get_by_label("Remove Image").click()
+    upload(page, tmp_path / "broken.png")
+    assert "cannot identify image file" in message()
 
 
 def test_a_missing_gradio_is_one_line(tmp_path):
