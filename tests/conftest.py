@@ -94,12 +94,12 @@ def write_wordy_checkpoint(checkpoint: Path, folder: Path) -> Path:
     return folder
 
 
-def plain_reply(folder: Path, image, question: str, **knobs) -> str:
+def plain_reply(folder: Path, image, question: str, options: dict | None = None, **knobs) -> str:
     """What `generate` gives for the processor's pixels."""
     model = MCLlavaForConditionalGeneration.from_pretrained(folder)
     processor = MCLlavaProcessor.from_pretrained(folder)
     inputs = processor(question, [image], **knobs)
-    output = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
+    output = model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **(options or {})})
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 

@@ -48,7 +48,7 @@ def url(trial, tmp_path_factory):
     with open(folder / "log", "w") as log:
         server = subprocess.Popen([sys.executable, ROOT / "app.py"], env=environment, stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while True:
             assert server.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
             try:

@@ -73,9 +73,11 @@ def test_knobs(pipe, trial, knobs):
 
 
 def test_generation_options_and_streaming(pipe, trial):
-    options = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 3}
-    results = pipe(text=messages(trial, 0), generate_kwargs=options, return_full_text=False)
-    assert len({result["generated_text"] for result in results}) == 2
+    options = {"num_beams": 3, "repetition_penalty": 5.0, "max_new_tokens": 6}
+    (result,) = pipe(text=messages(trial, 0), generate_kwargs=options, return_full_text=False)
+    assert result["generated_text"].strip() == plain_reply(
+        trial.folder, trial.pictures[0], trial.questions[0], options
+    )
 
     streamer = TextIteratorStreamer(pipe.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
     options = {"streamer": streamer, "max_new_tokens": NEW_TOKENS}

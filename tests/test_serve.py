@@ -33,7 +33,7 @@ def client(trial, tmp_path_factory):
             env=environment,
         )
     try:
-        deadline = time.monotonic() + 180
+        deadline = time.monotonic() + 300
         while True:
             assert server.poll() is None and time.monotonic() < deadline, log.read_text()
             try:
