@@ -2,7 +2,7 @@
 The Space: ask about a picture and see the crops that the model looks at.
 
 `python app.py` serves it on http://127.0.0.1:7860. Environment variables: `MC_LLAVA_MODEL`, a model folder or a Hub id
-(`tiny` by default); `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`, as Gradio reads them.
+(the published one by default); `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`, as Gradio reads them.
 """
 
 import os
@@ -206,7 +206,7 @@ def build_page(demo: Demo) -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    model = os.environ.get("MC_LLAVA_MODEL", str(ROOT / "tiny"))
+    model = os.environ.get("MC_LLAVA_MODEL", "visheratin/MC-LLaVA-3b")
     # Fonts of the visitor's own: nothing is fetched from elsewhere.
     theme = gr.themes.Default(font="sans-serif", font_mono="monospace")
     build_page(Demo(model)).launch(theme=theme, show_error=True, max_file_size=MAX_UPLOAD, ssr_mode=False)
