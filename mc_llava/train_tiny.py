@@ -187,19 +187,20 @@ def encode_scenes(model, processor, seeds, split: str, budgets, workers: int = 0
 
 def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> list[CachedImage]:
     """
-    The first `count` training scenes or some more, each under a budget drawn from `CROP_BUDGETS`. What lies in
-    `folder` from an earlier run is taken from there.
+    The first `count` training scenes, each under a budget drawn from `CROP_BUDGETS`. What lies in `folder` from an
+    earlier run is taken from there.
     """
     images = []
     folder.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, count, SHARD), desc="Encoding scenes", unit_scale=SHARD, unit="scene"):
-        path = folder / f"{start}.safetensors"
+        seeds = range(start, min(start + SHARD, count))
+        path = folder / f"{seeds.start}-{seeds.stop}.safetensors"
         if not path.exists():
             rng = random.Random(start)
             budgets = []
-            for max_crops in rng.choices(list(CROP_BUDGETS), list(CROP_BUDGETS.values()), k=SHARD):
+            for max_crops in rng.choices(list(CROP_BUDGETS), list(CROP_BUDGETS.values()), k=len(seeds)):
                 budgets.append((max_crops, NUM_TOKENS if rng.random() < 0.7 else rng.randint(48, 256)))
-            shard = encode_scenes(model, processor, range(start, start + SHARD), "train", budgets, workers)
+            shard = encode_scenes(model, processor, seeds, "train", budgets, workers)
             tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in CachedImage.TENSORS}
             tensors["crops"] = torch.tensor([len(image.coords) for image in shard])
             partial = path.with_suffix(".part")
@@ -209,7 +210,7 @@ def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> li
         crops = shard["crops"].tolist()
         tokens = [int(kept.sum()) for kept in shard["num_tokens"].split(crops)]
         parts = shard["features"].split(tokens), shard["coords"].split(crops), shard["num_tokens"].split(crops)
-        images += [CachedImage(start + index, *image) for index, image in enumerate(zip(*parts))]
+        images += [CachedImage(seed, *image) for seed, image in zip(seeds, zip(*parts))]
     return images
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from make_published_checkpoint import write_published_checkpoint
-from PIL import Image
+from PIL import Image, ImageFile
 
 from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor, scenes
 from mc_llava.convert import convert
@@ -134,6 +134,12 @@ def processor(checkpoint) -> MCLlavaProcessor:
         size={"height": SIDE, "width": SIDE}, patch_size=PATCH, max_crops=6, num_tokens=20
     )
     return MCLlavaProcessor(image_processor, MCLlavaProcessor.from_pretrained(checkpoint).tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def pillow_as_it_is(monkeypatch):
+    """lmms-eval, once imported, has Pillow fill the missing part of cut images with grey everywhere."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)
 
 
 def picture(width: int, height: int, seed: int = 0) -> Image.Image:
