@@ -112,15 +112,19 @@ def gqa_accuracy(reply: str, answer: str) -> float:
 
 def find_letter(reply: str, letters: str) -> str | None:
     """
-    The option that a reply names: `B`, `(B)`, `B.`, `B) red`, `Answer: B`, `The answer is (B).`; None for any other.
+    The option that a reply names: `B`, `(b)`, `**B**`, `B) red`, `Answer: B`, `The answer is (B).`; None for any other.
+
+    The letter stands at the beginning or after "answer", "option" or "choice", and a mark or the line's end follows:
+    in `The answer is A red car` it is a word. None, too, where another letter is marked so: `A, B or C`.
 
     lmms-eval takes the first letter of any reply: `Blue` as B, and `Answer: C` as A.
     """
-    named = rf"\(?([{letters}])"
-    match = re.match(rf"\s*{named}(?:[).:,]|\s*$)", reply) or re.search(
-        rf"\b(?:[Aa]nswer|[Oo]ption|[Cc]hoice)(?: is)?:? {named}\b", reply
+    letter = rf"(?<![\w'])([{letters}])(?=\s*(?:[]).:,*]|$))"
+    match = re.search(
+        rf"(?:\A|\b(?:answer|option|choice)\b(?:\s+is\b)?)[\s:*(\[]*{letter}", reply, re.IGNORECASE | re.MULTILINE
     )
-    return match and match.group(1)
+    marked = {found.upper() for found in re.findall(letter, reply, re.IGNORECASE | re.MULTILINE)}
+    return match.group(1).upper() if match and len(marked) == 1 else None
 
 
 # How sure a result is
