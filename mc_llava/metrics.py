@@ -97,7 +97,8 @@ def vqav2_accuracy(reply: str, answers: Sequence[str]) -> float:
     VQA accuracy as vqaEval.py has it: nothing is normalized where all people said the same.
 
     Copies differ: the script's earlier versions normalize every reply, lmms-eval replies and answers alike. Where
-    people agree this one takes "Yes" for wrong, so LLaVA hands in `normalize_answer(reply)`, and so does our task.
+    people agree this one takes "Yes" for wrong, and what LLaVA hands in, `normalize_answer(reply)`, for "t-shirt". Our
+    task hands in the reply in lower case and without a period at its end.
     """
     reply, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (reply, *answers))
     if len(set(answers)) > 1:

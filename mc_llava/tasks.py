@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
 from . import scenes
-from .metrics import find_letter, gqa_accuracy, normalize_answer, textvqa_accuracy, vqav2_accuracy
+from .metrics import find_letter, gqa_accuracy, textvqa_accuracy, vqav2_accuracy
 
 
 # What LLaVA's evaluation asks beside the question. It reads no OCR tokens for TextVQA here.
@@ -315,8 +315,8 @@ TASKS = {
         partial(_read_vqa, split="validation", instruction=SHORT, image_id="image_id", part="answer_type"),
         SHORT,
         "vqa_accuracy",
-        # As LLaVA hands replies in: vqaEval.py would take "Yes" for wrong where all people said "yes".
-        lambda question, reply: vqav2_accuracy(normalize_answer(reply), question.expected),
+        # vqaEval.py would take "Yes." for wrong where all people said "yes"; where they differ it normalizes the rest.
+        lambda question, reply: vqav2_accuracy(reply.strip().lower().removesuffix("."), question.expected),
     ),
     "vizwiz": Task(
         "lmms-lab/VizWiz-VQA",

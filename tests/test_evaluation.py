@@ -24,7 +24,7 @@ from PIL import Image
 from mc_llava import MCLlavaForConditionalGeneration, cli, evaluation, scenes, tasks
 from mc_llava.evaluation import Evaluator, compare, evaluate, load, read_results, summarize
 from mc_llava.metrics import wilson_interval
-from mc_llava.tasks import LETTER, SHORT, TASKS, UNANSWERABLE
+from mc_llava.tasks import LETTER, SHORT, TASKS, UNANSWERABLE, Question
 
 
 datasets = pytest.importorskip("datasets", reason='the package datasets is not here: pip install "mc-llava[eval]"')
@@ -206,11 +206,9 @@ class TestVqa:
         from lmms_eval.tasks.vizwiz_vqa.utils import vizwiz_vqa_process_results
         from lmms_eval.tasks.vqav2.utils import vqav2_process_results
 
-        from mc_llava.metrics import normalize_answer
-
         oracles = {
             "textvqa": textvqa_process_results,
-            "vqav2": lambda doc, replies: vqav2_process_results(doc, [normalize_answer(replies[0])]),
+            "vqav2": vqav2_process_results,
             "vizwiz": vizwiz_vqa_process_results,
         }
         for row, record in zip(vqa_rows(task, images, answers), results["questions"]):
@@ -238,6 +236,16 @@ class TestVqa:
                 "vizwiz": {"overall": 8, "unanswerable": 4, "other": 4},
             }[task]
         )
+
+
+@pytest.mark.parametrize(
+    "reply, answer, score",
+    [(answer, answer, 1) for answer in ("t-shirt", "mcdonald's", "two", "the end", "1,000")]
+    + [("Yes.", "yes", 1), (" Yes. ", "yes", 1), ("T shirt", "t-shirt", 0), ("2", "two", 0)],
+)
+def test_vqav2_where_all_people_agree(reply, answer, score):
+    question = Question("1", "", None, "image", [answer] * 10, "all")
+    assert TASKS["vqav2"].score(question, reply) == score
 
 
 def test_one_by_one_is_the_same(evaluator, images, tmp_path):

@@ -62,7 +62,7 @@ def test_vqav2_normalizes_only_where_people_differ():
     assert vqav2_accuracy("t-shirt", agreed) == 1
     assert vqav2_accuracy("t shirt", agreed) == 0
     assert vqav2_accuracy("The T shirt", differing) == 1
-    assert vqav2_accuracy("Yes", ["yes"] * 10) == 0, "as vqaEval.py; the task hands in the normalized reply"
+    assert vqav2_accuracy("Yes", ["yes"] * 10) == 0, "as vqaEval.py; the task hands in lower case"
     assert vqav2_accuracy("yes\n", ["yes"] * 10) == 1
     assert vqav2_accuracy("two", ["2"] * 9 + ["3"]) == 1
     assert textvqa_accuracy("t shirt", agreed) == 1
