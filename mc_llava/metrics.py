@@ -76,10 +76,13 @@ def _leave_one_out(reply: str, answers: Sequence[str]) -> float:
 
     With all ten answers there are 0, 0.3, 0.6, 0.9 and 1 to be had, for 0, 1, 2, 3 and more matches.
     """
-    if not answers:
-        raise ValueError("answers are empty: VQA accuracy needs the people's answers, ten as a rule")
     matches = [answer == reply for answer in answers]
     return sum(min((sum(matches) - match) / 3, 1.0) for match in matches) / len(matches)
+
+
+def _check_answers(answers: Sequence[str]):
+    if not answers or not all(isinstance(answer, str) for answer in answers):
+        raise ValueError(f"answers must be the people's, ten texts as a rule, got {answers!r:.200}")
 
 
 def textvqa_accuracy(reply: str, answers: Sequence[str]) -> float:
@@ -88,7 +91,11 @@ def textvqa_accuracy(reply: str, answers: Sequence[str]) -> float:
 
     Args:
         answers: what people said, ten as a rule.
+
+    Raises:
+        ValueError: if there are no answers, or one is no text; so do the other metrics.
     """
+    _check_answers(answers)
     return _leave_one_out(normalize_answer(reply), [normalize_answer(answer) for answer in answers])
 
 
@@ -100,6 +107,7 @@ def vqav2_accuracy(reply: str, answers: Sequence[str]) -> float:
     people agree this one takes "Yes" for wrong, and what LLaVA hands in, `normalize_answer(reply)`, for "t-shirt". Our
     task hands in the reply in lower case and without a period at its end.
     """
+    _check_answers(answers)
     reply, *answers = (text.replace("\n", " ").replace("\t", " ").strip() for text in (reply, *answers))
     if len(set(answers)) > 1:
         reply, *answers = (_normalize_words(_remove_punctuation(text)) for text in (reply, *answers))
@@ -108,6 +116,8 @@ def vqav2_accuracy(reply: str, answers: Sequence[str]) -> float:
 
 def gqa_accuracy(reply: str, answer: str) -> float:
     """1 if the reply, in lower case and without a period at its end, is the answer; else 0."""
+    if not isinstance(answer, str):
+        raise ValueError(f"the answer must be a text, got {answer!r}")
     return float(reply.strip().rstrip(".").lower() == answer)
 
 

@@ -47,7 +47,8 @@ class Question:
     """
     Args:
         id: unique within the data set.
-        prompt: what the model is to answer, the task's instruction included.
+        prompt: what the model is to answer, the task's instruction included; None where a row has no question, which
+            then fails.
         image: whatever `load_image` reads.
         image_id: the same for questions about the same image.
         expected: what `Task.score` compares a reply with.
@@ -56,7 +57,7 @@ class Question:
     """
 
     id: str
-    prompt: str
+    prompt: str | None
     image: Any
     image_id: str
     expected: Any
@@ -150,7 +151,12 @@ def _without_decoding(rows, source: str, columns: tuple[str, ...]) -> Iterator[d
 
 def image_bytes(cell: Any) -> bytes | None:
     """The file in an image column's cell. Paths and URLs in a data set are not followed: they read as no image."""
-    return cell.get("bytes") if isinstance(cell, dict) else None
+    content = cell.get("bytes") if isinstance(cell, dict) else None
+    return content if isinstance(content, bytes) else None
+
+
+def with_instruction(question: Any, instruction: str) -> str | None:
+    return question + instruction if isinstance(question, str) else None
 
 
 def _read_vqa(
@@ -168,10 +174,10 @@ def _read_vqa(
 
     def questions():
         for row in rows:
-            answers = [answer["answer"] if isinstance(answer, dict) else answer for answer in row["answers"] or []]
+            answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in row["answers"] or []]
             yield Question(
                 id=str(row["question_id"]),
-                prompt=row["question"] + instruction,
+                prompt=with_instruction(row["question"], instruction),
                 image=image_bytes(row["image"]),
                 image_id=str(row[image_id]),
                 expected=answers,
@@ -197,7 +203,7 @@ def _read_gqa(source: str, stream: bool) -> tuple[int | None, Iterator[Question]
                 images = {picture["id"]: image_bytes(picture["image"]) for picture in pictures}
             yield Question(
                 id=str(row["id"]),
-                prompt=row["question"] + SHORT,
+                prompt=with_instruction(row["question"], SHORT),
                 image=image_bytes(row["image"]) if "image" in row else images.get(row["imageId"]),
                 image_id=str(row["imageId"]),
                 expected=row["answer"],
@@ -253,13 +259,12 @@ def _vstar_annotation(path: Path, image: Path, image_id: str, part: str, publish
 
 
 def _vstar_row(row: dict) -> Question:
-    options = re.findall(r"\(([A-Z])\)\s*(.*?)\s*(?=\([A-Z]\)|\n|$)", row["text"])
-    letters = "".join(letter for letter, _ in options)
-    label = row["label"].strip().upper()
-    if not label or label not in letters:
-        raise ValueError(f"question {row['question_id']} has the label {label!r} but the options {letters!r}")
-    choice = Choice(row["text"].split("(A)")[0].strip(), tuple(option for _, option in options), letters.index(label))
-    id, prompt = str(row["question_id"]), _with_letter_instruction(row["text"])
+    text, label = row["text"] or "", (row["label"] or "").strip().upper()
+    options = dict(re.findall(r"\(([A-Z])\)\s*(.*?)\s*(?=\([A-Z]\)|\n|$)", text))
+    choice = None
+    if label in options:
+        choice = Choice(text.split("(A)")[0].strip(), tuple(options.values()), list(options).index(label))
+    id, prompt = str(row["question_id"]), _with_letter_instruction(text)
     return Question(id, prompt, image_bytes(row["image"]), id, label, row["category"], choice)
 
 
@@ -268,6 +273,8 @@ def _with_letter_instruction(text: str) -> str:
 
 
 def _score_letter(question: Question, reply: str) -> float:
+    if question.choice is None:
+        raise ValueError(f"the label {question.expected!r} is none of the options in {question.prompt!r:.200}")
     letters = "".join(chr(65 + index) for index in range(len(question.choice.options)))
     return float(find_letter(reply, letters) == question.expected)
 

@@ -424,6 +424,19 @@ class TestVstar:
             "relative_position": 2,
         }
 
+    def test_malformed_rows_are_failed_questions(self, evaluator, images, tmp_path):
+        features = {"image": datasets.Image(), "text": TEXT, "category": TEXT, "label": TEXT, "question_id": TEXT}
+        text = "What color? (A) red (B) blue"
+        entries = [
+            {"image": images[0], "text": text, "category": "direct_attributes", "label": label, "question_id": str(index)}
+            for index, label in enumerate(("A", None, "C", "AB", "b"))
+        ]
+        entries[4]["text"] = None
+        write(entries, features, tmp_path / "data/test-00000-of-00001.parquet")
+        results = run("vstar", evaluator, tmp_path / "results", tmp_path)
+        assert results["failed"] == ["1", "2", "3", "4"]
+        assert "the label 'C' is none of the options" in results["questions"][2]["failed"]
+
     def test_letter_scores_are_those_of_lmms_eval(self, data):
         pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see scripts/test.sh")
         from lmms_eval.tasks.vstar_bench.utils import vstar_process_results
@@ -487,6 +500,19 @@ class TestFailures:
         assert reasons[0] is reasons[4] is None
         assert results["scores"][0]["n"] == 5
         assert results["questions"][0]["reply"] == reply_to(evaluator, f"What is in picture 0?{SHORT}", images[0])
+
+    @pytest.mark.parametrize("task", ["textvqa", "vqav2", "vizwiz"])
+    def test_malformed_rows_are_failed_questions(self, task, evaluator, images, tmp_path):
+        rows = vqa_rows(task, [images[0]] * 5, [["x"] * 10] * 5)
+        rows[1]["question"] = rows[3]["answers"] = None
+        none = [None] * 10
+        rows[2]["answers"] = [dict.fromkeys(rows[2]["answers"][0])] * 10 if task == "vqav2" else none
+        write(rows, FEATURES[task], tmp_path / PLACES[task])
+        results = run(task, evaluator, tmp_path / "results", tmp_path)
+        assert results["failed"] == ["11", "12", "13"] and results["scores"][0]["n"] == 5
+        reasons = [record["failed"] for record in results["questions"][1:4]]
+        assert "text with a string" in reasons[0]
+        assert "got [None, None" in reasons[1] and "got []" in reasons[2]
 
     def test_paths_and_urls_in_data_are_not_followed(self, evaluator, images, tmp_path):
         rows = [

@@ -75,8 +75,12 @@ def test_unanswerable_is_an_answer_like_others():
 
 
 def test_accuracy_without_answers_is_refused():
-    with pytest.raises(ValueError, match="answers are empty"):
-        textvqa_accuracy("yes", [])
+    for accuracy in (textvqa_accuracy, vqav2_accuracy):
+        for answers in ([], [None] * 10, ["yes"] * 9 + [None]):
+            with pytest.raises(ValueError, match="answers must be the people's"):
+                accuracy("yes", answers)
+    with pytest.raises(ValueError, match="must be a text, got None"):
+        gqa_accuracy("yes", None)
 
 
 def test_gqa_accuracy():
