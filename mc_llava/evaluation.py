@@ -321,7 +321,7 @@ def evaluate(
         return results
 
     records = resume(unfinished, settings, evaluator.batch_size)
-    count, questions = task.read(settings["data"], limit is not None)
+    count, questions = task.read(settings["data"])
     questions = islice(questions, limit)
     total = count if limit is None or (count is not None and count < limit) else limit
     with (
@@ -359,7 +359,9 @@ def to_line(entry: dict) -> str:
 def write_json(path: Path, content: dict):
     """All of it or nothing: a reader never sees half a file."""
     draft = path.with_name(path.name + ".draft")
-    draft.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    with open(draft, "w", encoding="utf-8") as file:
+        json.dump(content, file, ensure_ascii=False, indent=1)
+        file.write("\n")
     os.replace(draft, path)
 
 

@@ -70,8 +70,8 @@ class Task:
     """
     Args:
         data: a Hub id; empty for questions that are made here.
-        read: from a source (a Hub id, folder or file) and whether to stream it from the Hub, to the number of its
-            questions, where it is known beforehand, and the questions.
+        read: from a source (a Hub id, folder or file) to the number of its questions, where it is known beforehand,
+            and the questions.
         instruction: what follows the question in a prompt.
         metric: the name of what `score` gives, from 0 to 1.
         score: from a question and a reply.
@@ -79,7 +79,7 @@ class Task:
     """
 
     data: str
-    read: Callable[[str, bool], tuple[int | None, Iterable[Question]]]
+    read: Callable[[str], tuple[int | None, Iterable[Question]]]
     instruction: str
     metric: str
     score: Callable[[Question, str], float]
@@ -90,16 +90,15 @@ class Task:
 
 
 def load_rows(
-    source: str, split: str, columns: tuple[str, ...], stream: bool, config: str | None = None
+    source: str, split: str, columns: tuple[str, ...], config: str | None = None
 ) -> tuple[int | None, Iterator[dict]]:
     """
-    The rows of a data set, images as the files' bytes.
+    The rows of a data set, images as the files' bytes. A Hub id is streamed: to prepare it would take all its splits.
 
     Args:
         source: a parquet file; a folder of them as on the Hub (`data/validation-00000-of-00003.parquet`, in a folder
             of the configuration's name if it has one); a folder by `save_to_disk`; or a Hub id.
         columns: what each row must have.
-        stream: download no more of a Hub id than is read.
 
     Returns:
         How many rows there are, None where that is not known, and the rows.
@@ -129,7 +128,7 @@ def load_rows(
             count = sum(ParquetFile(file).metadata.num_rows for file in files)
             rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
         else:
-            rows = datasets.load_dataset(source, config, split=split, streaming=stream)
+            rows = datasets.load_dataset(source, config, split=split, streaming=True)
             count = rows.info.splits[split].num_examples if rows.info.splits else None
     except (OSError, KeyError, HFValidationError) as error:
         raise ValueError(f"cannot read the data set {source} ({error}): check the path, or the network") from error
@@ -161,7 +160,6 @@ def with_instruction(question: Any, instruction: str) -> str | None:
 
 def _read_vqa(
     source: str,
-    stream: bool,
     *,
     split: str,
     instruction: str,
@@ -170,7 +168,7 @@ def _read_vqa(
 ) -> tuple[int | None, Iterator[Question]]:
     """TextVQA, VQAv2 and VizWiz: one image, and what ten people answered, as strings or as VQAv2's records."""
     columns = ("question_id", "question", "image", "answers", image_id, *([part] if part else []))
-    count, rows = load_rows(source, split, columns, stream)
+    count, rows = load_rows(source, split, columns)
 
     def questions():
         for row in rows:
@@ -187,11 +185,11 @@ def _read_vqa(
     return count, questions()
 
 
-def _read_gqa(source: str, stream: bool) -> tuple[int | None, Iterator[Question]]:
+def _read_gqa(source: str) -> tuple[int | None, Iterator[Question]]:
     """Questions and images lie in two configurations; rows that carry their image are read too."""
     config = "testdev_balanced_{}"
     columns = ("id", "imageId", "question", "answer")
-    count, rows = load_rows(source, "testdev", columns, stream, config.format("instructions"))
+    count, rows = load_rows(source, "testdev", columns, config.format("instructions"))
 
     def questions():
         images = None
@@ -199,7 +197,7 @@ def _read_gqa(source: str, stream: bool) -> tuple[int | None, Iterator[Question]
             if "image" not in row and images is None:
                 if Path(source).is_file():
                     raise ValueError(f"{source} has no images: pass the folder with {config.format('images')} too")
-                _, pictures = load_rows(source, "testdev", ("id", "image"), False, config.format("images"))
+                _, pictures = load_rows(source, "testdev", ("id", "image"), config.format("images"))
                 images = {picture["id"]: image_bytes(picture["image"]) for picture in pictures}
             yield Question(
                 id=str(row["id"]),
@@ -216,7 +214,7 @@ def _read_gqa(source: str, stream: bool) -> tuple[int | None, Iterator[Question]
 # V*-bench
 
 
-def _read_vstar(source: str, stream: bool) -> tuple[int | None, Iterable[Question]]:
+def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
     """The repository's folders with an annotation beside each image, or rows in lmms-eval's format."""
     folder = Path(source)
     if source == TASKS["vstar"].data and not folder.exists():
@@ -226,7 +224,7 @@ def _read_vstar(source: str, stream: bool) -> tuple[int | None, Iterable[Questio
             raise ValueError(f"cannot download {source}: pass --data vstar=FOLDER, a copy of it") from error
     if not any((folder / part).is_dir() for part in VSTAR_PARTS):
         columns = ("question_id", "image", "text", "category", "label")
-        count, rows = load_rows(source, "test", columns, stream)
+        count, rows = load_rows(source, "test", columns)
         return count, map(_vstar_row, rows)
 
     published, questions = {}, []
@@ -282,7 +280,7 @@ def _score_letter(question: Question, reply: str) -> float:
 # Scenes
 
 
-def _read_scenes(source: str, stream: bool) -> tuple[int, Iterator[Question]]:
+def _read_scenes(source: str) -> tuple[int, Iterator[Question]]:
     """Questions of every kind about each scene of the test split."""
     if source:
         raise ValueError(f"scenes are made, not read, got the data {source!r}: leave --data out for them")
