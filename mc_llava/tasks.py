@@ -127,6 +127,8 @@ def load_rows(
                 raise ValueError(f"the folder {source} has no {name}-*.parquet: pass a copy of the Hub's data set")
             count = sum(ParquetFile(file).metadata.num_rows for file in files)
             rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
+        elif source.startswith((".", "/", "~")) or path.suffix == ".parquet":
+            raise FileNotFoundError("no such file or folder")  # a mistyped path is not for the Hub to know
         else:
             rows = datasets.load_dataset(source, config, split=split, streaming=True)
             count = rows.info.splits[split].num_examples if rows.info.splits else None

@@ -551,6 +551,12 @@ class TestFailures:
         with pytest.raises(ValueError, match=message):
             run(task, evaluator, tmp_path, data)
 
+    @pytest.mark.parametrize("data", ["/nowhere/x", "./nowhere", "../x/y", "~/x", "nowhere/x.parquet"])
+    def test_a_mistyped_path_is_not_asked_of_the_hub(self, data, monkeypatch):
+        monkeypatch.setattr(datasets, "load_dataset", None)
+        with pytest.raises(ValueError, match="no such file or folder"):
+            TASKS["textvqa"].read(data)
+
     def test_data_of_another_task(self, evaluator, images, tmp_path):
         data = write_vqa("textvqa", tmp_path, images[:1], [["x"] * 10])
         with pytest.raises(ValueError, match="has no column 'answer_type'"):
