@@ -6,6 +6,7 @@ formats are those of lmms-eval's data sets on the Hub and of the V*-bench reposi
 folders and parquet files.
 """
 
+import glob
 import json
 import random
 import re
@@ -235,7 +236,7 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
         published = {entry["image"]: entry for entry in entries}
     for part in VSTAR_PARTS:
         for path in sorted((folder / part).glob("*.json")):
-            images = [file for file in path.parent.glob(f"{path.stem}.*") if file.suffix.lower() in IMAGE_SUFFIXES]
+            images = [file for file in path.parent.glob(f"{glob.escape(path.stem)}.*") if file.suffix.lower() in IMAGE_SUFFIXES]
             if len(images) != 1:
                 raise ValueError(f"{path} has {len(images)} images beside it, must have 1: download V*-bench again")
             image_id = images[0].relative_to(folder).as_posix()
@@ -245,8 +246,8 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
 
 def _vstar_annotation(path: Path, image: Path, image_id: str, part: str, published: dict | None) -> Question:
     annotation = json.loads(path.read_text(encoding="utf-8"))
-    if missing := {"question", "options"} - set(annotation):
-        raise ValueError(f"the annotation {path} has no {sorted(missing)[0]}: download V*-bench again")
+    if missing := [name for name in ("question", "options") if not annotation.get(name)]:
+        raise ValueError(f"the annotation {path} has no {missing[0]}: download V*-bench again")
     options = annotation["options"]
     choice = Choice(annotation["question"], tuple(options), right=0)  # the annotations put the right one first
     if published:

@@ -448,6 +448,17 @@ class TestVstar:
                 oracle = vstar_process_results(doc, [reply])["vstar_overall_acc"]["score"]
                 assert TASKS["vstar"].score(question, reply) == oracle
 
+    def test_annotations(self, tmp_path):
+        (tmp_path / "OCR").mkdir()
+        picture(20, 20).save(tmp_path / "OCR" / "sign[1].png")
+        annotation = tmp_path / "OCR" / "sign[1].json"
+        annotation.write_text(json.dumps({"question": "What?", "options": ["a", "b"]}))
+        (question,) = TASKS["vstar"].read(str(tmp_path))[1]
+        assert question.image == annotation.with_suffix(".png")
+        annotation.write_text(json.dumps({"question": "What?", "options": []}))
+        with pytest.raises(ValueError, match="has no options: download"):
+            TASKS["vstar"].read(str(tmp_path))
+
     def test_a_tie_is_wrong(self):
         assert evaluation.is_best([-1.0, -1.0], 0) == evaluation.is_best([float("nan")] * 2, 0) == 0
         assert evaluation.is_best([-1.0, -2.0], 0) == 1
