@@ -24,7 +24,7 @@ from tqdm import tqdm
 from .image_processing_mc_llava import check_knob, load_image
 from .metrics import bootstrap_interval, mcnemar, wilson_interval
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import MCLlavaProcessor
+from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 from .tasks import TASKS, Question, Task
 
 
@@ -55,7 +55,7 @@ class Likelihood(NamedTuple):
 
 class Evaluator:
     """
-    A model that answers questions about images, many at a time. An image is encoded once for all that is asked of it.
+    A model that answers questions about images, many at a time. Images that follow each other are encoded once.
 
     Args:
         max_crops, num_tokens: as the processor was saved where None.
@@ -76,7 +76,7 @@ class Evaluator:
         max_new_tokens: int = 32,
     ):
         saved = processor.image_processor
-        self.model, self.processor = model.eval(), processor
+        self.model, self.processor, self.feature_cache = model.eval(), processor, FeatureCache()
         self.knobs = {
             "max_crops": check_knob("max_crops", saved.max_crops if max_crops is None else max_crops, 0),
             "num_tokens": check_knob("num_tokens", saved.num_tokens if num_tokens is None else num_tokens, 1),
@@ -85,10 +85,13 @@ class Evaluator:
         self.max_new_tokens = check_knob("max_new_tokens", max_new_tokens, 1)
 
     def encode(self, images: list) -> list[torch.Tensor]:
-        """One float[tokens, hidden] per image."""
-        inputs = self.processor.image_processor(images, return_tensors="pt", **self.knobs).to(self.model.device)
+        """One float[tokens, hidden] per RGB image."""
         with torch.no_grad():
-            return self.model.get_image_features(**inputs).pooler_output
+            encoded = [
+                self.feature_cache.encode(self.model, self.processor.image_processor, image, **self.knobs)
+                for image in images
+            ]
+        return [features for image in encoded for features in image.split()]
 
     def expand(self, prompt: str, features: list[torch.Tensor]) -> str:
         """The prompt with one `<image>` per visual token."""
@@ -185,17 +188,12 @@ class Evaluator:
         return [{**record, "seconds": round(seconds, 4)} for record in records]
 
     def _answer(self, task: Task, questions: list[Question]) -> list[dict]:
-        # Questions about one image follow each other in these data sets: it is encoded once.
-        images = {question.image_id: question.image for question in questions}
-        images = {id: load_image(image) for id, image in images.items()}
-        plans = {id: self.processor.image_processor.plan(*image.size, **self.knobs) for id, image in images.items()}
-        features = dict(zip(images, self.encode(list(images.values()))))
-        replies = self.generate(
-            [question.prompt for question in questions], [[features[question.image_id]] for question in questions]
-        )
+        images = [load_image(question.image) for question in questions]
+        features = [[encoded] for encoded in self.encode(images)]
+        replies = self.generate([question.prompt for question in questions], features)
         records = []
-        for question, reply in zip(questions, replies):
-            plan = plans[question.image_id]
+        for question, image, encoded, reply in zip(questions, images, features, replies):
+            plan = self.processor.image_processor.plan(*image.size, **self.knobs)
             record = {
                 **describe(question),
                 "reply": reply,
@@ -204,7 +202,7 @@ class Evaluator:
                 "tokens": sum(crop.num_tokens for crop in plan),
             }
             if choice := question.choice:
-                likelihoods = self.option_likelihoods(choice.question, choice.options, [features[question.image_id]])
+                likelihoods = self.option_likelihoods(choice.question, choice.options, encoded)
                 sums = [likelihood.log_probability for likelihood in likelihoods]
                 per_token = [likelihood.log_probability / likelihood.num_tokens for likelihood in likelihoods]
                 record["options"] = [

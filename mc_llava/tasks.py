@@ -51,7 +51,6 @@ class Question:
         prompt: what the model is to answer, the task's instruction included; None where a row has no question, which
             then fails.
         image: whatever `load_image` reads.
-        image_id: the same for questions about the same image.
         expected: what `Task.score` compares a reply with.
         part: the row of the results that it counts in.
         choice: set for multiple choice.
@@ -60,7 +59,6 @@ class Question:
     id: str
     prompt: str | None
     image: Any
-    image_id: str
     expected: Any
     part: str
     choice: Choice | None = None
@@ -166,11 +164,10 @@ def _read_vqa(
     *,
     split: str,
     instruction: str,
-    image_id: str,
     part: str | None = None,
 ) -> tuple[int | None, Iterator[Question]]:
     """TextVQA, VQAv2 and VizWiz: one image, and what ten people answered, as strings or as VQAv2's records."""
-    columns = ("question_id", "question", "image", "answers", image_id, *([part] if part else []))
+    columns = ("question_id", "question", "image", "answers", *([part] if part else []))
     count, rows = load_rows(source, split, columns)
 
     def questions():
@@ -180,7 +177,6 @@ def _read_vqa(
                 id=str(row["question_id"]),
                 prompt=with_instruction(row["question"], instruction),
                 image=image_bytes(row["image"]),
-                image_id=str(row[image_id]),
                 expected=answers,
                 part=str(row[part]) if part else "all",
             )
@@ -206,7 +202,6 @@ def _read_gqa(source: str) -> tuple[int | None, Iterator[Question]]:
                 id=str(row["id"]),
                 prompt=with_instruction(row["question"], SHORT),
                 image=image_bytes(row["image"]) if "image" in row else images.get(row["imageId"]),
-                image_id=str(row["imageId"]),
                 expected=row["answer"],
                 part="all",
             )
@@ -239,12 +234,12 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
             images = [file for file in path.parent.glob(f"{glob.escape(path.stem)}.*") if file.suffix.lower() in IMAGE_SUFFIXES]
             if len(images) != 1:
                 raise ValueError(f"{path} has {len(images)} images beside it, must have 1: download V*-bench again")
-            image_id = images[0].relative_to(folder).as_posix()
-            questions.append(_vstar_annotation(path, images[0], image_id, part, published.get(image_id)))
+            id = images[0].relative_to(folder).as_posix()
+            questions.append(_vstar_annotation(path, images[0], id, part, published.get(id)))
     return len(questions), questions
 
 
-def _vstar_annotation(path: Path, image: Path, image_id: str, part: str, published: dict | None) -> Question:
+def _vstar_annotation(path: Path, image: Path, id: str, part: str, published: dict | None) -> Question:
     annotation = json.loads(path.read_text(encoding="utf-8"))
     if missing := [name for name in ("question", "options") if not annotation.get(name)]:
         raise ValueError(f"the annotation {path} has no {missing[0]}: download V*-bench again")
@@ -253,10 +248,10 @@ def _vstar_annotation(path: Path, image: Path, image_id: str, part: str, publish
     if published:
         text, label = published["text"], published["label"]
     else:  # OCR and GPT4V-hard have no published order: one that depends on the image alone
-        order = random.Random(image_id).sample(range(len(options)), len(options))
+        order = random.Random(id).sample(range(len(options)), len(options))
         letters = [f"({chr(65 + place)}) {options[index]}" for place, index in enumerate(order)]
         text, label = "\n".join([annotation["question"], *letters]), chr(65 + order.index(0))
-    return Question(image_id, _with_letter_instruction(text), image, image_id, label, part, choice)
+    return Question(id, _with_letter_instruction(text), image, label, part, choice)
 
 
 def _vstar_row(row: dict) -> Question:
@@ -266,7 +261,7 @@ def _vstar_row(row: dict) -> Question:
     if label in options:
         choice = Choice(text.split("(A)")[0].strip(), tuple(options.values()), list(options).index(label))
     id, prompt = str(row["question_id"]), _with_letter_instruction(text)
-    return Question(id, prompt, image_bytes(row["image"]), id, label, row["category"], choice)
+    return Question(id, prompt, image_bytes(row["image"]), label, row["category"], choice)
 
 
 def _with_letter_instruction(text: str) -> str:
@@ -294,7 +289,7 @@ def _read_scenes(source: str) -> tuple[int, Iterator[Question]]:
             image = scenes.draw_scene(scene)
             for kind in scenes.KINDS:
                 question = scenes.ask(scene, kind, random.Random(f"{kind} {seed}"))
-                yield Question(f"{kind}-{seed}", question.text, image, str(seed), question.key, kind)
+                yield Question(f"{kind}-{seed}", question.text, image, question.key, kind)
 
     return NUM_SCENES * len(scenes.KINDS), questions()
 
@@ -306,7 +301,7 @@ def _score_scene(question: Question, reply: str) -> float:
 TASKS = {
     "textvqa": Task(
         "lmms-lab/textvqa",
-        partial(_read_vqa, split="validation", instruction=SHORT, image_id="image_id"),
+        partial(_read_vqa, split="validation", instruction=SHORT),
         SHORT,
         "vqa_accuracy",
         lambda question, reply: textvqa_accuracy(reply, question.expected),
@@ -320,7 +315,7 @@ TASKS = {
     ),
     "vqav2": Task(
         "lmms-lab/VQAv2",
-        partial(_read_vqa, split="validation", instruction=SHORT, image_id="image_id", part="answer_type"),
+        partial(_read_vqa, split="validation", instruction=SHORT, part="answer_type"),
         SHORT,
         "vqa_accuracy",
         # vqaEval.py would take "Yes." for wrong where all people said "yes"; where they differ it normalizes the rest.
@@ -328,7 +323,7 @@ TASKS = {
     ),
     "vizwiz": Task(
         "lmms-lab/VizWiz-VQA",
-        partial(_read_vqa, split="val", instruction=UNANSWERABLE + SHORT, image_id="question_id", part="category"),
+        partial(_read_vqa, split="val", instruction=UNANSWERABLE + SHORT, part="category"),
         UNANSWERABLE + SHORT,
         "vqa_accuracy",
         lambda question, reply: textvqa_accuracy(reply, question.expected),

@@ -244,7 +244,7 @@ class TestVqa:
     + [("Yes.", "yes", 1), (" Yes. ", "yes", 1), ("T shirt", "t-shirt", 0), ("2", "two", 0)],
 )
 def test_vqav2_where_all_people_agree(reply, answer, score):
-    question = Question("1", "", None, "image", [answer] * 10, "all")
+    question = Question("1", "", None, [answer] * 10, "all")
     assert TASKS["vqav2"].score(question, reply) == score
 
 
@@ -480,11 +480,13 @@ class TestScenes:
         assert first["reply"] == reply_to(evaluator, first["prompt"], file_of(image, "PNG"))
 
     def test_an_image_is_encoded_once_for_all_its_questions(self, evaluator, tmp_path, monkeypatch):
-        encoded, encode = [], evaluator.encode
-        monkeypatch.setattr(evaluator, "encode", lambda images: encoded.append(len(images)) or encode(images))
-        monkeypatch.setattr(evaluator, "batch_size", 8)
-        run("scenes", evaluator, tmp_path, limit=12)
-        assert encoded == [2, 1]
+        encoded, encode = [], evaluator.model.get_image_features
+        monkeypatch.setattr(
+            evaluator.model, "get_image_features", lambda *inputs, **options: encoded.append(1) or encode(*inputs, **options)
+        )
+        fresh = Evaluator(evaluator.model, evaluator.processor, **KNOBS, batch_size=3, max_new_tokens=1)
+        run("scenes", fresh, tmp_path, limit=12)
+        assert len(encoded) == 3, "of four questions each, in four batches"
 
     def test_right_replies_are_right(self):
         count, questions = TASKS["scenes"].read("")
@@ -524,6 +526,15 @@ class TestFailures:
         reasons = [record["failed"] for record in results["questions"][1:4]]
         assert "text with a string" in reasons[0]
         assert "got [None, None" in reasons[1] and "got []" in reasons[2]
+
+    def test_images_of_one_name_are_not_mixed_up(self, evaluator, images, tmp_path):
+        rows = vqa_rows("textvqa", [*images[:2], images[0]], [["x"] * 10] * 3)
+        for row in rows:
+            row["image_id"], row["question"] = "same", "What?"
+        write(rows, FEATURES["textvqa"], tmp_path / PLACES["textvqa"])
+        replies = [r["reply"] for r in run("textvqa", evaluator, tmp_path / "results", tmp_path)["questions"]]
+        assert replies == [reply_to(evaluator, f"What?{SHORT}", image) for image in (*images[:2], images[0])]
+        assert replies[0] != replies[1]
 
     def test_paths_and_urls_in_data_are_not_followed(self, evaluator, images, tmp_path):
         rows = [
