@@ -29,9 +29,6 @@ from .tasks import TASKS, Question, Task
 
 
 PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy")
-# What one question can fail of. Anything else, such as a lost device, would fail all that follow: it ends the run,
-# which goes on from there when it is started again.
-FAILURES = (ValueError, OSError, torch.OutOfMemoryError)
 
 
 # Asking
@@ -175,15 +172,25 @@ class Evaluator:
         A record of each question, in their order.
 
         A batch that fails is asked again one by one: what fails then is recorded with its error and scores 0.
+
+        Raises:
+            OSError, RuntimeError: of the machine, not of a question, and so no wrong answer: a lost device or network,
+                too little memory for a single question. A run goes on from there when it is started again.
         """
         start = time.perf_counter()
+        failure = None
         try:
             records = self._answer(task, questions)
-        except FAILURES as error:
+        except (ValueError, torch.OutOfMemoryError) as error:
+            if isinstance(error, torch.OutOfMemoryError) and len(questions) == 1:
+                raise
+            failure = str(error)
+        # Only now, without the error, is the failed batch's memory free.
+        if failure is not None:
             if len(questions) > 1:
                 return [record for question in questions for record in self.answer(task, [question])]
             scores = dict.fromkeys(metric_names(task), 0.0)
-            records = [{**describe(questions[0]), "failed": str(error), "scores": scores}]
+            records = [{**describe(questions[0]), "failed": failure, "scores": scores}]
         seconds = (time.perf_counter() - start) / len(questions)
         return [{**record, "seconds": round(seconds, 4)} for record in records]
 

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -559,6 +560,27 @@ class TestFailures:
             run("textvqa", evaluator, tmp_path / "results", data)
         assert len(run("textvqa", evaluator, tmp_path / "results", data)["questions"]) == 4
         assert len(calls) == 3, "the first batch was not asked again"
+
+    def test_out_of_memory(self, evaluator, images, tmp_path, monkeypatch):
+        """A batch is asked again one by one, when its tensors are gone; a single question ends the run."""
+        data = write_vqa("textvqa", tmp_path, images[:3], [["x"] * 10] * 3)
+        generate, too_many, kept = evaluator.model.generate, 2, []
+
+        def run_out(input_ids, **options):
+            if len(input_ids) >= too_many:
+                activations = torch.zeros(1)
+                kept.append(weakref.ref(activations))
+                raise torch.OutOfMemoryError("out of memory")
+            assert kept[0]() is None, "the failed batch still holds its memory"
+            return generate(input_ids=input_ids, **options)
+
+        monkeypatch.setattr(evaluator.model, "generate", run_out)
+        assert not run("textvqa", evaluator, tmp_path / "results", data)["failed"] and len(kept) == 1
+        too_many = 1
+        with pytest.raises(torch.OutOfMemoryError):
+            run("textvqa", evaluator, tmp_path / "single", data)
+        monkeypatch.undo()
+        assert not run("textvqa", evaluator, tmp_path / "single", data)["failed"], "it was no wrong answer"
 
     @pytest.mark.parametrize(
         "task, data, message",
