@@ -8,6 +8,7 @@ one that was not; that file is `TASK.json`.
 
 import hashlib
 import json
+import math
 import os
 import platform
 import time
@@ -121,7 +122,7 @@ class Evaluator:
         How likely each option is as the whole answer to a question about encoded images.
 
         Raises:
-            ValueError: if an option doesn't fit into the context.
+            ValueError: if an option doesn't fit into the context, or its likelihood is no finite number.
         """
         turn = user_turn(question, len(features))
         prompt = self.processor.apply_chat_template(turn, add_generation_prompt=True)
@@ -142,6 +143,11 @@ class Evaluator:
         for start in range(0, len(rows), self.batch_size):
             end = start + self.batch_size
             likelihoods += self._row_likelihoods(rows[start:end], lengths[start:end], features)
+        for option, likelihood in zip(options, likelihoods):
+            if not math.isfinite(likelihood.log_probability):
+                raise ValueError(
+                    f"the log probability of {option!r} is {likelihood.log_probability}: try the dtype float32"
+                )
         return likelihoods
 
     def _row_likelihoods(self, rows: list[torch.Tensor], lengths: list[int], features: list) -> list[Likelihood]:

@@ -464,6 +464,12 @@ class TestVstar:
         assert evaluation.is_best([-1.0, -1.0], 0) == evaluation.is_best([float("nan")] * 2, 0) == 0
         assert evaluation.is_best([-1.0, -2.0], 0) == 1
 
+    def test_likelihoods_that_are_no_numbers(self, data, evaluator, tmp_path, monkeypatch):
+        bias = torch.full_like(evaluator.model.lm_head.bias, float("nan"))
+        monkeypatch.setattr(evaluator.model.lm_head, "bias", torch.nn.Parameter(bias))
+        results = run("vstar", evaluator, tmp_path, data, limit=1)
+        assert "is nan: try the dtype float32" in results["questions"][0]["failed"]
+
     def test_options_are_chat_not_prompts(self, evaluator):
         features = evaluator.encode([picture(50, 50)])
         with pytest.raises(ValueError, match="special token"):
