@@ -129,6 +129,8 @@ class Evaluator:
         rows, lengths = [], []
         for option in options:
             whole = self.processor.apply_chat_template([*turn, {"role": "assistant", "content": option}]).rstrip("\n")
+            if not whole.startswith(prompt):
+                raise ValueError("the chat template writes another prompt before an answer: use the published one")
             prompt_ids, option_ids = (
                 self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
                 for text in (self.expand(prompt, features), whole.removeprefix(prompt))

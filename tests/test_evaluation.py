@@ -470,6 +470,12 @@ class TestVstar:
         results = run("vstar", evaluator, tmp_path, data, limit=1)
         assert "is nan: try the dtype float32" in results["questions"][0]["failed"]
 
+    def test_a_template_that_changes_the_prompt(self, evaluator, monkeypatch):
+        template = evaluator.processor.chat_template.replace("assistant\\n", "assistant: ")
+        monkeypatch.setattr(evaluator.processor, "chat_template", template)
+        with pytest.raises(ValueError, match="another prompt before an answer"):
+            evaluator.option_likelihoods("Which?", ("a", "b"), evaluator.encode([picture(50, 50)]))
+
     def test_options_are_chat_not_prompts(self, evaluator):
         features = evaluator.encode([picture(50, 50)])
         with pytest.raises(ValueError, match="special token"):
