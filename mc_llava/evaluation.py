@@ -333,8 +333,8 @@ def evaluate(
         check_settings(results["settings"], settings, final)
         return results
 
-    records = resume(unfinished, settings, evaluator.batch_size)
     count, questions = task.read(settings["data"])
+    records = resume(unfinished, settings, evaluator.batch_size)
     questions = islice(questions, limit)
     total = count if limit is None or (count is not None and count < limit) else limit
     with (
@@ -408,7 +408,8 @@ def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
     lines = unfinished.read_bytes().split(b"\n")[:-1] if unfinished.exists() else []
     if lines:
         found, *records = map(json.loads, lines)
-        check_settings(found, settings, unfinished)
+        if records:  # else nothing is lost that other settings could not have
+            check_settings(found, settings, unfinished)
         records = records[: len(records) // batch_size * batch_size]
     draft = unfinished.with_name(unfinished.name + ".draft")
     draft.write_text("".join(map(to_line, [settings, *records])), encoding="utf-8")

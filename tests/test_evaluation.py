@@ -613,6 +613,14 @@ class TestFailures:
         with pytest.raises(ValueError, match="no such file or folder"):
             TASKS["textvqa"].read(data)
 
+    def test_bad_data_and_then_good(self, evaluator, images, tmp_path):
+        data = write_vqa("textvqa", tmp_path / "data", images[:1], [["x"] * 10])
+        datasets.Dataset.from_list([{"question": "What?"}]).to_parquet(tmp_path / "unfit.parquet")
+        for bad in (tmp_path / "nowhere.parquet", tmp_path / "unfit.parquet"):
+            with pytest.raises(ValueError, match="no such file|no column"):
+                run("textvqa", evaluator, tmp_path / "results", bad)
+        assert len(run("textvqa", evaluator, tmp_path / "results", data)["questions"]) == 1
+
     def test_data_of_another_task(self, evaluator, images, tmp_path):
         data = write_vqa("textvqa", tmp_path, images[:1], [["x"] * 10])
         with pytest.raises(ValueError, match="has no column 'answer_type'"):
