@@ -465,8 +465,8 @@ class TestVstar:
         assert evaluation.is_best([-1.0, -2.0], 0) == 1
 
     def test_likelihoods_that_are_no_numbers(self, data, evaluator, tmp_path, monkeypatch):
-        bias = torch.full_like(evaluator.model.lm_head.bias, float("nan"))
-        monkeypatch.setattr(evaluator.model.lm_head, "bias", torch.nn.Parameter(bias))
+        bias = evaluator.model.lm_head.bias
+        monkeypatch.setattr(bias, "data", torch.full_like(bias, float("nan")))
         results = run("vstar", evaluator, tmp_path, data, limit=1)
         assert "is nan: try the dtype float32" in results["questions"][0]["failed"]
 
