@@ -12,13 +12,15 @@ import math
 import os
 import platform
 import time
+from collections.abc import Iterable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -233,7 +235,19 @@ class Evaluator:
 
 
 def describe(question: Question) -> dict:
-    return {"id": question.id, "part": question.part, "prompt": question.prompt, "expected": question.expected}
+    """What a record must have for it to be this question's; `image` is a digest of the file, or of drawn pixels."""
+    image = question.image
+    if isinstance(image, Path):
+        image = image.read_bytes()
+    elif isinstance(image, Image.Image):
+        image = image.tobytes()
+    return {
+        "id": question.id,
+        "part": question.part,
+        "prompt": question.prompt,
+        "expected": question.expected,
+        "image": image and hashlib.sha256(image).hexdigest()[:16],
+    }
 
 
 def is_best(values: list[float], right: int) -> float:
@@ -331,6 +345,8 @@ def evaluate(
     if final.exists():
         results = read_results(final)
         check_settings(results["settings"], settings, final)
+        if settings["data"] and Path(settings["data"]).exists():  # what is on the Hub is not downloaded for this
+            check_questions(results["questions"], islice(task.read(settings["data"])[1], limit), final)
         return results
 
     count, questions = task.read(settings["data"])
@@ -341,10 +357,7 @@ def evaluate(
         tqdm(total=total, initial=len(records), unit="question", desc=task_name) as progress,
         open(unfinished, "a", encoding="utf-8") as journal,
     ):
-        for record in records:
-            question = next(questions, None)
-            if question is None or question.id != record["id"]:
-                raise ValueError(f"{unfinished} was made of other data: choose another output, or remove it")
+        check_questions(records, islice(questions, len(records)), unfinished)
         seen = {record["id"] for record in records}
         while batch := list(islice(questions, evaluator.batch_size)):
             for question in batch:
@@ -395,6 +408,12 @@ def check_settings(found: dict, wanted: dict, path: Path):
             f"{path} has {names[0]} {found.get(names[0])!r}, this run {wanted.get(names[0])!r}: "
             "choose another output, or remove the file"
         )
+
+
+def check_questions(records: list[dict], questions: Iterable[Question], path: Path):
+    for record, question in zip_longest(records, questions):
+        if record is None or question is None or not describe(question).items() <= record.items():
+            raise ValueError(f"{path} was made of other data: choose another output, or remove it")
 
 
 def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:

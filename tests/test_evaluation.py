@@ -739,10 +739,28 @@ class TestResuming:
         with pytest.raises(TypeError):
             run("textvqa", evaluator, tmp_path / "results", data)
         monkeypatch.undo()
-        rows = vqa_rows("textvqa", images[:5], [["x"] * 10] * 5)[1:]
-        write(rows, FEATURES["textvqa"], tmp_path / PLACES["textvqa"])
-        with pytest.raises(ValueError, match="was made of other data"):
-            run("textvqa", evaluator, tmp_path / "results", data)
+        self.check_other_data(evaluator, images, tmp_path, data)
+
+    def test_finished_results_are_not_taken_for_other_data(self, evaluator, images, tmp_path):
+        data = write_vqa("textvqa", tmp_path, images[:4], [["x"] * 10] * 4)
+        first = run("textvqa", evaluator, tmp_path / "results", data)
+        assert run("textvqa", evaluator, tmp_path / "results", data) == first
+        self.check_other_data(evaluator, images, tmp_path, data)
+
+    def check_other_data(self, evaluator, images, tmp_path, data):
+        def refused(rows):
+            write(rows, FEATURES["textvqa"], tmp_path / PLACES["textvqa"])
+            with pytest.raises(ValueError, match="was made of other data"):
+                run("textvqa", evaluator, tmp_path / "results", data)
+
+        same = [["x"] * 10] * 5
+        refused(vqa_rows("textvqa", images[:5], same)[1:])
+        refused(vqa_rows("textvqa", images[:2], same))
+        refused(vqa_rows("textvqa", [images[1], *images[1:4]], same))
+        refused(vqa_rows("textvqa", images[:4], [["y"] * 10, *same]))
+        asked = vqa_rows("textvqa", images[:4], same)
+        asked[0]["question"] = "Another?"
+        refused(asked)
 
 
 def record_of(id: str, part: str, score: float, metric: str = "accuracy") -> dict:
