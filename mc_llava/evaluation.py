@@ -31,6 +31,7 @@ from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 from .tasks import TASKS, Question, Task
 
 
+LOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy")
 
 
@@ -266,7 +267,8 @@ def load(
     path: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
 ) -> tuple[MCLlavaForConditionalGeneration, MCLlavaProcessor, str]:
     """
-    A model, its processor, and what its weights are known by: the commit of a Hub id, a digest of a folder's files.
+    A model, its processor, and what they are known by: the commit of a Hub id, a digest of a folder's weights,
+    configurations, tokenizer and chat template.
     """
     at = {"revision": revision} if revision else {}
     processor = MCLlavaProcessor.from_pretrained(path, **at)
@@ -277,7 +279,8 @@ def load(
     commit = getattr(model.config, "_commit_hash", None)
     if Path(path).is_dir():
         digest = hashlib.sha256()
-        for file in sorted(Path(path).glob("*.safetensors")):
+        for file in sorted(file for suffix in LOADED for file in Path(path).glob(suffix)):
+            digest.update(file.name.encode())
             with open(file, "rb") as opened:
                 for block in iter(partial(opened.read, 2**20), b""):
                     digest.update(block)
@@ -334,6 +337,7 @@ def evaluate(
         **evaluator.knobs,
         "batch_size": evaluator.batch_size,
         "max_new_tokens": evaluator.max_new_tokens,
+        "generation": evaluator.model.generation_config.to_diff_dict(),
         "dtype": str(evaluator.model.dtype).removeprefix("torch."),
         "device": evaluator.model.device.type,
         "instruction": task.instruction,

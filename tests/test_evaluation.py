@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,22 @@ def write(rows: list[dict], features: dict, path: Path):
     datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(path)
 
 
+def test_what_a_model_is_known_by(converted, tmp_path):
+    """Everything that replies depend on."""
+    folder = shutil.copytree(converted, tmp_path / "model")
+    known = {load(str(folder))[2]}
+    assert known == {load(str(converted))[2]}
+    for name, old, new in (
+        ("generation_config.json", "{", "{ "),
+        ("processor_config.json", "{", "{ "),
+        ("chat_template.jinja", "user", "user "),
+    ):
+        path = folder / name
+        path.write_text(path.read_text().replace(old, new, 1) + " ")
+        known.add(load(str(folder))[2])
+    assert len(known) == 4 and all(one.startswith("sha256:") for one in known)
+
+
 def vqa_rows(task: str, images: list[dict], answers: list[list[str]]) -> list[dict]:
     rows = []
     for index, (image, said) in enumerate(zip(images, answers)):
@@ -217,10 +234,11 @@ class TestVqa:
                 oracles[task](row, [record["reply"]])["exact_match"]
             )
 
-    def test_the_file_says_how_it_was_made(self, task, results):
+    def test_the_file_says_how_it_was_made(self, task, results, evaluator):
         settings = results["settings"]
         assert {name: settings[name] for name in KNOBS} == KNOBS
         assert (settings["model"], settings["revision"], settings["dtype"]) == ("model", "revision", "float32")
+        assert settings["generation"]["eos_token_id"] == evaluator.processor.tokenizer.eos_token_id
         assert settings["instruction"] == INSTRUCTIONS[task] and settings["versions"]["torch"] == torch.__version__
         for record in results["questions"]:
             assert record["prompt"].endswith(INSTRUCTIONS[task])
