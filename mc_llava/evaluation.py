@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -321,7 +322,8 @@ def evaluate(
         What the file holds.
 
     Raises:
-        ValueError: if the task or its data are not there, or if `output` holds results of other settings.
+        ValueError: if the task or its data are not there, or if `output` holds results of other settings or questions
+            or is another run's.
     """
     if task_name not in TASKS:
         raise ValueError(f"there is no task {task_name!r}: choose from {', '.join(TASKS)}")
@@ -345,6 +347,15 @@ def evaluate(
     }
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(output / f"{task_name}.lock", timeout=0):
+            return _evaluate(task, evaluator, output, settings)
+    except Timeout as error:
+        raise ValueError(f"another run writes {output / task_name}: wait for its end, or choose another output") from error
+
+
+def _evaluate(task: Task, evaluator: Evaluator, output: Path, settings: dict) -> dict:
+    task_name, limit = settings["task"], settings["limit"]
     final, unfinished = output / f"{task_name}.json", output / f"{task_name}.partial.jsonl"
     if final.exists():
         results = read_results(final)

@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, picture, prompt
+from filelock import FileLock
 from PIL import Image
 
 from mc_llava import MCLlavaForConditionalGeneration, cli, evaluation, scenes, tasks
@@ -745,6 +746,11 @@ class TestResuming:
         with pytest.raises(ValueError, match="has limit 2, this run 3"):
             run("scenes", evaluator, tmp_path, limit=3)
         assert (tmp_path / "scenes.json").read_bytes() == before
+
+    def test_two_runs_on_one_folder(self, evaluator, tmp_path):
+        with FileLock(tmp_path / "scenes.lock"), pytest.raises(ValueError, match="another run writes"):
+            run("scenes", evaluator, tmp_path, limit=2)
+        assert len(run("scenes", evaluator, tmp_path, limit=2)["questions"]) == 2
 
     def test_a_finished_run_asks_nothing(self, evaluator, tmp_path, monkeypatch):
         first = run("scenes", evaluator, tmp_path, limit=2)
