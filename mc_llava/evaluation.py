@@ -362,6 +362,7 @@ def _evaluate(task: Task, evaluator: Evaluator, output: Path, settings: dict) ->
         check_settings(results["settings"], settings, final)
         if settings["data"] and Path(settings["data"]).exists():  # what is on the Hub is not downloaded for this
             check_questions(results["questions"], islice(task.read(settings["data"])[1], limit), final)
+        unfinished.unlink(missing_ok=True)  # a kill between the last two lines below
         return results
 
     count, questions = task.read(settings["data"])

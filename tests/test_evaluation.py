@@ -755,7 +755,9 @@ class TestResuming:
     def test_a_finished_run_asks_nothing(self, evaluator, tmp_path, monkeypatch):
         first = run("scenes", evaluator, tmp_path, limit=2)
         monkeypatch.setattr(Evaluator, "answer", None)
-        assert run("scenes", evaluator, tmp_path, limit=2) == first
+        left = tmp_path / "scenes.partial.jsonl"
+        left.touch()  # by a kill just before it would have been removed
+        assert run("scenes", evaluator, tmp_path, limit=2) == first and not left.exists()
 
     def test_other_data_are_refused(self, evaluator, images, tmp_path, monkeypatch):
         data = write_vqa("textvqa", tmp_path, images[:4], [["x"] * 10] * 4)
