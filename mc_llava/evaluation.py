@@ -412,7 +412,13 @@ def read_results(path: str | os.PathLike) -> dict:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the results {path} ({error}): pass a file that mc-llava eval wrote") from error
-    if not isinstance(results, dict) or not {"settings", "scores", "questions"} <= set(results):
+    try:
+        names = metric_names(TASKS[results["settings"]["task"]])
+        whole = all({*names} <= {*record["scores"]} for record in results["questions"]) and "scores" in results
+        whole = whole and all({"id", "part", "prompt", "expected"} <= {*record} for record in results["questions"])
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
         raise ValueError(f"{path} holds no results: pass a file that mc-llava eval wrote")
     return results
 
@@ -442,7 +448,10 @@ def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
     # What follows the last line's end was torn by the kill.
     lines = unfinished.read_bytes().split(b"\n")[:-1] if unfinished.exists() else []
     if lines:
-        found, *records = map(json.loads, lines)
+        try:
+            found, *records = map(json.loads, lines)
+        except ValueError as error:
+            raise ValueError(f"{unfinished} is damaged ({error}): remove it, or the lines from there on") from error
         if records:  # else nothing is lost that other settings could not have
             check_settings(found, settings, unfinished)
         records = records[: len(records) // batch_size * batch_size]

@@ -737,6 +737,11 @@ class TestResuming:
         assert without_seconds(tmp_path / "killed" / "scenes.json") == whole
         assert len(whole["questions"]) == 11 and not unfinished.exists()
 
+    def test_a_damaged_file_is_named(self, evaluator, tmp_path):
+        (tmp_path / "scenes.partial.jsonl").write_bytes(b"{}\n" + b"\0" * 20 + b"\n")
+        with pytest.raises(ValueError, match="scenes.partial.jsonl is damaged"):
+            run("scenes", evaluator, tmp_path, limit=2)
+
     def test_other_settings_are_refused(self, evaluator, tmp_path):
         run("scenes", evaluator, tmp_path, limit=2)
         before = (tmp_path / "scenes.json").read_bytes()
@@ -831,6 +836,13 @@ class TestCompare:
         b = write_results(tmp_path / "b.json", "gqa", [record_of("q", "all", 1)])
         c = write_results(tmp_path / "c.json", "scenes", [record_of("other", "ocr", 1)])
         (tmp_path / "d.json").write_text("[]")
+        known = json.loads(a.read_text())
+        damaged = {**known, "settings": {"task": "nope"}}, {**known, "settings": {}}, {**known, "questions": [{}]}
+        damaged += ({**known, "questions": [{**known["questions"][0], "scores": {}}]},)
+        for number, content in enumerate(damaged):
+            (tmp_path / f"damaged{number}.json").write_text(json.dumps(content))
+            with pytest.raises(ValueError, match="holds no results"):
+                compare(a, tmp_path / f"damaged{number}.json")
         for other, message in (
             (b, "compare one task"),
             (c, "no question in common"),
