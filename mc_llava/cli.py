@@ -17,7 +17,7 @@ from .configuration_mc_llava import MCLlavaConfig
 from .convert import convert as convert_checkpoint
 from .crop_grid import draw_crop_grid
 from .estimate import estimate as estimate_cost
-from .evaluation import Evaluator, compare, evaluate, load, score_table
+from .evaluation import Evaluator, compare, evaluate, load, load_model, score_table
 from .image_processing_mc_llava import Crop, MCLlavaImageProcessor, load_image
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import FeatureCache, MCLlavaProcessor
@@ -86,7 +86,7 @@ def ask(
         return_tensors="pt",
         processor_kwargs=knobs,
     )
-    network = load_model(model, dtype, device)
+    network = load_model(model, dtype.value, device)
 
     start = time.perf_counter()
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -126,7 +126,7 @@ def chat(
     knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
     plan = processor.image_processor.plan(*picture.size, **knobs)
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
-    network = load_model(model, dtype, device)
+    network = load_model(model, dtype.value, device)
     cache = FeatureCache()
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
@@ -324,13 +324,6 @@ def read_question() -> str:
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip()
-
-
-def load_model(model: str, dtype: Dtype, device: str | None) -> MCLlavaForConditionalGeneration:
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator()
-        device = "cpu" if accelerator is None else accelerator.type
-    return MCLlavaForConditionalGeneration.from_pretrained(model, dtype=dtype.value).to(device).eval()
 
 
 def describe(plan: list[Crop]) -> str:

@@ -264,6 +264,17 @@ def metric_names(task: Task) -> list[str]:
 # Running
 
 
+def load_model(
+    path: str, dtype: str = "auto", device: str | None = None, **options
+) -> MCLlavaForConditionalGeneration:
+    """A model folder or Hub id, from safetensors alone; on an accelerator where there is one and no device is named."""
+    if device is None:
+        accelerator = torch.accelerator.current_accelerator()
+        device = "cpu" if accelerator is None else accelerator.type
+    model = MCLlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
+    return model.to(device).eval()
+
+
 def load(
     path: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
 ) -> tuple[MCLlavaForConditionalGeneration, MCLlavaProcessor, str]:
@@ -273,10 +284,7 @@ def load(
     """
     at = {"revision": revision} if revision else {}
     processor = MCLlavaProcessor.from_pretrained(path, **at)
-    model = MCLlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, **at)
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator()
-        device = "cpu" if accelerator is None else accelerator.type
+    model = load_model(path, dtype, device, **at)
     commit = getattr(model.config, "_commit_hash", None)
     if Path(path).is_dir():
         digest = hashlib.sha256()
@@ -286,7 +294,7 @@ def load(
                 for block in iter(partial(opened.read, 2**20), b""):
                     digest.update(block)
         commit = f"sha256:{digest.hexdigest()}"
-    return model.to(device), processor, commit or "unknown"
+    return model, processor, commit or "unknown"
 
 
 def versions() -> dict[str, str | None]:

@@ -140,6 +140,13 @@ def test_what_a_model_is_known_by(converted, tmp_path):
     assert len(known) == 4 and all(one.startswith("sha256:") for one in known)
 
 
+def test_pickled_weights_are_not_loaded(converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "model")
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        load(str(folder))
+
+
 def vqa_rows(task: str, images: list[dict], answers: list[list[str]]) -> list[dict]:
     rows = []
     for index, (image, said) in enumerate(zip(images, answers)):
