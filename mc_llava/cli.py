@@ -285,6 +285,9 @@ def evaluate_tasks(
         if name not in names or not source:
             raise ValueError(f"--data must be TASK=SOURCE with one of the tasks {', '.join(names)}, got {entry!r}")
         sources[name] = source
+    for name in names:  # what can't be read is said before the weights are loaded
+        if not (output / f"{name}.json").exists():
+            TASKS[name].read(sources.get(name, TASKS[name].data))
     network, processor, commit = load(model, revision, dtype.value, device)
     evaluator = Evaluator(network, processor, max_crops, num_tokens, batch_size, max_new_tokens)
     failed = asked = 0

@@ -881,6 +881,12 @@ class TestCommandLine:
         with pytest.raises(ValueError, match=message):
             self.call(*arguments)
 
+    def test_data_are_looked_for_before_the_model(self, converted, images, tmp_path):
+        data = write_vqa("textvqa", tmp_path, images[:1], [["x"] * 10])
+        sources = ("--data", f"textvqa={data}", "--data", f"gqa={tmp_path / 'nowhere'}")
+        with pytest.raises(ValueError, match="no such file or folder"):
+            self.call("--model", "./no-model", "--tasks", "textvqa,gqa", *sources, "--output", tmp_path / "results")
+
     def test_two_runs_and_their_comparison(self, tmp_path, converted, images, capsys):
         rows = vqa_rows("textvqa", [images[0], {"bytes": b"x", "path": None}], [["x"] * 10] * 2)
         write(rows, FEATURES["textvqa"], tmp_path / "rows.parquet")
