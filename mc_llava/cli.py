@@ -271,9 +271,15 @@ def evaluate_tasks(
 ):
     """Measure a model on benchmarks, or compare two results."""
     if results:
+        if tasks:
+            raise ValueError(f"--compare asks nothing: leave --tasks {tasks} out")
         print(compare(*results))
         return
     names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--tasks names a task twice: {tasks}")
+    if revision and Path(model).is_dir():
+        raise ValueError(f"the folder {model} has no revisions: leave --revision {revision} out")
     if not names:
         raise ValueError(f"no task was named: pass --tasks with some of {', '.join(TASKS)}")
     for name in names:

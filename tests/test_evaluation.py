@@ -875,6 +875,9 @@ class TestCommandLine:
             (("--tasks", "gqa,nope"), "there is no task 'nope': choose from textvqa"),
             (("--tasks", "gqa", "--data", "gqa"), "--data must be TASK=SOURCE with one of the tasks gqa, got 'gqa'"),
             (("--tasks", "gqa", "--data", "vqav2=x"), "got 'vqav2=x'"),
+            (("--tasks", "gqa,vqav2,gqa"), "names a task twice: gqa,vqav2,gqa"),
+            (("--tasks", "gqa", "--model", ROOT, "--revision", "v1"), "has no revisions: leave --revision v1 out"),
+            (("--tasks", "gqa", "--compare", "a.json", "b.json"), "leave --tasks gqa out"),
         ],
     )
     def test_what_makes_no_sense(self, arguments, message):
