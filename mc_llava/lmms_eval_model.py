@@ -7,6 +7,7 @@ lmms-eval asks; the asking itself is `evaluation.Evaluator`'s. Its exit code is 
 """
 
 import json
+import os
 from itertools import groupby, islice
 
 from accelerate import Accelerator
@@ -119,7 +120,10 @@ class MCLlavaForLmmsEval(lmms):
 
     def _features(self, request: Instance) -> list:
         images = request.args[2](self._doc(request)) if request.args[2] else []
-        return self.evaluator.encode([load_image(image) for image in images]) if images else []
+        for image in images:
+            if isinstance(image, (str, os.PathLike)):  # paths and URLs in a data set are not followed
+                raise ValueError(f"the task gives the text {str(image)!r:.80} instead of an image: choose another")
+        return self.evaluator.encode([load_image(image) for image in images])
 
 
 def options_of(request: Instance) -> str:

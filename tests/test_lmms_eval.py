@@ -220,6 +220,12 @@ class TestRequests:
         assert cut == replies[0].split(end)[0].strip() != replies[0]
 
 
+    def test_paths_are_not_followed(self, plugin):
+        request = self.request("loglikelihood", 0, "What?", "red", lambda doc: [str(ROOT / "examples" / "coffee.jpg")])
+        with pytest.raises(ValueError, match="instead of an image"):
+            plugin.loglikelihood([request])
+
+
 def test_bad_arguments():
     from mc_llava.lmms_eval_model import MCLlavaForLmmsEval
 
