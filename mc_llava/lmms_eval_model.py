@@ -8,6 +8,7 @@ lmms-eval asks; the asking itself is `evaluation.Evaluator`'s. Its exit code is 
 
 import json
 import os
+import sys
 from itertools import groupby, islice
 
 from accelerate import Accelerator
@@ -59,18 +60,26 @@ class MCLlavaForLmmsEval(lmms):
         self.device = model.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Replies, cut where one of the task's `until` begins."""
+        """Replies, cut where one of the task's `until` begins; empty to a question that can't be asked."""
         # Only requests with the same options can be generated together.
         order = sorted(range(len(requests)), key=lambda index: options_of(requests[index]))
         replies = [""] * len(requests)
         with tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0) as progress:
             for _, group in groupby(order, key=lambda index: options_of(requests[index])):
                 while batch := list(islice(group, self.evaluator.batch_size)):
-                    for index, reply in zip(batch, self._generate([requests[index] for index in batch])):
+                    for index, reply in zip(batch, self._replies([requests[index] for index in batch])):
                         replies[index] = reply
-                        self.cache_hook.add_partial("generate_until", requests[index].args, reply)
                     progress.update(len(batch))
         return replies
+
+    def _replies(self, batch: list[Instance]) -> list[str]:
+        try:
+            return self._generate(batch)
+        except ValueError as error:
+            if len(batch) > 1:
+                return [reply for request in batch for reply in self._replies([request])]
+            tqdm.write(f"failed, the reply is empty: {batch[0].args[0]!r:.80}: {error}", file=sys.stderr)
+            return [""]
 
     def _generate(self, batch: list[Instance]) -> list[str]:
         until = batch[0].args[1].get("until") or []

@@ -220,6 +220,14 @@ class TestRequests:
         assert cut == replies[0].split(end)[0].strip() != replies[0]
 
 
+    def test_a_question_that_can_not_be_asked_gets_an_empty_reply(self, plugin, capsys):
+        asked = ("What?", "What?<|im_end|>")
+        replies = plugin.generate_until(
+            [self.request("generate_until", 0, question, {"max_new_tokens": 4}) for question in asked]
+        )
+        assert replies[0] and replies[1] == ""
+        assert "failed, the reply is empty" in capsys.readouterr().err
+
     def test_paths_are_not_followed(self, plugin):
         request = self.request("loglikelihood", 0, "What?", "red", lambda doc: [str(ROOT / "examples" / "coffee.jpg")])
         with pytest.raises(ValueError, match="instead of an image"):
