@@ -937,6 +937,9 @@ class TestDocs:
                 assert interval == " to ".join(f"{100 * bound:.2f}" for bound in bounds), name
                 checked += 1
         assert checked == 8
+        low, high = (100 * bound for bound in wilson_interval(47 + 43, 191))
+        overall = f"{100 * 90 / 191:.2f} ({low:.2f} to {high:.2f})"
+        assert overall in (ROOT / "docs" / "benchmarks.md").read_text()
 
     def test_prompts_and_data(self):
         documented = {row[0].strip("`"): row for row in self.rows if len(row) == 3 and row[0].startswith("`")}
