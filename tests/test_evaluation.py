@@ -718,7 +718,7 @@ def without_seconds(path: Path) -> dict:
 
 
 class TestResuming:
-    options = ("--tasks", "scenes", "--limit", "11", "--batch-size", "2", "--max-new-tokens", str(NEW_TOKENS))
+    options = ("--tasks", "scenes", "--limit", "61", "--batch-size", "2", "--max-new-tokens", str(NEW_TOKENS))
 
     def command(self, model: Path, output: Path) -> list[str]:
         knobs = [text for name, value in KNOBS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
@@ -744,7 +744,7 @@ class TestResuming:
             assert "scenes: 100%" in result.stderr and "overall" in result.stdout
         whole = without_seconds(tmp_path / "whole" / "scenes.json")
         assert without_seconds(tmp_path / "killed" / "scenes.json") == whole
-        assert len(whole["questions"]) == 11 and not unfinished.exists()
+        assert len(whole["questions"]) == 61 and not unfinished.exists()
 
     def test_a_damaged_file_is_named(self, evaluator, tmp_path):
         (tmp_path / "scenes.partial.jsonl").write_bytes(b"{}\n" + b"\0" * 20 + b"\n")
