@@ -267,7 +267,7 @@ def metric_names(task: Task) -> list[str]:
 def load_model(
     path: str, dtype: str = "auto", device: str | None = None, **options
 ) -> MCLlavaForConditionalGeneration:
-    """A model folder or Hub id, from safetensors alone; on an accelerator where there is one and no device is named."""
+    """The model of a folder or Hub id, from safetensors alone; on an accelerator where there is one and device is None."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
@@ -359,7 +359,7 @@ def evaluate(
         with FileLock(output / f"{task_name}.lock", timeout=0):
             return _evaluate(task, evaluator, output, settings)
     except Timeout as error:
-        raise ValueError(f"another run writes {output / task_name}: wait for its end, or choose another output") from error
+        raise ValueError(f"another run writes {task_name} in {output}: wait, or choose another output") from error
 
 
 def _evaluate(task: Task, evaluator: Evaluator, output: Path, settings: dict) -> dict:

@@ -123,7 +123,7 @@ def gqa_accuracy(reply: str, answer: str) -> float:
 
 def find_letter(reply: str, letters: str) -> str | None:
     """
-    The option that a reply names: `B`, `(b)`, `**B**`, `B) red`, `Answer: B`, `The answer is (B).`; None for any other.
+    The option that a reply names: `B`, `(b)`, `**B**`, `B) red`, `The answer is (B).`; None for any other reply.
 
     The letter stands at the beginning or after "answer", "option" or "choice", and a mark or the line's end follows:
     in `The answer is A red car` it is a word. None, too, where another letter is marked so: `A, B or C`.

@@ -231,7 +231,8 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
         published = {entry["image"]: entry for entry in entries}
     for part in VSTAR_PARTS:
         for path in sorted((folder / part).glob("*.json")):
-            images = [file for file in path.parent.glob(f"{glob.escape(path.stem)}.*") if file.suffix.lower() in IMAGE_SUFFIXES]
+            beside = path.parent.glob(f"{glob.escape(path.stem)}.*")
+            images = [file for file in beside if file.suffix.lower() in IMAGE_SUFFIXES]
             if len(images) != 1:
                 raise ValueError(f"{path} has {len(images)} images beside it, must have 1: download V*-bench again")
             id = images[0].relative_to(folder).as_posix()

@@ -457,7 +457,7 @@ class TestVstar:
         features = {"image": datasets.Image(), "text": TEXT, "category": TEXT, "label": TEXT, "question_id": TEXT}
         text = "What color? (A) red (B) blue"
         entries = [
-            {"image": images[0], "text": text, "category": "direct_attributes", "label": label, "question_id": str(index)}
+            {"image": images[0], "text": text, "category": "OCR", "label": label, "question_id": str(index)}
             for index, label in enumerate(("A", None, "C", "AB", "b"))
         ]
         entries[4]["text"] = None
@@ -522,9 +522,12 @@ class TestScenes:
 
     def test_an_image_is_encoded_once_for_all_its_questions(self, evaluator, tmp_path, monkeypatch):
         encoded, encode = [], evaluator.model.get_image_features
-        monkeypatch.setattr(
-            evaluator.model, "get_image_features", lambda *inputs, **options: encoded.append(1) or encode(*inputs, **options)
-        )
+
+        def counted(*inputs, **options):
+            encoded.append(inputs)
+            return encode(*inputs, **options)
+
+        monkeypatch.setattr(evaluator.model, "get_image_features", counted)
         fresh = Evaluator(evaluator.model, evaluator.processor, **KNOBS, batch_size=3, max_new_tokens=1)
         run("scenes", fresh, tmp_path, limit=12)
         assert len(encoded) == 3, "of four questions each, in four batches"

@@ -219,7 +219,6 @@ class TestRequests:
         )
         assert cut == replies[0].split(end)[0].strip() != replies[0]
 
-
     def test_a_question_that_can_not_be_asked_gets_an_empty_reply(self, plugin, capsys):
         asked = ("What?", "What?<|im_end|>")
         replies = plugin.generate_until(

@@ -91,8 +91,11 @@ def test_gqa_accuracy():
 @pytest.mark.parametrize(
     "reply, letter",
     [(reply, "B") for reply in ("B", "(B)", "B.", " B) red", "B: red", "Answer: B", "The answer is (B).", "(B) red")]
-    + [(reply, "B") for reply in ("b", "(b)", "[B]", "**B**", "Answer: **B**", "**Answer:** B", "ANSWER: B", "B\nbecause")]
-    + [(reply, "B") for reply in ("Option A is wrong, the answer is B", "The answer is B. A red car is seen.")]
+    + [(reply, "B") for reply in ("b", "(b)", "[B]", "**B**", "Answer: **B**", "**Answer:** B", "ANSWER: B")]
+    + [
+        (reply, "B")
+        for reply in ("B\nbecause", "Option A is wrong, the answer is B", "The answer is B. A red car is seen.")
+    ]
     + [(reply, None) for reply in ("Blue", "", "E", "A cat", "I see B or C", "red", "The answer is A red car")]
     + [(reply, None) for reply in ("A, B or C", "The answer is A or B", "Answer: A. Answer: B", "It isn't a, 'b'")],
 )
