@@ -267,7 +267,7 @@ def metric_names(task: Task) -> list[str]:
 def load_model(
     path: str, dtype: str = "auto", device: str | None = None, **options
 ) -> MCLlavaForConditionalGeneration:
-    """The model of a folder or Hub id, from safetensors alone; on an accelerator where there is one and device is None."""
+    """The model of a folder or Hub id, from safetensors alone; on an accelerator, if any, unless a device is named."""
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
