@@ -13,12 +13,15 @@ import typer
 from tqdm import tqdm
 from transformers import TextStreamer
 
+from .batch import Job
+from .batch import run as run_job
 from .configuration_mc_llava import MCLlavaConfig
 from .convert import convert as convert_checkpoint
 from .crop_grid import draw_crop_grid
 from .estimate import estimate as estimate_cost
-from .evaluation import Evaluator, compare, evaluate, load, load_model, score_table
+from .evaluation import Evaluator, compare, evaluate, score_table
 from .image_processing_mc_llava import Crop, MCLlavaImageProcessor, load_image
+from .loading import load, load_model
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 from .tasks import TASKS
@@ -322,6 +325,41 @@ def study(
     with extra("eval"):
         from .study import markdown, run_study
     print(markdown(run_study(model, work, output, num_scenes)))
+
+
+@app.command()
+def batch(
+    source: Annotated[str, typer.Argument(help="A .jsonl or .parquet file of rows, or a folder of images.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="The .jsonl file to write; a stopped run goes on.")],
+    model: ModelOption = DEFAULT_MODEL,
+    question: Annotated[str | None, typer.Option(help="Of the rows that have none.")] = None,
+    max_crops: MaxCrops = None,
+    num_tokens: NumTokens = None,
+    max_new_tokens: MaxNewTokens = 200,
+    batch_size: Annotated[int, typer.Option(help="Rows that are asked at once.", min=1)] = 8,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="On the Ray cluster of RAY_ADDRESS, or on one started here.")
+    ] = False,
+    workers: Annotated[int | None, typer.Option(help="Models on the Ray cluster; one per GPU.", min=1)] = None,
+):
+    """
+    Ask about many images: rows of question and image (or images) in, a record of each with its answer out.
+
+    A row that fails has its error in the record. A run that was killed goes on where it stopped when it is started
+    again.
+    """
+    if workers and not ray:
+        raise ValueError("workers are Ray's: pass --ray, too")
+    job = Job(
+        source, model, question, revision, max_crops, num_tokens, batch_size, max_new_tokens, dtype.value, device
+    )
+    rows, failed = run_job(job, output, use_ray=ray, workers=workers)
+    say(f"wrote {output}: {rows} rows, {failed} of them with an error")
+    if failed == rows:
+        raise ValueError(f"all of {rows} rows failed: see their errors in {output}")
 
 
 def read_image(source: str):

@@ -13,7 +13,6 @@ import os
 import platform
 import time
 from collections.abc import Iterable
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -32,7 +31,6 @@ from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 from .tasks import TASKS, Question, Task
 
 
-LOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")
 PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy")
 
 
@@ -262,39 +260,6 @@ def metric_names(task: Task) -> list[str]:
 
 
 # Running
-
-
-def load_model(
-    path: str, dtype: str = "auto", device: str | None = None, **options
-) -> MCLlavaForConditionalGeneration:
-    """The model of a folder or Hub id, from safetensors alone; on an accelerator, if any, unless a device is named."""
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator()
-        device = "cpu" if accelerator is None else accelerator.type
-    model = MCLlavaForConditionalGeneration.from_pretrained(path, dtype=dtype, use_safetensors=True, **options)
-    return model.to(device).eval()
-
-
-def load(
-    path: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
-) -> tuple[MCLlavaForConditionalGeneration, MCLlavaProcessor, str]:
-    """
-    A model, its processor, and what they are known by: the commit of a Hub id, a digest of a folder's weights,
-    configurations, tokenizer and chat template.
-    """
-    at = {"revision": revision} if revision else {}
-    processor = MCLlavaProcessor.from_pretrained(path, **at)
-    model = load_model(path, dtype, device, **at)
-    commit = getattr(model.config, "_commit_hash", None)
-    if Path(path).is_dir():
-        digest = hashlib.sha256()
-        for file in sorted(file for suffix in LOADED for file in Path(path).glob(suffix)):
-            digest.update(file.name.encode())
-            with open(file, "rb") as opened:
-                for block in iter(partial(opened.read, 2**20), b""):
-                    digest.update(block)
-        commit = f"sha256:{digest.hexdigest()}"
-    return model, processor, commit or "unknown"
 
 
 def versions() -> dict[str, str | None]:

@@ -17,8 +17,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from .evaluation import Evaluator, load
+from .evaluation import Evaluator
 from .image_processing_mc_llava import load_image
+from .loading import load
 
 
 def manifest() -> ModelManifest:

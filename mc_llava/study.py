@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 
 from . import scenes
 from .estimate import estimate
-from .evaluation import Evaluator, evaluate, load
+from .evaluation import Evaluator, evaluate
+from .loading import load
 from .metrics import wilson_interval
 
 

@@ -25,7 +25,8 @@ from filelock import FileLock
 from PIL import Image
 
 from mc_llava import MCLlavaForConditionalGeneration, cli, evaluation, scenes, tasks
-from mc_llava.evaluation import Evaluator, compare, evaluate, load, read_results, summarize
+from mc_llava.evaluation import Evaluator, compare, evaluate, read_results, summarize
+from mc_llava.loading import identify, load
 from mc_llava.metrics import wilson_interval
 from mc_llava.tasks import LETTER, SHORT, TASKS, UNANSWERABLE, Question
 
@@ -127,8 +128,8 @@ def write(rows: list[dict], features: dict, path: Path):
 def test_what_a_model_is_known_by(converted, tmp_path):
     """Everything that replies depend on."""
     folder = shutil.copytree(converted, tmp_path / "model")
-    known = {load(str(folder))[2]}
-    assert known == {load(str(converted))[2]}
+    known = {identify(str(folder))}
+    assert known == {identify(str(converted))}
     for name, old, new in (
         ("generation_config.json", "{", "{ "),
         ("processor_config.json", "{", "{ "),
@@ -136,7 +137,7 @@ def test_what_a_model_is_known_by(converted, tmp_path):
     ):
         path = folder / name
         path.write_text(path.read_text().replace(old, new, 1) + " ")
-        known.add(load(str(folder))[2])
+        known.add(identify(str(folder)))
     assert len(known) == 4 and all(one.startswith("sha256:") for one in known)
 
 

@@ -1,0 +1,337 @@
+"""
+Questions about many images, from a file or a folder into a file, by one model or by a pool of Ray actors.
+
+A worker reads rows by their numbers, wherever it runs; `open_rows` alone knows the formats. While a run goes on, its
+journal `OUT.partial` holds the settings and then the records in the order of the rows, written batch by batch. A run
+that was stopped goes on there, with Ray or without; the finished file is `OUT`.
+"""
+
+import hashlib
+import json
+import os
+import time
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from .evaluation import Evaluator, resume, to_line, versions
+from .image_processing_mc_llava import FORMATS, check_knob, load_image
+from .loading import identify, load_model, load_processor
+
+
+COLUMNS = ("id", "question", "image", "images")
+MAX_BLOCKS = 10_000  # that Ray Data keeps track of
+
+
+# Rows
+
+
+class JsonLines:
+    """An object per line: `{"image": "a.jpg", "question": "What is it?"}`. Paths are relative to the file's folder."""
+
+    def __init__(self, path: Path):
+        self.path, self.folder = path, path.parent
+        self.starts, position, digest = array("Q"), 0, hashlib.sha256()
+        with open(path, "rb") as file:
+            for line in file:
+                if line.strip():
+                    self.starts.append(position)
+                position += len(line)
+                digest.update(line)
+        self.digest = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> dict:
+        with open(self.path, "rb") as file:
+            file.seek(self.starts[index])
+            row = json.loads(file.readline())
+        if not isinstance(row, dict):
+            raise ValueError(f"a line must hold an object with image and question, got {str(row)[:80]}")
+        return row
+
+
+class Parquet:
+    """The same as columns; an image is a path, a file's bytes, or both as the Hub's data sets have them."""
+
+    def __init__(self, path: Path):
+        try:
+            from pyarrow import ArrowInvalid
+            from pyarrow.parquet import ParquetFile
+        except ImportError as error:
+            raise ValueError('reading parquet needs the package pyarrow: pip install "mc-llava[eval]"') from error
+        self.folder = path.parent
+        try:
+            self.file = ParquetFile(path)
+        except ArrowInvalid as error:
+            raise ValueError(f"cannot read {path} as parquet: {error}") from error
+        self.columns = [name for name in COLUMNS if name in self.file.schema_arrow.names]
+        footer = self.file.metadata
+        self.ends = list(accumulate(footer.row_group(group).num_rows for group in range(footer.num_row_groups)))
+        self.digest = hashlib.sha256(str(footer.to_dict()).encode()).hexdigest()
+        self.group = self.table = None  # the one that was read last
+
+    def __len__(self) -> int:
+        return self.file.metadata.num_rows
+
+    def __getitem__(self, index: int) -> dict:
+        group = bisect_right(self.ends, index)
+        if group != self.group:
+            self.group, self.table = group, self.file.read_row_group(group, columns=self.columns)
+        start = self.ends[group] - len(self.table)
+        return self.table.slice(index - start, 1).to_pylist()[0]
+
+
+class Folder:
+    """The images in a folder and in those inside of it, by name."""
+
+    def __init__(self, path: Path):
+        self.folder = path
+        suffixes = {suffix for suffix, format in Image.registered_extensions().items() if format in FORMATS}
+        self.names = sorted(
+            file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower() in suffixes
+        )
+        self.digest = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"id": self.names[index], "image": self.names[index]}
+
+
+def open_rows(source: str | os.PathLike) -> JsonLines | Parquet | Folder:
+    """
+    The rows of an input by their numbers, each `{"id", "question", "image" or "images"}`, of which some may lack.
+
+    Raises:
+        ValueError: if there is no such file or folder, or it has another format or no rows.
+    """
+    path = Path(source)
+    kinds = {".jsonl": JsonLines, ".parquet": Parquet}
+    if path.is_dir():
+        rows = Folder(path)
+    elif path.suffix not in kinds:
+        raise ValueError(f"{source} is neither a .jsonl nor a .parquet file nor a folder of images")
+    else:
+        try:
+            rows = kinds[path.suffix](path)
+        except OSError as error:
+            raise ValueError(f"cannot read {source}: {error}") from error
+    if not len(rows):
+        raise ValueError(f"{source} has no rows: pass another input")
+    return rows
+
+
+def read_images(row: dict, folder: Path) -> list[Image.Image]:
+    cells = row.get("images") if row.get("images") is not None else row.get("image")
+    if cells is None:
+        return []
+    return [read_image(cell, folder) for cell in (cells if isinstance(cells, list) else [cells])]
+
+
+def read_image(cell: str | bytes | dict, folder: Path) -> Image.Image:
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes):
+        return load_image(cell)
+    if not isinstance(cell, str):
+        raise ValueError(f"an image must be a path, a data URI or a file's bytes, got {type(cell).__name__}")
+    if cell.lower().startswith(("http://", "https://")):  # a list of rows is no order to visit whatever it names
+        raise ValueError(f"{cell[:200]} is not fetched: download the image and name its file")
+    return load_image(cell if cell.startswith("data:") else Path(folder, cell))
+
+
+# Answering
+
+
+@dataclass(frozen=True)
+class Job:
+    """
+    What is asked of which model. A worker on any machine that sees the same files can do a part of it.
+
+    Args:
+        source: a JSON lines file, a parquet file or a folder of images.
+        question: of the rows that have none.
+        max_crops, num_tokens: as the processor was saved where None.
+        batch_size: rows that are asked at once.
+        device: of the model; an accelerator where there is one if None.
+    """
+
+    source: str
+    model: str
+    question: str | None = None
+    revision: str | None = None
+    max_crops: int | None = None
+    num_tokens: int | None = None
+    batch_size: int = 8
+    max_new_tokens: int = 200
+    dtype: str = "auto"
+    device: str | None = None
+
+
+class Worker:
+    """A model that answers a job's rows."""
+
+    def __init__(self, job: Job):
+        processor = load_processor(job.model, job.revision)
+        model = load_model(job.model, job.dtype, job.device, job.revision)
+        self.job, self.rows = job, open_rows(job.source)
+        self.evaluator = Evaluator(model, processor, job.max_crops, job.num_tokens, job.batch_size, job.max_new_tokens)
+
+    def answer(self, start: int) -> list[dict]:
+        """Records of the batch that starts at a row, in the order of the rows. A row that fails has its error."""
+        begin = time.perf_counter()
+        records, asked = [], []
+        for index in range(start, min(start + self.job.batch_size, len(self.rows))):
+            record = {"row": index, "id": str(index)}
+            records.append(record)
+            try:
+                row = self.rows[index]
+                record["id"] = str(index if row.get("id") is None else row["id"])
+                question = self.job.question if row.get("question") is None else row["question"]
+                if not isinstance(question, str):
+                    raise ValueError("the row has no question: give it one, or pass one for all rows")
+                record["question"] = question
+                asked.append((record, read_images(row, self.rows.folder)))
+            except ValueError as error:
+                record["error"] = str(error)
+        self._answer(asked)
+        seconds = round((time.perf_counter() - begin) / len(records), 4)
+        return [{**record, "seconds": seconds} for record in records]
+
+    def _answer(self, asked: list[tuple[dict, list[Image.Image]]]):
+        """Complete the records of rows whose images could be read. A batch that fails is asked one by one."""
+        if not asked:
+            return
+        images = [image for _, own in asked for image in own]
+        try:
+            features = iter(self.evaluator.encode(images) if images else [])
+            own_features = [list(islice(features, len(own))) for _, own in asked]
+            answers = self.evaluator.generate([record["question"] for record, _ in asked], own_features)
+        except ValueError as error:
+            if len(asked) == 1:
+                asked[0][0]["error"] = str(error)
+            else:
+                for row in asked:
+                    self._answer([row])
+            return
+        planner, knobs = self.evaluator.processor.image_processor, self.evaluator.knobs
+        for (record, own), tokens, answer in zip(asked, own_features, answers):
+            record["answer"] = answer
+            record["crops"] = sum(len(planner.plan(*image.size, **knobs)) for image in own)
+            record["tokens"] = sum(map(len, tokens))
+
+
+class RayWorker(Worker):
+    """A worker as Ray Data calls it: with columns of numbers, for columns of what Arrow need not understand."""
+
+    def __call__(self, batch: dict) -> dict:
+        return {"records": [json.dumps(self.answer(int(start))) for start in batch["start"]]}
+
+
+def answer_with_ray(job: Job, starts: range, workers: int | None) -> Iterator[list[dict]]:
+    """
+    The batches in their order, answered by an actor pool of Ray Data, on the cluster that Ray finds or else here.
+
+    Args:
+        workers: actors, each with a model of its own; as many as the cluster has GPUs if None, or one.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which would be sent to Ray's makers
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ValueError('the package ray is missing: pip install "mc-llava[ray]"') from error
+    if not starts:
+        return
+    ray.init(include_dashboard=False, log_to_driver=False)
+    try:
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        context = ray.data.DataContext.get_current()
+        context.execution_options.preserve_order = True
+        context.enable_progress_bars = False  # there is one already
+        answered = ray.data.from_items(
+            [{"start": start} for start in starts], override_num_blocks=min(len(starts), MAX_BLOCKS)
+        ).map_batches(
+            RayWorker,
+            fn_constructor_args=(job,),
+            batch_size=1,
+            num_gpus=1 if gpus and job.device in (None, "cuda") else 0,
+            compute=ray.data.ActorPoolStrategy(size=workers or max(gpus, 1)),
+        )
+        for row in answered.iter_rows():
+            yield json.loads(row["records"])
+    finally:
+        ray.shutdown()
+
+
+def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: int | None = None) -> tuple[int, int]:
+    """
+    Do a job, or what a stopped run left of it, and write `output`: a record per row, in the order of the rows.
+
+    A record is `{"row", "id", "question", "answer", "crops", "tokens", "seconds"}`, with `error` in place of the
+    middle ones where the row failed.
+
+    Returns:
+        The number of rows, and of those that failed.
+
+    Raises:
+        ValueError: if the input can't be read, a number is out of range, `output` is there already, or what a stopped
+            run left was made with other settings.
+    """
+    output = Path(output)
+    unfinished = output.with_name(output.name + ".partial")
+    if output.exists():
+        raise ValueError(f"{output} is finished: choose another output, or remove it")
+    check_knob("batch_size", job.batch_size, 1)
+    check_knob("max_new_tokens", job.max_new_tokens, 1)
+    saved = load_processor(job.model, job.revision).image_processor
+    rows = open_rows(job.source)
+    settings = {
+        **asdict(job),
+        "max_crops": check_knob("max_crops", saved.max_crops if job.max_crops is None else job.max_crops, 0),
+        "num_tokens": check_knob("num_tokens", saved.num_tokens if job.num_tokens is None else job.num_tokens, 1),
+        "revision": identify(job.model, job.revision),
+        "rows": len(rows),
+        "digest": rows.digest,
+        "versions": versions(),
+    }
+    output.parent.mkdir(parents=True, exist_ok=True)
+    records = resume(unfinished, settings, job.batch_size)
+    done, failed = len(records), sum("error" in record for record in records)
+    starts = range(done, len(rows), job.batch_size)
+    if use_ray:
+        batches = answer_with_ray(job, starts, workers)
+    else:
+        batches = map(Worker(job).answer, starts) if starts else ()
+    with (
+        tqdm(total=len(rows), initial=done, unit="row", desc=output.name) as progress,
+        open(unfinished, "a", encoding="utf-8") as journal,
+    ):
+        for records in batches:
+            if records[0]["row"] != done:
+                raise RuntimeError(f"row {records[0]['row']} came where {done} was due: please report this")
+            journal.writelines(map(to_line, records))
+            journal.flush()
+            os.fsync(journal.fileno())
+            done, failed = done + len(records), failed + sum("error" in record for record in records)
+            progress.update(len(records))
+    if done != len(rows):
+        raise RuntimeError(f"{len(rows) - done} of {len(rows)} rows were not answered: start the command again")
+
+    # Without the settings, and all of it or nothing.
+    draft = unfinished.with_name(unfinished.name + ".draft")
+    with open(unfinished, "rb") as journal, open(draft, "wb") as final:
+        next(journal)
+        final.writelines(journal)
+    os.replace(draft, output)
+    unfinished.unlink()
+    return done, failed

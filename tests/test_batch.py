@@ -1,0 +1,197 @@
+"""`mc-llava batch` on each kind of input, killed and gone on with, and on a Ray cluster of two workers."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, picture, plain_reply
+
+from mc_llava import batch
+from mc_llava.batch import Job, open_rows, run
+
+
+KNOBS = {"max_crops": 2, "num_tokens": 30}
+NEW_TOKENS = 4
+SIZES = [(640, 400), (300, 200), (700, 700), (90, 60)]
+with_pyarrow = pytest.mark.skipif(
+    importlib.util.find_spec("pyarrow") is None, reason='pyarrow is not here: pip install "mc-llava[eval]"'
+)
+with_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason='Ray is not here: pip install "mc-llava[ray]"'
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Eleven rows in a file, of which four fail, and the folder of their images."""
+    folder = tmp_path_factory.mktemp("batch")
+    (folder / "images").mkdir()
+    for index, size in enumerate(SIZES):
+        picture(*size, seed=index).save(folder / "images" / f"{index}.png")
+    (folder / "images" / "cut.png").write_bytes((folder / "images" / "0.png").read_bytes()[:2000])
+    rows = [{"id": f"q{i}", "image": f"images/{i % 4}.png", "question": f"What is number {i}?"} for i in range(7)]
+    rows.insert(1, {"image": "images/cut.png", "question": "What?"})
+    rows.insert(3, {"image": "images/0.png", "question": "What?<|im_end|>"})
+    rows.insert(6, {"id": 6, "images": ["images/1.png", "images/3.png"], "question": "What differs?"})
+    lines = [json.dumps(row) for row in rows] + ["", json.dumps({"question": "What is a galaxy?"}), "{no row"]
+    lines.append(json.dumps({"image": "http://127.0.0.1:9/a.png", "question": "What?"}))
+    (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+ERRORS = {1: "is corrupt", 3: "special token <|im_end|>", 11: "Expecting property name", 12: "is not fetched"}
+
+
+def job(folder: Path, model: Path, **changes) -> Job:
+    options = {"batch_size": 3, "max_new_tokens": NEW_TOKENS, "dtype": "float32", "device": "cpu", **KNOBS}
+    return Job(**{"source": str(folder / "rows.jsonl"), "model": str(model), **options, **changes})
+
+
+def records_of(path: Path) -> list[dict]:
+    records = [json.loads(line) for line in path.read_text().splitlines()]
+    for record in records:
+        assert record.pop("seconds") >= 0
+    return records
+
+
+@pytest.fixture(scope="module")
+def whole(folder, converted) -> list[dict]:
+    """What one process makes of the rows, uninterrupted."""
+    output = folder / "whole.jsonl"
+    assert run(job(folder, converted), output) == (13, 4)
+    assert sorted(path.name for path in folder.iterdir()) == ["images", "rows.jsonl", "whole.jsonl"]
+    return records_of(output)
+
+
+def test_each_row_has_its_answer_or_its_error(folder, converted, whole):
+    assert [record["row"] for record in whole] == list(range(13))
+    for record in whole:
+        if record["row"] in ERRORS:
+            assert ERRORS[record["row"]] in record["error"] and "answer" not in record
+        else:
+            assert set(record) == {"row", "id", "question", "answer", "crops", "tokens"}
+    assert [record["id"] for record in whole[:7]] == ["q0", "1", "q1", "3", "q2", "q3", "6"]
+    assert [(whole[i]["crops"], whole[i]["tokens"]) for i in (0, 2, 6, 10)] == [(3, 30), (1, 30), (2, 60), (0, 0)]
+    for row, image in ((0, 0), (2, 1), (5, 3)):
+        path = folder / "images" / f"{image}.png"
+        reply = plain_reply(converted, path, whole[row]["question"], {"max_new_tokens": NEW_TOKENS}, **KNOBS)
+        assert whole[row]["answer"] == reply
+
+
+def test_a_folder_with_one_question(folder, converted, tmp_path):
+    asked = job(folder, converted, source=str(folder / "images"), question="What is number 0?")
+    assert run(asked, tmp_path / "new" / "out.jsonl") == (5, 1)
+    records = records_of(tmp_path / "new" / "out.jsonl")
+    assert [record["id"] for record in records] == ["0.png", "1.png", "2.png", "3.png", "cut.png"]
+    assert "is corrupt" in records[4]["error"]
+
+
+@with_pyarrow
+def test_parquet_with_the_images_inside(folder, converted, whole, tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    def cell(name):
+        return {"bytes": (folder / "images" / name).read_bytes(), "path": None}
+
+    by_path = {"bytes": None, "path": str(folder / "images" / "3.png")}
+    table = {
+        "id": ["a", "b", "c", "d"],
+        "question": ["What is number 0?", "What?", None, "What is number 3?"],
+        "image": [
+            cell("0.png"),
+            cell("cut.png"),
+            cell("1.png"),
+            {"bytes": None, "path": str(folder / "images/3.png")},
+        ],
+        "unread": [1, 2, 3, 4],
+    }
+    parquet.write_table(pyarrow.table(table), tmp_path / "rows.parquet", row_group_size=3)
+    assert run(job(folder, converted, source=str(tmp_path / "rows.parquet")), tmp_path / "out.jsonl") == (4, 2)
+    a, b, c, d = records_of(tmp_path / "out.jsonl")
+    assert a["answer"] == whole[0]["answer"] and d["answer"] == whole[5]["answer"]
+    assert "is corrupt" in b["error"] and "no question" in c["error"]
+    rows = open_rows(tmp_path / "rows.parquet")
+    assert [rows[i]["id"] for i in (3, 0, 2, 1)] == ["d", "a", "c", "b"] and "unread" not in rows[0]
+
+
+def command(folder: Path, model: Path, output: Path, *more) -> list[str]:
+    options = {**KNOBS, "batch_size": 3, "max_new_tokens": NEW_TOKENS, "dtype": "float32", "device": "cpu"}
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    call = [sys.executable, "-m", "mc_llava", "batch", str(folder / "rows.jsonl"), "-o", str(output)]
+    return [*call, "--model", str(model), *flags, *more]
+
+
+@pytest.mark.parametrize("more", [(), pytest.param(("--ray", "--workers", "2"), marks=with_ray)], ids=["one", "ray"])
+def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
+    output, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+    process = subprocess.Popen(command(folder, converted, output, *more), cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 500
+    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):  # the settings and a batch
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = journal.read_bytes()
+    assert not output.exists()
+
+    journal.write_bytes(kept[: -len(kept.splitlines()[-1]) // 2])  # in the middle of a record
+    result = subprocess.run(command(folder, converted, output, *more), cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert "13 rows, 4 of them with an error" in result.stderr and "13/13" in result.stderr
+    assert records_of(output) == whole and not journal.exists()
+
+
+def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setattr(batch.Worker, "answer", lambda self, start: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(job(folder, converted), output)
+    for changes, message in (
+        ({"max_new_tokens": 5}, "has max_new_tokens 4, this run 5"),
+        ({"source": str(folder / "images")}, "choose another output"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(job(folder, converted, **changes), output)
+    output.write_text("mine")
+    with pytest.raises(ValueError, match="is finished: choose another output"):
+        run(job(folder, converted), output)
+    assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.jsonl", None, "cannot read"),
+        ("rows.csv", "a,b", "neither a .jsonl nor a .parquet file nor a folder"),
+        ("empty.jsonl", "\n", "has no rows"),
+        pytest.param("rows.parquet", "PAR1", "as parquet", marks=with_pyarrow),
+    ],
+)
+def test_what_is_no_input(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_rows(tmp_path / name)
+
+
+def test_a_batch_that_fails_is_asked_one_by_one(folder, converted, tmp_path, monkeypatch):
+    worker = batch.Worker(job(folder, converted))
+    generate, asked = worker.evaluator.generate, []
+
+    def fail(questions, features):
+        asked.append(len(questions))
+        if any("number 1" in question for question in questions):
+            raise ValueError("no answer")
+        return generate(questions, features)
+
+    monkeypatch.setattr(worker.evaluator, "generate", fail)
+    records = worker.answer(0)
+    assert asked == [2, 1, 1] and [record.get("error") for record in records][2] == "no answer"
+    assert records[0]["tokens"] == 30
