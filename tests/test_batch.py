@@ -108,7 +108,7 @@ def test_parquet_with_the_images_inside(folder, converted, whole, tmp_path):
             cell("0.png"),
             cell("cut.png"),
             cell("1.png"),
-            {"bytes": None, "path": str(folder / "images/3.png")},
+            by_path,
         ],
         "unread": [1, 2, 3, 4],
     }
