@@ -39,7 +39,7 @@ PHI_2 = {
 GENERATION_CLASS = "modeling_mc_llava.MCLlavaForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_mc_llava.MCLlavaConfig",
-    "AutoModel": GENERATION_CLASS,
+    "AutoModel": "modeling_mc_llava.MCLlavaAutoModel",
     "AutoModelForCausalLM": GENERATION_CLASS,
     "AutoModelForImageTextToText": GENERATION_CLASS,
     "AutoModelForMultimodalLM": GENERATION_CLASS,

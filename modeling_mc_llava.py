@@ -336,6 +336,9 @@ class ContextEnd(StoppingCriteria):
 
 
 class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
+    # The language model's own plan is collected; the vision tower is small and stays whole on every device.
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
     def __init__(self, config: MCLlavaConfig):
         super().__init__(config)
         self.model = MCLlavaModel(config)
@@ -630,6 +633,26 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
             )
 
 
+class MCLlavaAutoModel(MCLlavaPreTrainedModel):
+    """
+    What `AutoModel` finds; never an object. The published card calls `AutoModel.from_pretrained` and then `generate`;
+    vLLM calls `AutoModel.from_config` for the model without its head, and brings its own.
+    """
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        return MCLlavaForConditionalGeneration.from_pretrained(*args, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        return MCLlavaModel._from_config(config, **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class="AutoModel"):
+        # Under a name of its own: as AutoModel it would take this class's place in every folder that it saves.
+        MCLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+
 # The names in the published checkpoint. transformers itself drops SigLIP's inner `vision_model.`.
 register_checkpoint_conversion_mapping(
     MCLlavaConfig.model_type,
@@ -644,7 +667,13 @@ register_checkpoint_conversion_mapping(
 )
 
 # So that whatever is saved takes this code along.
-MCLlavaForConditionalGeneration.register_for_auto_class("AutoModel")
+MCLlavaAutoModel.register_for_auto_class()
 MCLlavaModel.register_for_auto_class("AutoModel")
 
-__all__ = ["EncodedImages", "MCLlavaForConditionalGeneration", "MCLlavaModel", "MCLlavaPreTrainedModel"]
+__all__ = [
+    "EncodedImages",
+    "MCLlavaAutoModel",
+    "MCLlavaForConditionalGeneration",
+    "MCLlavaModel",
+    "MCLlavaPreTrainedModel",
+]

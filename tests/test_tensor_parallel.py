@@ -1,0 +1,42 @@
+"""Two processes with a half of the language model each, started by torchrun."""
+
+import subprocess
+import sys
+
+import torch
+from conftest import ROOT, picture
+from safetensors.torch import load_file, save_file
+
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
+
+
+def torchrun(*arguments) -> str:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    result = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stderr
+
+
+def test_two_processes_give_what_one_gives(converted, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert len(list(converted.glob("*.safetensors"))) > 1  # each process reads its share of each shard
+    processor = MCLlavaProcessor.from_pretrained(converted)
+    inputs = processor(
+        text=["What is it?", "What differs between these two?", "What is a galaxy?"],
+        images=[[picture(640, 400)], [picture(90, 60, seed=1), picture(700, 700, seed=2)], []],
+        max_crops=2,
+        num_tokens=30,
+    )
+    model = MCLlavaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32)
+    with torch.no_grad():
+        logits = model(**inputs, logits_to_keep=1).logits
+    tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+
+    save_file(dict(inputs), tmp_path / "inputs.safetensors")
+    torchrun(
+        ROOT / "tests" / "tensor_parallel_worker.py", converted, tmp_path / "inputs.safetensors", tmp_path / "out"
+    )
+    for rank in range(2):
+        found = load_file(tmp_path / f"out.{rank}")
+        torch.testing.assert_close(found["logits"], logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(found["tokens"], tokens)
