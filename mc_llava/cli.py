@@ -241,7 +241,9 @@ def train(
             rows = training.check(finetune, MCLlavaProcessor.from_pretrained(finetune.model))
             say(f"{len(rows.good)} rows are good; {len(rows.broken)} are broken, named in {rows.report}")
         else:
-            say(f"wrote {training.train(finetune)}")
+            output = training.train(finetune)
+            if training.is_main_process():
+                say(f"wrote {output}")
     elif kind == "tiny":
         if check:
             raise ValueError("a recipe of kind tiny has no data to check: leave --check out")

@@ -19,6 +19,7 @@ from typing import Annotated, Literal
 
 import torch
 import yaml
+from PIL import Image
 from pydantic import (
     ConfigDict,
     Field,
@@ -47,6 +48,9 @@ PARTS = {
     "projector": ("model.multi_modal_projector",),
     "language_model": ("model.language_model", "lm_head"),
 }
+# SigLIP's norm behind its last block, which the model never reads: it gets no gradient, and processes that exchange
+# gradients would wait for one.
+UNREAD = "vision_tower.post_layernorm."
 LORA_TARGETS = r".*language_model\.layers\.\d+\..*(q_proj|k_proj|v_proj|dense|fc1|fc2)"
 checked = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
@@ -217,7 +221,10 @@ def read_rows(data: str | os.PathLike, images: str | os.PathLike, special_tokens
             return {"row": position, "id": name, "reason": str(error)}
 
     rows = Rows()
-    with ThreadPoolExecutor() as pool, tqdm(total=len(entries), desc="checking rows", unit="row") as progress:
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(entries), desc="checking rows", unit="row", disable=not is_main_process()) as progress,
+    ):
         for start in range(0, len(entries), ROWS_AT_ONCE):
             for row in pool.map(read, enumerate(entries[start : start + ROWS_AT_ONCE], start)):
                 (rows.broken if "reason" in row else rows.good).append(row)
@@ -263,9 +270,14 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
     return {"image": image, "messages": messages}
 
 
+def is_main_process() -> bool:
+    """Of those that torchrun or accelerate launch started."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     """
-    Read a recipe's data and name its broken rows in `output`/broken.jsonl.
+    Read a recipe's data and name its broken rows in `output`/broken.jsonl. Each of several processes reads all.
 
     Raises:
         ValueError: if there are more than `max_broken` of them, or none to train on.
@@ -273,7 +285,9 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     rows = read_rows(recipe.data, recipe.images, processor.special_tokens)
     rows.report = report = Path(recipe.output, BROKEN_FILE)
     report.parent.mkdir(parents=True, exist_ok=True)
-    report.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.broken), encoding="utf-8")
+    if is_main_process():
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows.broken)
+        report.write_text("".join(lines), encoding="utf-8")
     if len(rows.broken) > recipe.max_broken:
         first = rows.broken[0]
         raise ValueError(
@@ -297,8 +311,9 @@ class Collator:
         <|im_start|>user\\n<image>...<image>\\nWhat is it?<|im_end|>\\n<|im_start|>assistant\\nA bus.<|im_end|>\\n
         -100 ......................................................................... A bus .<|im_end|>  -100
 
-    Rows longer than the context lose their end. The knobs of a batch follow from its rows and the seed alone, so that
-    a resumed run draws what an uninterrupted one does.
+    Rows longer than the context lose their end. A batch without an image gets a row with a blank one, in which nothing
+    is learned: processes exchange gradients, and each must have those of the vision tower and the projector. The knobs
+    of a batch follow from its rows and the seed alone, so that a resumed run draws what an uninterrupted one does.
     """
 
     def __init__(self, processor: MCLlavaProcessor, recipe: Recipe, context: int):
@@ -309,6 +324,8 @@ class Collator:
         encoded = [
             self.encode(row, rng.randint(*self.recipe.max_crops), rng.randint(*self.recipe.num_tokens)) for row in rows
         ]
+        if not any("pixel_values" in row for row in encoded):
+            encoded.append(self.blank_row())
         pad_token_id = self.processor.tokenizer.pad_token_id
         batch = {
             name: nn.utils.rnn.pad_sequence([row[name] for row in encoded], batch_first=True, padding_value=padding)
@@ -318,6 +335,15 @@ class Collator:
             if fields := [row[name] for row in encoded if name in row]:
                 batch[name] = torch.cat(fields)
         return batch
+
+    def blank_row(self) -> dict[str, torch.Tensor]:
+        """One `<image>` that shows nothing, and no label."""
+        blank = Image.new("RGB", (1, 1))
+        inputs = self.processor(text=self.processor.image_token, images=blank, num_tokens=1)
+        inputs = {
+            name: inputs[name][0] if name in ("input_ids", "attention_mask") else inputs[name] for name in inputs
+        }
+        return {**inputs, "labels": torch.full_like(inputs["input_ids"], -100)}
 
     def encode(self, row: dict, max_crops: int, num_tokens: int) -> dict[str, torch.Tensor]:
         messages, knobs = row["messages"], {}
@@ -351,7 +377,7 @@ def set_trainable(model: nn.Module, parts: tuple[str, ...]):
     """Let the parameters of these `PARTS` learn, in float32, and no others: bfloat16 would lose small steps."""
     prefixes = tuple(f"{module}." for part in parts for module in PARTS[part])
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(prefixes)
+        parameter.requires_grad = name.startswith(prefixes) and UNREAD not in name
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
@@ -369,7 +395,7 @@ def train(recipe: Recipe) -> Path:
             checkpoints that `resume` doesn't ask for.
     """
     from datasets import Dataset
-    from peft import LoraConfig
+    from peft import LoraConfig, PeftModel
     from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTConfig, SFTTrainer
 
@@ -422,6 +448,7 @@ def train(recipe: Recipe) -> Path:
         dataloader_num_workers=recipe.workers,
         seed=recipe.seed,
         use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
         remove_unused_columns=False,
         max_length=None,  # the collator cuts rows, and never in an image
     )
@@ -436,15 +463,41 @@ def train(recipe: Recipe) -> Path:
         processing_class=processor,
         peft_config=lora,
     )
+    for name, parameter in trainer.model.named_parameters():  # of copies that peft made, too
+        parameter.requires_grad = parameter.requires_grad and UNREAD not in name
+    prepare_sharding(trainer, type(model.model.language_model.layers[0]).__name__)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # 3. A folder that `from_pretrained` reads, whatever was trained.
+    weights = trainer.accelerator.get_state_dict(trainer.model)  # all processes give theirs
     if trainer.is_world_process_zero():
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if lora is not None:
-            model.save_pretrained(output / "adapter")
-            model = model.merge_and_unload()
-        del model.save_pretrained
-        model.to(getattr(torch, recipe.dtype)).save_pretrained(output)
+        whole = MCLlavaForConditionalGeneration.from_pretrained(recipe.model, dtype=getattr(torch, recipe.dtype))
+        if lora is None:
+            whole.load_state_dict(weights)
+        else:
+            adapter = output / "adapter"
+            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(adapter, state_dict=weights)
+            whole = PeftModel.from_pretrained(whole, adapter).merge_and_unload()
+        whole.save_pretrained(output)
         processor.save_pretrained(output)
+    trainer.accelerator.wait_for_everyone()
     return output
+
+
+def prepare_sharding(trainer, layer: str):
+    """
+    Where FSDP was asked for, let it gather the language model layer by layer and all else once a step: the vision
+    tower runs once for each 16 crops, which differ from process to process, and each would wait for the others.
+
+    Raises:
+        ValueError: if FSDP was asked for and accelerate would do something else, which it does without a word.
+    """
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":
+        return
+    if not trainer.accelerator.is_fsdp2:
+        raise ValueError(
+            f"FSDP was asked for, accelerate would train with {trainer.accelerator.distributed_type.value}: pass "
+            "--fsdp_version 2 and more than one process, on accelerators"
+        )
+    plugin.transformer_cls_names_to_wrap = [layer]

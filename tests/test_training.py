@@ -121,12 +121,18 @@ def test_knobs_are_drawn_for_each_row_and_again_the_same(recipe):
     assert fixed["crop_num_tokens"].tolist() == [5, 5, 5]
 
 
-def test_text_alone_is_a_row_and_the_context_cuts_its_end(folder, recipe, tmp_path):
+def test_text_alone_gets_a_blank_image_and_the_context_cuts_its_end(folder, recipe, tmp_path):
     turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It says K7."}]
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"id": index, "conversations": turns}) + "\n" for index in range(2)))
     processor, rows, batch = collate(replace(recipe, data=str(path)))
-    assert "pixel_values" not in batch
+    assert batch["crop_num_tokens"].tolist() == [1]
+    assert (batch["input_ids"] == processor.image_token_id).sum(-1).tolist() == [0, 0, 1]
+    assert (batch["labels"][2] == -100).all() and (batch["labels"][:2] != -100).any()
+    model = MCLlavaForConditionalGeneration.from_pretrained(recipe.model)
+    assert model(**batch).loss == pytest.approx(
+        model(**{name: batch[name][:2] for name in ("input_ids", "attention_mask", "labels")}).loss.item()
+    )
     cut = Collator(processor, recipe, context=12)(rows)
     assert torch.equal(cut["input_ids"], batch["input_ids"][:, :12])
 

@@ -1,0 +1,113 @@
+"""`mc-llava train` in two processes, by DDP and by FSDP2, against one process: the same losses and the same weights."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, picture
+
+from mc_llava import MCLlavaForConditionalGeneration
+
+
+pytest.importorskip("trl", reason='what trains is not here: pip install "mc-llava[train]"')
+
+from mc_llava import train_tiny
+
+
+STEPS = 20
+SIZES = [(300, 200), (160, 120), (500, 300), (90, 60), (420, 420), (260, 610)]
+WORKER = ROOT / "tests" / "training_worker.py"
+LAUNCHERS = {
+    "one": [sys.executable],
+    "ddp": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "fsdp": [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
+    + ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory) -> Path:
+    """Sixteen rows, of which six have an image: many batches of two have none."""
+    folder = tmp_path_factory.mktemp("sharded")
+    torch.manual_seed(0)
+    processor = train_tiny.build_processor()
+    model = train_tiny.build_model(processor, train_tiny.vision_config(width=32, layers=2), width=32, layers=2)
+    model.save_pretrained(folder / "model")
+    processor.save_pretrained(folder / "model")
+    rows = []
+    for index in range(16):
+        answer = {"from": "gpt", "value": f"It says K{index % 5}."}
+        rows.append({"id": str(index), "conversations": [{"from": "human", "value": "What does it say?"}, answer]})
+        if index < len(SIZES):
+            picture(*SIZES[index], seed=index).save(folder / f"{index}.png")
+            rows[-1]["image"] = f"{index}.png"
+            rows[-1]["conversations"][0]["value"] = "<image>\nWhat does it say?"
+    (folder / "rows.json").write_text(json.dumps(rows))
+    settings = {
+        "model": str(folder / "model"),
+        "data": str(folder / "rows.json"),
+        "images": str(folder),
+        "train": ["tower", "coordinates", "projector", "language_model"],
+        "max_crops": [20, 20],
+        "num_tokens": [40, 40],
+        "max_steps": STEPS,
+        "save_steps": STEPS,
+        "log_steps": 1,
+        "learning_rate": 1e-3,
+        "workers": 0,
+        "bf16": False,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return folder / "recipe.yaml"
+
+
+def start(way: str, recipe: Path, **environment) -> tuple[list[float], list[dict], dict[str, torch.Tensor]]:
+    """Losses of the steps, what each process saw, and the weights that were saved."""
+    output, seen = recipe.parent / way, recipe.parent / f"{way}.seen"
+    processes = 1 if way == "one" else 2
+    command = [*LAUNCHERS[way], str(WORKER), "train", str(recipe), f"output={output}", f"batch_size={4 // processes}"]
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SEEN": str(seen), **environment},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    history = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    return (
+        [entry["loss"] for entry in history if "loss" in entry],
+        [json.loads(Path(f"{seen}.{rank}").read_text()) for rank in range(processes)],
+        MCLlavaForConditionalGeneration.from_pretrained(output).state_dict(),
+    )
+
+
+@pytest.fixture(scope="module")
+def one(recipe):
+    losses, _, weights = start("one", recipe)
+    assert len(losses) == STEPS and losses[-1] < losses[0]
+    return losses, weights
+
+
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_two_processes_learn_what_one_learns(recipe, one, way):
+    losses, seen, weights = start(way, recipe, **({"SHARD_ON_A_CPU": "1"} if way == "fsdp" else {}))
+    assert [rank["sharded"] for rank in seen] == [way == "fsdp"] * 2
+    images = list(zip(*(rank["images"] for rank in seen)))
+    assert (0, 0) in images and any(0 in pair and sum(pair) for pair in images)
+    passes = [tuple(-(-crops // 16) for crops in pair) for pair in zip(*(rank["crops"] for rank in seen))]
+    assert any(first != second for first, second in passes)  # of the vision tower
+    assert losses == pytest.approx(one[0], abs=1e-3)
+    for name, weight in one[1].items():
+        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-2, msg=name)
+
+
+def test_where_accelerate_would_not_shard_training_is_refused(recipe):
+    with pytest.raises(AssertionError, match="FSDP was asked for, accelerate would train with MULTI_CPU"):
+        start("fsdp", recipe)
