@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from transformers import BitsAndBytesConfig, QuantoConfig
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .configuration_mc_llava import MCLlavaConfig
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
@@ -12,10 +14,17 @@ from .processing_mc_llava import MCLlavaProcessor
 
 
 LOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # from a folder
+QUANTIZED = ("nf4", "int8", "int4")
+# The image's way into the language model and the answer's way out: few of the weights, and all answers pass them.
+WHOLE = ["model.vision_tower", "model.coord_embed", "model.multi_modal_projector", "lm_head"]
 
 
 def load_model(
-    path: str, dtype: str = "auto", device: str | None = None, revision: str | None = None
+    path: str,
+    dtype: str = "auto",
+    device: str | None = None,
+    revision: str | None = None,
+    quantize: str | None = None,
 ) -> MCLlavaForConditionalGeneration:
     """
     A model that is ready to answer, from safetensors alone.
@@ -25,14 +34,44 @@ def load_model(
         dtype: "auto" is as the checkpoint was saved.
         device: an accelerator, if there is one, where None.
         revision: branch, tag or commit of a Hub id.
+        quantize: one of `QUANTIZED`, for the weights of the language model's layers.
+
+    Raises:
+        ValueError: if `quantize` is unknown, or the package that it needs is missing.
     """
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
-    model = MCLlavaForConditionalGeneration.from_pretrained(
-        path, dtype=dtype, use_safetensors=True, revision=revision or "main"
-    )
-    return model.to(device).eval()
+    options = {"dtype": dtype, "use_safetensors": True, "revision": revision or "main"}
+    if quantize is None:
+        return MCLlavaForConditionalGeneration.from_pretrained(path, **options).to(device).eval()
+    if dtype == "auto":
+        saved = MCLlavaConfig.from_pretrained(path, revision=options["revision"]).dtype
+        options["dtype"] = saved or torch.float32
+    else:
+        options["dtype"] = getattr(torch, dtype)
+    options |= {"quantization_config": quantization(quantize, options["dtype"]), "device_map": device}
+    try:
+        return MCLlavaForConditionalGeneration.from_pretrained(path, **options).eval()
+    except ImportError as error:
+        raise ValueError(f'a package is missing ({error}): pip install "mc-llava[quantize]"') from error
+
+
+def quantization(name: str, dtype: torch.dtype) -> QuantizationConfigMixin:
+    """
+    What transformers takes as `quantization_config`: 4 bits of a normal distribution by bitsandbytes, which computes
+    in `dtype`, integers by quanto. Both run on CPUs, too.
+    """
+    if name == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=WHOLE,
+        )
+    if name not in QUANTIZED:
+        raise ValueError(f"quantize must be one of {', '.join(QUANTIZED)}, got {name!r}")
+    return QuantoConfig(weights=name, modules_to_not_convert=WHOLE)
 
 
 def load_processor(path: str, revision: str | None = None) -> MCLlavaProcessor:

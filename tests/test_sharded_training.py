@@ -1,4 +1,4 @@
-"""`mc-llava train` in two processes, by DDP and by FSDP2, against one process: the same losses and the same weights."""
+"""`mc-llava train` in two processes, by DDP and by FSDP2, against one: the same losses and the same weights."""
 
 import json
 import os

@@ -8,7 +8,7 @@ import json
 import os
 from pathlib import Path
 
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
@@ -24,6 +24,7 @@ def shard_on_a_cpu(self, *args, fsdp_plugin=None, **kwargs):
     construct(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
     if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as accelerate does itself
 
 
 def note_batch(self, rows):

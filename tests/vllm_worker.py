@@ -1,4 +1,4 @@
-"""`python vllm_worker.py REQUESTS`: see test_vllm.py. The token ids of each answer go to standard output."""
+"""`python vllm_worker.py REQUESTS ANSWERS`: see test_vllm.py. The answers are token ids."""
 
 import json
 import sys
@@ -21,4 +21,4 @@ if __name__ == "__main__":  # vLLM starts processes that import this file
     ]
     sampling = SamplingParams(temperature=0, max_tokens=requests["max_tokens"])
     answers = model.generate(prompts, sampling, use_tqdm=False)
-    print(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
+    Path(sys.argv[2]).write_text(json.dumps([list(answer.outputs[0].token_ids) for answer in answers]))
