@@ -162,7 +162,7 @@ class Job:
         question: of the rows that have none.
         max_crops, num_tokens: as the processor was saved where None.
         batch_size: rows that are asked at once.
-        device: of the model; an accelerator where there is one if None.
+        dtype, device, quantize: of the model, see `load_model`.
     """
 
     source: str
@@ -175,6 +175,7 @@ class Job:
     max_new_tokens: int = 200
     dtype: str = "auto"
     device: str | None = None
+    quantize: str | None = None
 
 
 class Worker:
@@ -182,7 +183,7 @@ class Worker:
 
     def __init__(self, job: Job):
         processor = load_processor(job.model, job.revision)
-        model = load_model(job.model, job.dtype, job.device, job.revision)
+        model = load_model(job.model, job.dtype, job.device, job.revision, job.quantize)
         self.job, self.rows = job, open_rows(job.source)
         self.evaluator = Evaluator(model, processor, job.max_crops, job.num_tokens, job.batch_size, job.max_new_tokens)
 

@@ -50,7 +50,14 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+class Quantize(str, Enum):
+    nf4 = "nf4"
+    int8 = "int8"
+    int4 = "int4"
+
+
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: as the checkpoint was saved.")]
+QuantizeOption = Annotated[Quantize | None, typer.Option(help="Store the language model's weights in fewer bits.")]
 
 
 @app.command()
@@ -64,6 +71,7 @@ def ask(
     max_new_tokens: MaxNewTokens = 200,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
+    quantize: QuantizeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the answer.")] = False,
 ):
     """Ask a question about one or more pictures and stream the answer."""
@@ -89,7 +97,7 @@ def ask(
         return_tensors="pt",
         processor_kwargs=knobs,
     )
-    network = load_model(model, dtype.value, device)
+    network = load_model(model, dtype.value, device, quantize=quantize and quantize.value)
 
     start = time.perf_counter()
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -118,6 +126,7 @@ def chat(
     max_new_tokens: MaxNewTokens = 200,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
+    quantize: QuantizeOption = None,
 ):
     """
     Talk about a picture: one question a line, and an empty one ends.
@@ -129,7 +138,7 @@ def chat(
     knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
     plan = processor.image_processor.plan(*picture.size, **knobs)
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
-    network = load_model(model, dtype.value, device)
+    network = load_model(model, dtype.value, device, quantize=quantize and quantize.value)
     cache = FeatureCache()
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
@@ -341,6 +350,7 @@ def batch(
     batch_size: Annotated[int, typer.Option(help="Rows that are asked at once.", min=1)] = 8,
     dtype: DtypeOption = Dtype.auto,
     device: Device = None,
+    quantize: QuantizeOption = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="On the Ray cluster of RAY_ADDRESS, or on one started here.")
@@ -356,7 +366,17 @@ def batch(
     if workers and not ray:
         raise ValueError("workers are Ray's: pass --ray, too")
     job = Job(
-        source, model, question, revision, max_crops, num_tokens, batch_size, max_new_tokens, dtype.value, device
+        source,
+        model,
+        question=question,
+        revision=revision,
+        max_crops=max_crops,
+        num_tokens=num_tokens,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        dtype=dtype.value,
+        device=device,
+        quantize=quantize and quantize.value,
     )
     rows, failed = run_job(job, output, use_ray=ray, workers=workers)
     say(f"wrote {output}: {rows} rows, {failed} of them with an error")
