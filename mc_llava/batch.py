@@ -247,7 +247,6 @@ def answer_with_ray(job: Job, starts: range, workers: int | None) -> Iterator[li
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which would be sent to Ray's makers
     try:
-        import ray
         import ray.data
     except ImportError as error:
         raise ValueError('the package ray is missing: pip install "mc-llava[ray]"') from error
@@ -270,6 +269,8 @@ def answer_with_ray(job: Job, starts: range, workers: int | None) -> Iterator[li
         )
         for row in answered.iter_rows():
             yield json.loads(row["records"])
+    except ray.exceptions.RayError as error:
+        raise RuntimeError(f"Ray's workers failed: {error}") from error
     finally:
         ray.shutdown()
 

@@ -100,7 +100,7 @@ class TestReadme:
         """Every `mc-llava` line names a command and options that there are; test_cli.py runs each of them."""
         blocks = re.findall(r"```bash\n(.*?)```", self.text, flags=re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines() if line.startswith("mc-llava ")]
-        commands = {"ask", "chat", "convert", "crops", "estimate", "eval", "study", "train"}
+        commands = {"ask", "batch", "chat", "convert", "crops", "estimate", "eval", "study", "train"}
         assert {line.split()[1] for line in lines} == commands
         for line in lines:
             help_text = run("-m", "mc_llava", line.split()[1], "--help", cwd=ROOT)
