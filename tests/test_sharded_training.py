@@ -66,9 +66,11 @@ def recipe(tmp_path_factory) -> Path:
     return folder / "recipe.yaml"
 
 
-def start(way: str, recipe: Path, **environment) -> tuple[list[float], list[dict], dict[str, torch.Tensor]]:
+def start(
+    way: str, recipe: Path, name: str = "", **environment
+) -> tuple[list[float], list[dict], dict[str, torch.Tensor]]:
     """Losses of the steps, what each process saw, and the weights that were saved."""
-    output, seen = recipe.parent / way, recipe.parent / f"{way}.seen"
+    output, seen = recipe.parent / (name or way), recipe.parent / f"{name or way}.seen"
     processes = 1 if way == "one" else 2
     command = [*LAUNCHERS[way], str(WORKER), "train", str(recipe), f"output={output}", f"batch_size={4 // processes}"]
     result = subprocess.run(
@@ -110,4 +112,4 @@ def test_two_processes_learn_what_one_learns(recipe, one, way):
 
 def test_where_accelerate_would_not_shard_training_is_refused(recipe):
     with pytest.raises(AssertionError, match="FSDP was asked for, accelerate would train with MULTI_CPU"):
-        start("fsdp", recipe)
+        start("fsdp", recipe, "refused")

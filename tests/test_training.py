@@ -130,9 +130,9 @@ def test_text_alone_gets_a_blank_image_and_the_context_cuts_its_end(folder, reci
     assert (batch["input_ids"] == processor.image_token_id).sum(-1).tolist() == [0, 0, 1]
     assert (batch["labels"][2] == -100).all() and (batch["labels"][:2] != -100).any()
     model = MCLlavaForConditionalGeneration.from_pretrained(recipe.model)
-    assert model(**batch).loss == pytest.approx(
-        model(**{name: batch[name][:2] for name in ("input_ids", "attention_mask", "labels")}).loss.item()
-    )
+    text = {name: batch[name][:2] for name in ("input_ids", "attention_mask", "labels")}
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch).loss, model(**text).loss)
     cut = Collator(processor, recipe, context=12)(rows)
     assert torch.equal(cut["input_ids"], batch["input_ids"][:, :12])
 

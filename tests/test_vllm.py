@@ -135,10 +135,14 @@ def test_the_server_gives_generates_text(folder, rows, tmp_path):
                 "messages": [{"role": "user", "content": content}],
                 "max_tokens": NEW_TOKENS,
                 "temperature": 0,
+                "return_token_ids": True,
                 **({"mm_processor_kwargs": row["knobs"]} if row["knobs"] else {}),
             }
-            answer = post(f"http://127.0.0.1:{port}/v1/chat/completions", body)["choices"][0]["message"]["content"]
-            assert answer == processor.decode(row["tokens"], skip_special_tokens=True)
+            answer = post(f"http://127.0.0.1:{port}/v1/chat/completions", body)["choices"][0]
+            assert answer["token_ids"] == row["tokens"]
+            # vLLM leaves out the bytes of a character that is not complete yet.
+            text = processor.decode(row["tokens"], skip_special_tokens=True)
+            assert answer["message"]["content"].rstrip("\ufffd") == text.rstrip("\ufffd")
     finally:
         server.terminate()
         server.wait(120)
