@@ -465,7 +465,7 @@ def train(recipe: Recipe) -> Path:
     )
     for name, parameter in trainer.model.named_parameters():  # of copies that peft made, too
         parameter.requires_grad = parameter.requires_grad and UNREAD not in name
-    prepare_sharding(trainer, type(model.model.language_model.layers[0]).__name__)
+    prepare_sharding(trainer, model)
     trainer.train(resume_from_checkpoint=checkpoint)
 
     # 3. A folder that `from_pretrained` reads, whatever was trained.
@@ -484,7 +484,7 @@ def train(recipe: Recipe) -> Path:
     return output
 
 
-def prepare_sharding(trainer, layer: str):
+def prepare_sharding(trainer, model: MCLlavaForConditionalGeneration):
     """
     Where FSDP was asked for, let it gather the language model layer by layer and all else once a step: the vision
     tower runs once for each 16 crops, which differ from process to process, and each would wait for the others.
@@ -500,4 +500,7 @@ def prepare_sharding(trainer, layer: str):
             f"FSDP was asked for, accelerate would train with {trainer.accelerator.distributed_type.value}: pass "
             "--fsdp_version 2 and more than one process, on accelerators"
         )
-    plugin.transformer_cls_names_to_wrap = [layer]
+    plugin.transformer_cls_names_to_wrap = [type(model.model.language_model.layers[0]).__name__]
+    # TRL multiplies by the head's weights without calling the head. Were they not gathered by FSDP then, TRL would
+    # gather them in a way that leaves each process's share with the gradient of that process's rows alone.
+    model.model.register_forward_hook(lambda *_: model.lm_head.unshard())
