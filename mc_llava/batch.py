@@ -13,14 +13,14 @@ import time
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import accumulate, islice
+from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from .evaluation import Evaluator, resume, to_line, versions
+from .evaluation import Evaluator, answer_all, append, fill_knobs, lock, resume, versions
 from .image_processing_mc_llava import FORMATS, check_knob, load_image
 from .loading import identify, load_model, load_processor
 
@@ -190,45 +190,42 @@ class Worker:
     def answer(self, start: int) -> list[dict]:
         """Records of the batch that starts at a row, in the order of the rows. A row that fails has its error."""
         begin = time.perf_counter()
-        records, asked = [], []
-        for index in range(start, min(start + self.job.batch_size, len(self.rows))):
-            record = {"row": index, "id": str(index)}
-            records.append(record)
-            try:
-                row = self.rows[index]
-                record["id"] = str(index if row.get("id") is None else row["id"])
-                question = self.job.question if row.get("question") is None else row["question"]
-                if not isinstance(question, str):
-                    raise ValueError("the row has no question: give it one, or pass one for all rows")
-                record["question"] = question
-                asked.append((record, read_images(row, self.rows.folder)))
-            except ValueError as error:
-                record["error"] = str(error)
-        self._answer(asked)
-        seconds = round((time.perf_counter() - begin) / len(records), 4)
-        return [{**record, "seconds": seconds} for record in records]
+        read = [self.read(index) for index in range(start, min(start + self.job.batch_size, len(self.rows)))]
+        asked = [row for row in read if "error" not in row[0]]
+        answered = answer_all(self._answer, asked, lambda row, reason: {**row[0], "error": reason}) if asked else []
+        records = {record["row"]: record for record in answered}
+        seconds = round((time.perf_counter() - begin) / len(read), 4)
+        return [{**records.get(record["row"], record), "seconds": seconds} for record, _ in read]
 
-    def _answer(self, asked: list[tuple[dict, list[Image.Image]]]):
-        """Complete the records of rows whose images could be read. A batch that fails is asked one by one."""
-        if not asked:
-            return
-        images = [image for _, own in asked for image in own]
+    def read(self, index: int) -> tuple[dict, list[Image.Image]]:
+        """What a row's record begins with, and the row's images."""
+        record, images = {"row": index, "id": str(index)}, []
         try:
-            features = iter(self.evaluator.encode(images) if images else [])
-            own_features = [list(islice(features, len(own))) for _, own in asked]
-            answers = self.evaluator.generate([record["question"] for record, _ in asked], own_features)
-        except ValueError as error:
-            if len(asked) == 1:
-                asked[0][0]["error"] = str(error)
-            else:
-                for row in asked:
-                    self._answer([row])
-            return
+            row = self.rows[index]
+            record["id"] = str(index if row.get("id") is None else row["id"])
+            question = self.job.question if row.get("question") is None else row["question"]
+            if not isinstance(question, str):
+                raise ValueError("the row has no question: give it one, or pass one for all rows")
+            record["question"] = question
+            question.encode()  # JSON can hold what is no text: half of a surrogate pair
+            images = read_images(row, self.rows.folder)
+        except (ValueError, RecursionError) as error:  # of a line that is all brackets
+            record["error"] = str(error)
+        return record, images
+
+    def _answer(self, rows: list[tuple[dict, list[Image.Image]]]) -> list[dict]:
+        features = [self.evaluator.encode(images) for _, images in rows]
+        answers = self.evaluator.generate([record["question"] for record, _ in rows], features)
         planner, knobs = self.evaluator.processor.image_processor, self.evaluator.knobs
-        for (record, own), tokens, answer in zip(asked, own_features, answers):
-            record["answer"] = answer
-            record["crops"] = sum(len(planner.plan(*image.size, **knobs)) for image in own)
-            record["tokens"] = sum(map(len, tokens))
+        return [
+            {
+                **record,
+                "answer": answer,
+                "crops": sum(len(planner.plan(*image.size, **knobs)) for image in images),
+                "tokens": sum(map(len, encoded)),
+            }
+            for (record, images), encoded, answer in zip(rows, features, answers)
+        ]
 
 
 class RayWorker(Worker):
@@ -252,6 +249,12 @@ def answer_with_ray(job: Job, starts: range, workers: int | None) -> Iterator[li
         raise ValueError('the package ray is missing: pip install "mc-llava[ray]"') from error
     if not starts:
         return
+    # Workers start in folders of their own.
+    job = replace(
+        job,
+        source=os.path.abspath(job.source),
+        model=os.path.abspath(job.model) if os.path.isdir(job.model) else job.model,
+    )
     ray.init(include_dashboard=False, log_to_driver=False)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
@@ -287,47 +290,50 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
 
     Raises:
         ValueError: if the input can't be read, a number is out of range, `output` is there already, or what a stopped
-            run left was made with other settings.
+            run left was made with other settings, or another run writes `output`.
     """
+    check_knob("batch_size", job.batch_size, 1)
+    check_knob("max_new_tokens", job.max_new_tokens, 1)
+    rows = open_rows(job.source)
     output = Path(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with lock(output):
+        return _run(job, rows, output, use_ray, workers)
+
+
+def _run(
+    job: Job, rows: JsonLines | Parquet | Folder, output: Path, use_ray: bool, workers: int | None
+) -> tuple[int, int]:
     unfinished = output.with_name(output.name + ".partial")
     if output.exists():
         raise ValueError(f"{output} is finished: choose another output, or remove it")
-    check_knob("batch_size", job.batch_size, 1)
-    check_knob("max_new_tokens", job.max_new_tokens, 1)
-    saved = load_processor(job.model, job.revision).image_processor
-    rows = open_rows(job.source)
     settings = {
         **asdict(job),
-        "max_crops": check_knob("max_crops", saved.max_crops if job.max_crops is None else job.max_crops, 0),
-        "num_tokens": check_knob("num_tokens", saved.num_tokens if job.num_tokens is None else job.num_tokens, 1),
+        **fill_knobs(load_processor(job.model, job.revision), job.max_crops, job.num_tokens),
         "revision": identify(job.model, job.revision),
         "rows": len(rows),
         "digest": rows.digest,
         "versions": versions(),
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
     records = resume(unfinished, settings, job.batch_size)
-    done, failed = len(records), sum("error" in record for record in records)
-    starts = range(done, len(rows), job.batch_size)
+    total, done, failed = len(rows), len(records), sum("error" in record for record in records)
+    starts = range(done, total, job.batch_size)
     if use_ray:
         batches = answer_with_ray(job, starts, workers)
     else:
         batches = map(Worker(job).answer, starts) if starts else ()
     with (
-        tqdm(total=len(rows), initial=done, unit="row", desc=output.name) as progress,
-        open(unfinished, "a", encoding="utf-8") as journal,
+        tqdm(total=total, initial=done, unit="row", desc=output.name) as progress,
+        open(unfinished, "ab") as journal,
     ):
         for records in batches:
             if records[0]["row"] != done:
                 raise RuntimeError(f"row {records[0]['row']} came where {done} was due: please report this")
-            journal.writelines(map(to_line, records))
-            journal.flush()
-            os.fsync(journal.fileno())
+            append(journal, records)
             done, failed = done + len(records), failed + sum("error" in record for record in records)
             progress.update(len(records))
-    if done != len(rows):
-        raise RuntimeError(f"{len(rows) - done} of {len(rows)} rows were not answered: start the command again")
+    if done != total:
+        raise RuntimeError(f"{total - done} of {total} rows were not answered: start the command again")
 
     # Without the settings, and all of it or nothing.
     draft = unfinished.with_name(unfinished.name + ".draft")

@@ -12,11 +12,13 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -32,6 +34,7 @@ from .tasks import TASKS, Question, Task
 
 
 PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy")
+Asked = TypeVar("Asked")
 
 
 # Asking
@@ -75,12 +78,8 @@ class Evaluator:
         batch_size: int = 8,
         max_new_tokens: int = 32,
     ):
-        saved = processor.image_processor
         self.model, self.processor, self.feature_cache = model.eval(), processor, FeatureCache()
-        self.knobs = {
-            "max_crops": check_knob("max_crops", saved.max_crops if max_crops is None else max_crops, 0),
-            "num_tokens": check_knob("num_tokens", saved.num_tokens if num_tokens is None else num_tokens, 1),
-        }
+        self.knobs = fill_knobs(processor, max_crops, num_tokens)
         self.batch_size = check_knob("batch_size", batch_size, 1)
         self.max_new_tokens = check_knob("max_new_tokens", max_new_tokens, 1)
 
@@ -178,31 +177,16 @@ class Evaluator:
         ]
 
     def answer(self, task: Task, questions: list[Question]) -> list[dict]:
-        """
-        A record of each question, in their order.
-
-        A batch that fails is asked again one by one: what fails then is recorded with its error and scores 0.
-
-        Raises:
-            OSError, RuntimeError: of the machine, not of a question, and so no wrong answer: a lost device or network,
-                too little memory for a single question. A run goes on from there when it is started again.
-        """
+        """A record of each question, in their order. One that fails has its error and scores 0: see `answer_all`."""
+        wrong = dict.fromkeys(metric_names(task), 0.0)
         start = time.perf_counter()
-        failure = None
-        try:
-            records = self._answer(task, questions)
-        except (ValueError, torch.OutOfMemoryError) as error:
-            if isinstance(error, torch.OutOfMemoryError) and len(questions) == 1:
-                raise
-            failure = str(error)
-        # Only now, without the error, is the failed batch's memory free.
-        if failure is not None:
-            if len(questions) > 1:
-                return [record for question in questions for record in self.answer(task, [question])]
-            scores = dict.fromkeys(metric_names(task), 0.0)
-            records = [{**describe(questions[0]), "failed": failure, "scores": scores}]
-        seconds = (time.perf_counter() - start) / len(questions)
-        return [{**record, "seconds": round(seconds, 4)} for record in records]
+        records = answer_all(
+            partial(self._answer, task),
+            questions,
+            lambda question, reason: {**describe(question), "failed": reason, "scores": wrong},
+        )
+        seconds = round((time.perf_counter() - start) / len(questions), 4)
+        return [{**record, "seconds": seconds} for record in records]
 
     def _answer(self, task: Task, questions: list[Question]) -> list[dict]:
         images = [load_image(question.image) for question in questions]
@@ -232,6 +216,39 @@ class Evaluator:
                 }
             records.append(record)
         return records
+
+
+def fill_knobs(processor: MCLlavaProcessor, max_crops: int | None, num_tokens: int | None) -> dict[str, int]:
+    """The knobs, as the processor was saved where None."""
+    saved = processor.image_processor
+    return {
+        "max_crops": check_knob("max_crops", saved.max_crops if max_crops is None else max_crops, 0),
+        "num_tokens": check_knob("num_tokens", saved.num_tokens if num_tokens is None else num_tokens, 1),
+    }
+
+
+def answer_all(
+    answer: Callable[[list[Asked]], list[dict]], batch: list[Asked], fail: Callable[[Asked, str], dict]
+) -> list[dict]:
+    """
+    The records that `answer` makes of a batch.
+
+    A batch that fails is asked again one by one: what fails then has the record that `fail` makes of it and the error.
+
+    Raises:
+        OSError, RuntimeError: of the machine, not of what was asked, and so no wrong answer: a lost device or network,
+            too little memory for a single question. A run goes on from there when it is started again.
+    """
+    try:
+        return answer(batch)
+    except (ValueError, torch.OutOfMemoryError) as error:
+        if isinstance(error, torch.OutOfMemoryError) and len(batch) == 1:
+            raise
+        failure = str(error)
+    # Only now, without the error, is the failed batch's memory free.
+    if len(batch) == 1:
+        return [fail(batch[0], failure)]
+    return [record for asked in batch for record in answer_all(answer, [asked], fail)]
 
 
 def describe(question: Question) -> dict:
@@ -320,11 +337,8 @@ def evaluate(
     }
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(output / f"{task_name}.lock", timeout=0):
-            return _evaluate(task, evaluator, output, settings)
-    except Timeout as error:
-        raise ValueError(f"another run writes {task_name} in {output}: wait, or choose another output") from error
+    with lock(output / f"{task_name}.json"):
+        return _evaluate(task, evaluator, output, settings)
 
 
 def _evaluate(task: Task, evaluator: Evaluator, output: Path, settings: dict) -> dict:
@@ -344,7 +358,7 @@ def _evaluate(task: Task, evaluator: Evaluator, output: Path, settings: dict) ->
     total = count if limit is None or (count is not None and count < limit) else limit
     with (
         tqdm(total=total, initial=len(records), unit="question", desc=task_name) as progress,
-        open(unfinished, "a", encoding="utf-8") as journal,
+        open(unfinished, "ab") as journal,
     ):
         check_questions(records, islice(questions, len(records)), unfinished)
         seen = {record["id"] for record in records}
@@ -354,9 +368,7 @@ def _evaluate(task: Task, evaluator: Evaluator, output: Path, settings: dict) ->
                     raise ValueError(f"the data {settings['data']} hold question {question.id} twice: remove one")
                 seen.add(question.id)
             answered = evaluator.answer(task, batch)
-            journal.writelines(map(to_line, answered))
-            journal.flush()
-            os.fsync(journal.fileno())
+            append(journal, answered)
             records += answered
             progress.update(len(batch))
     if not records:
@@ -367,8 +379,25 @@ def _evaluate(task: Task, evaluator: Evaluator, output: Path, settings: dict) ->
     return results
 
 
-def to_line(entry: dict) -> str:
-    return json.dumps(entry, ensure_ascii=False) + "\n"
+@contextmanager
+def lock(output: Path):
+    """ValueError where another run holds it: two would write into one journal."""
+    try:
+        with FileLock(output.with_name(output.name + ".lock"), timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"another run writes {output}: wait, or choose another output") from error
+
+
+def append(journal: BinaryIO, records: list[dict]):
+    journal.writelines(map(to_line, records))
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def to_line(entry: dict) -> bytes:
+    # Half of a surrogate pair, as a cut text may end with, is no UTF-8; its escape is JSON.
+    return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_json(path: Path, content: dict):
@@ -429,7 +458,7 @@ def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
             check_settings(found, settings, unfinished)
         records = records[: len(records) // batch_size * batch_size]
     draft = unfinished.with_name(unfinished.name + ".draft")
-    draft.write_text("".join(map(to_line, [settings, *records])), encoding="utf-8")
+    draft.write_bytes(b"".join(map(to_line, [settings, *records])))
     os.replace(draft, unfinished)
     return records
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, picture, plain_reply
+from filelock import FileLock
 
 from mc_llava import batch
 from mc_llava.batch import Job, open_rows, run
@@ -29,7 +30,7 @@ with_ray = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Eleven rows in a file, of which four fail, and the folder of their images."""
+    """Fifteen rows in a file, of which six fail, and the folder of their images."""
     folder = tmp_path_factory.mktemp("batch")
     (folder / "images").mkdir()
     for index, size in enumerate(SIZES):
@@ -41,11 +42,19 @@ def folder(tmp_path_factory) -> Path:
     rows.insert(6, {"id": 6, "images": ["images/1.png", "images/3.png"], "question": "What differs?"})
     lines = [json.dumps(row) for row in rows] + ["", json.dumps({"question": "What is a galaxy?"}), "{no row"]
     lines.append(json.dumps({"image": "http://127.0.0.1:9/a.png", "question": "What?"}))
+    lines += [json.dumps({"question": "A cut emoji: \ud83d"}), "[" * 100_000]
     (folder / "rows.jsonl").write_text("\n".join(lines) + "\n")
     return folder
 
 
-ERRORS = {1: "is corrupt", 3: "special token <|im_end|>", 11: "Expecting property name", 12: "is not fetched"}
+ERRORS = {
+    1: "is corrupt",
+    3: "special token <|im_end|>",
+    11: "Expecting property name",
+    12: "is not fetched",
+    13: "surrogates",
+    14: "recursion",
+}
 
 
 def job(folder: Path, model: Path, **changes) -> Job:
@@ -64,13 +73,18 @@ def records_of(path: Path) -> list[dict]:
 def whole(folder, converted) -> list[dict]:
     """What one process makes of the rows, uninterrupted."""
     output = folder / "whole.jsonl"
-    assert run(job(folder, converted), output) == (13, 4)
-    assert sorted(path.name for path in folder.iterdir()) == ["images", "rows.jsonl", "whole.jsonl"]
+    assert run(job(folder, converted), output) == (15, 6)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "images",
+        "rows.jsonl",
+        "whole.jsonl",
+        "whole.jsonl.lock",
+    ]
     return records_of(output)
 
 
 def test_each_row_has_its_answer_or_its_error(folder, converted, whole):
-    assert [record["row"] for record in whole] == list(range(13))
+    assert [record["row"] for record in whole] == list(range(15))
     for record in whole:
         if record["row"] in ERRORS:
             assert ERRORS[record["row"]] in record["error"] and "answer" not in record
@@ -144,13 +158,24 @@ def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
     journal.write_bytes(kept[: -len(kept.splitlines()[-1]) // 2])  # in the middle of a record
     result = subprocess.run(command(folder, converted, output, *more), cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "13 rows, 4 of them with an error" in result.stderr and "13/13" in result.stderr
+    assert "15 rows, 6 of them with an error" in result.stderr and "15/15" in result.stderr
     assert records_of(output) == whole and not journal.exists()
+
+
+def test_two_runs_on_one_output(folder, converted, tmp_path):
+    output = tmp_path / "out.jsonl"
+    with (
+        FileLock(tmp_path / "out.jsonl.lock"),
+        pytest.raises(ValueError, match="another run writes .*out.jsonl: wait"),
+    ):
+        run(job(folder, converted), output)
+    assert not output.exists()
 
 
 def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
-    monkeypatch.setattr(batch.Worker, "answer", lambda self, start: 1 / 0)
+    answer = batch.Worker.answer
+    monkeypatch.setattr(batch.Worker, "answer", lambda self, start: 1 / 0 if start else answer(self, start))
     with pytest.raises(ZeroDivisionError):
         run(job(folder, converted), output)
     for changes, message in (

@@ -766,7 +766,7 @@ class TestResuming:
         assert (tmp_path / "scenes.json").read_bytes() == before
 
     def test_two_runs_on_one_folder(self, evaluator, tmp_path):
-        with FileLock(tmp_path / "scenes.lock"), pytest.raises(ValueError, match="another run writes"):
+        with FileLock(tmp_path / "scenes.json.lock"), pytest.raises(ValueError, match="another run writes"):
             run("scenes", evaluator, tmp_path, limit=2)
         assert len(run("scenes", evaluator, tmp_path, limit=2)["questions"]) == 2
 
