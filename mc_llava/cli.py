@@ -278,6 +278,7 @@ def evaluate_tasks(
     max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer's tokens.", min=1)] = 32,
     dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint was saved.")] = Dtype.auto,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; an accelerator where there is one.")] = None,
+    quantize: QuantizeOption = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
     results: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Two results files; asks nothing.")
@@ -292,8 +293,7 @@ def evaluate_tasks(
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if len(set(names)) < len(names):
         raise ValueError(f"--tasks names a task twice: {tasks}")
-    if revision and Path(model).is_dir():
-        raise ValueError(f"the folder {model} has no revisions: leave --revision {revision} out")
+    check_revision(model, revision)
     if not names:
         raise ValueError(f"no task was named: pass --tasks with some of {', '.join(TASKS)}")
     for name in names:
@@ -308,7 +308,7 @@ def evaluate_tasks(
     for name in names:  # what can't be read is said before the weights are loaded
         if not (output / f"{name}.json").exists():
             TASKS[name].read(sources.get(name, TASKS[name].data))
-    network, processor, commit = load(model, revision, dtype.value, device)
+    network, processor, commit = load(model, revision, dtype.value, device, quantize and quantize.value)
     evaluator = Evaluator(network, processor, max_crops, num_tokens, batch_size, max_new_tokens)
     failed = asked = 0
     for name in names:
@@ -363,6 +363,7 @@ def batch(
     A row that fails has its error in the record. A run that was killed goes on where it stopped when it is started
     again.
     """
+    check_revision(model, revision)
     if workers and not ray:
         raise ValueError("workers are Ray's: pass --ray, too")
     job = Job(
@@ -386,6 +387,11 @@ def batch(
 
 def read_image(source: str):
     return load_image(sys.stdin.buffer.read() if source == "-" else source)
+
+
+def check_revision(model: str, revision: str | None):
+    if revision and Path(model).is_dir():
+        raise ValueError(f"the folder {model} has no revisions: leave --revision {revision} out")
 
 
 def read_question() -> str:

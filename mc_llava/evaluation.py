@@ -320,6 +320,7 @@ def evaluate(
     task = TASKS[task_name]
     if limit is not None:
         check_knob("limit", limit, 1)
+    quantization = getattr(evaluator.model.config, "quantization_config", None)
     settings = {
         "task": task_name,
         "model": model,
@@ -331,6 +332,7 @@ def evaluate(
         "max_new_tokens": evaluator.max_new_tokens,
         "generation": evaluator.model.generation_config.to_diff_dict(),
         "dtype": str(evaluator.model.dtype).removeprefix("torch."),
+        "quantization": quantization and quantization.to_dict(),
         "device": evaluator.model.device.type,
         "instruction": task.instruction,
         "versions": versions(),

@@ -96,8 +96,12 @@ def identify(path: str, revision: str | None = None) -> str:
 
 
 def load(
-    path: str, revision: str | None = None, dtype: str = "auto", device: str | None = None
+    path: str,
+    revision: str | None = None,
+    dtype: str = "auto",
+    device: str | None = None,
+    quantize: str | None = None,
 ) -> tuple[MCLlavaForConditionalGeneration, MCLlavaProcessor, str]:
     """A model, its processor, and what their results are known by."""
     processor = load_processor(path, revision)
-    return load_model(path, dtype, device, revision), processor, identify(path, revision)
+    return load_model(path, dtype, device, revision, quantize), processor, identify(path, revision)

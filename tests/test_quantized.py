@@ -9,7 +9,8 @@ from make_published_checkpoint import write_published_checkpoint
 from torch import nn
 
 from mc_llava import MCLlavaProcessor
-from mc_llava.loading import load_model
+from mc_llava.evaluation import Evaluator, evaluate
+from mc_llava.loading import load, load_model
 
 
 # Phi-2's heads of 80, and widths that fill the quantised kernels' blocks.
@@ -58,3 +59,18 @@ def test_the_language_model_alone_is_quantized(folder, whole, name, agreement):
 def test_an_unknown_name_is_refused(folder):
     with pytest.raises(ValueError, match="quantize must be one of nf4, int8, int4, got 'int2'"):
         load_model(str(folder), quantize="int2")
+
+
+def test_results_say_how_the_model_was_quantized(folder, tmp_path):
+    if importlib.util.find_spec(PACKAGES["int8"]) is None:
+        pytest.skip('what quantises is not here: pip install "mc-llava[quantize]"')
+    knobs = {"max_crops": 0, "num_tokens": 20, "batch_size": 2, "max_new_tokens": 2}
+    for quantize in ("int8", None):
+        model, processor, revision = load(str(folder), dtype="float32", device="cpu", quantize=quantize)
+        arguments = ("scenes", Evaluator(model, processor, **knobs), tmp_path)
+        if quantize:
+            results = evaluate(*arguments, model="model", revision=revision, limit=2)
+            assert results["settings"]["quantization"]["quant_method"] == "quanto"
+        else:
+            with pytest.raises(ValueError, match="has quantization .*quanto.*, this run None"):
+                evaluate(*arguments, model="model", revision=revision, limit=2)
