@@ -347,6 +347,13 @@ class TestAutoClasses:
         base = AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
         assert type(base).__name__ == "MCLlavaModel"
 
+    def test_a_model_of_a_configuration(self, converted):
+        """vLLM takes `AutoModel` without a head and brings its own."""
+        config = AutoConfig.from_pretrained(converted, trust_remote_code=True)
+        base = AutoModel.from_config(config, trust_remote_code=True)
+        whole = AutoModelForImageTextToText.from_config(config, trust_remote_code=True)
+        assert (type(base).__name__, type(whole).__name__) == ("MCLlavaModel", "MCLlavaForConditionalGeneration")
+
     def test_a_subfolder_takes_its_code_from_the_root(self, converted, tmp_path):
         repository, tiny = tmp_path / "repository", tmp_path / "repository" / "tiny"
         shutil.copytree(converted, tiny, ignore=lambda folder, names: REMOTE_CODE)
