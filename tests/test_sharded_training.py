@@ -22,11 +22,13 @@ from mc_llava import train_tiny
 STEPS = 20
 SIZES = [(300, 200), (160, 120), (500, 300), (90, 60), (420, 420), (260, 610)]
 WORKER = ROOT / "tests" / "training_worker.py"
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+ACCELERATE += ["--mixed_precision", "no", "--dynamo_backend", "no"]
 LAUNCHERS = {
     "one": [sys.executable],
-    "ddp": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
-    "fsdp": [sys.executable, "-m", "accelerate.commands.launch", "--use_fsdp", "--fsdp_version", "2"]
-    + ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"],
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": [*ACCELERATE, "--multi_gpu"],
+    "fsdp": [*ACCELERATE, "--use_fsdp", "--fsdp_version", "2"],
 }
 
 
@@ -55,8 +57,6 @@ def recipe(tmp_path_factory) -> Path:
         "train": ["tower", "coordinates", "projector", "language_model"],
         "max_crops": [20, 20],
         "num_tokens": [40, 40],
-        "max_steps": STEPS,
-        "save_steps": STEPS,
         "log_steps": 1,
         "learning_rate": 1e-3,
         "workers": 0,
@@ -67,14 +67,15 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def start(
-    way: str, recipe: Path, name: str = "", **environment
+    way: str, recipe: Path, name: str = "", steps: int = STEPS, **environment
 ) -> tuple[list[float], list[dict], dict[str, torch.Tensor]]:
     """Losses of the steps, what each process saw, and the weights that were saved."""
     output, seen = recipe.parent / (name or way), recipe.parent / f"{name or way}.seen"
     processes = 1 if way == "one" else 2
-    command = [*LAUNCHERS[way], str(WORKER), "train", str(recipe), f"output={output}", f"batch_size={4 // processes}"]
+    settings = {"output": output, "batch_size": 4 // processes, "max_steps": steps, "save_steps": steps}
+    command = [*LAUNCHERS[way], WORKER, "train", recipe, *(f"{key}={value}" for key, value in settings.items())]
     result = subprocess.run(
-        command,
+        list(map(str, command)),
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "SEEN": str(seen), **environment},
         capture_output=True,
@@ -82,7 +83,7 @@ def start(
         timeout=1200,
     )
     assert result.returncode == 0, result.stderr[-6000:]
-    history = json.loads((output / f"checkpoint-{STEPS}" / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((output / f"checkpoint-{steps}" / "trainer_state.json").read_text())["log_history"]
     return (
         [entry["loss"] for entry in history if "loss" in entry],
         [json.loads(Path(f"{seen}.{rank}").read_text()) for rank in range(processes)],
@@ -97,7 +98,7 @@ def one(recipe):
     return losses, weights
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+@pytest.mark.parametrize("way", ["torchrun", "fsdp"])
 def test_two_processes_learn_what_one_learns(recipe, one, way):
     losses, seen, weights = start(way, recipe, **({"SHARD_ON_A_CPU": "1"} if way == "fsdp" else {}))
     assert [rank["sharded"] for rank in seen] == [way == "fsdp"] * 2
@@ -108,6 +109,12 @@ def test_two_processes_learn_what_one_learns(recipe, one, way):
     assert losses == pytest.approx(one[0], abs=1e-3)
     for name, weight in one[1].items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-2, msg=name)
+
+
+def test_accelerate_launches_ddp(recipe, one):
+    losses, seen, _ = start("accelerate", recipe, steps=2)
+    assert [len(rank["images"]) for rank in seen] == [2, 2]
+    assert losses == pytest.approx(one[0][:2], abs=1e-3)
 
 
 def test_where_accelerate_would_not_shard_training_is_refused(recipe):
