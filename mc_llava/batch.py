@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 
+import torch
 from PIL import Image
 from tqdm import tqdm
 
@@ -214,8 +215,13 @@ class Worker:
         return record, images
 
     def _answer(self, rows: list[tuple[dict, list[Image.Image]]]) -> list[dict]:
-        features = [self.evaluator.encode(images) for _, images in rows]
-        answers = self.evaluator.generate([record["question"] for record, _ in rows], features)
+        try:
+            features = [self.evaluator.encode(images) for _, images in rows]
+            answers = self.evaluator.generate([record["question"] for record, _ in rows], features)
+        except torch.OutOfMemoryError as error:
+            if len(rows) > 1:
+                raise
+            raise ValueError(f"too little memory: {error}") from error  # else each new start would end at this row
         planner, knobs = self.evaluator.processor.image_processor, self.evaluator.knobs
         return [
             {
