@@ -106,15 +106,16 @@ def test_two_processes_learn_what_one_learns(recipe, one, way):
     assert (0, 0) in images and any(0 in pair and sum(pair) for pair in images)
     passes = [tuple(-(-crops // 16) for crops in pair) for pair in zip(*(rank["crops"] for rank in seen))]
     assert any(first != second for first, second in passes)  # of the vision tower
-    assert losses == pytest.approx(one[0], abs=1e-3)
+    assert losses == pytest.approx(one[0], abs=1e-4)
     for name, weight in one[1].items():
-        torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-2, msg=name)
+        if not name.endswith("k_proj.bias"):  # whose gradient is rounding alone, which Adam makes large
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4, msg=name)
 
 
 def test_accelerate_launches_ddp(recipe, one):
     losses, seen, _ = start("accelerate", recipe, steps=2)
-    assert [len(rank["images"]) for rank in seen] == [2, 2]
-    assert losses == pytest.approx(one[0][:2], abs=1e-3)
+    assert [rank["sharded"] for rank in seen] == [False, False]
+    assert losses == pytest.approx(one[0][:2], abs=1e-4)
 
 
 def test_where_accelerate_would_not_shard_training_is_refused(recipe):
