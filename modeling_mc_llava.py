@@ -150,6 +150,13 @@ def hash_tensors(tensors) -> str:
     return digest.hexdigest()
 
 
+class MCLlavaCoordinateEmbedding(nn.Sequential):
+    """Takes coordinates in any precision. PEFT puts a trained copy, which may have another one, in a wrapper."""
+
+    def forward(self, coords: torch.Tensor) -> torch.Tensor:
+        return super().forward(coords.to(self[0].weight.dtype))
+
+
 class MCLlavaMultiModalProjector(nn.Module):
     def __init__(self, config: MCLlavaConfig):
         super().__init__()
@@ -182,7 +189,9 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         super().__init__(config)
         hidden_size = config.vision_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.coord_embed = nn.Sequential(nn.Linear(2, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size))
+        self.coord_embed = MCLlavaCoordinateEmbedding(
+            nn.Linear(2, hidden_size), nn.GELU(), nn.Linear(hidden_size, hidden_size)
+        )
         self.multi_modal_projector = MCLlavaMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -231,7 +240,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         chunks = zip(pixel_values.split(CROPS_PER_PASS), crop_num_tokens.split(CROPS_PER_PASS))
         hidden_states = torch.cat([self._encode_crops(pixels, kept, **kwargs) for pixels, kept in chunks])
-        positions = self.coord_embed(crop_coords.to(self.coord_embed[0].weight.dtype)).to(hidden_states.device)
+        positions = self.coord_embed(crop_coords).to(hidden_states.device)
         hidden_states = hidden_states + positions.repeat_interleave(
             crop_num_tokens.to(hidden_states.device), dim=0, output_size=len(hidden_states)
         )

@@ -208,7 +208,7 @@ def test_only_the_named_parts_change(recipe, parts):
 
 def test_lora_changes_the_language_models_matrices_and_the_named_parts(recipe):
     lora = {"r": 4, "alpha": 8}
-    output = train(replace(recipe, train=("projector",), lora=lora, max_steps=3))
+    output = train(replace(recipe, train=("coordinates", "projector"), lora=lora, max_steps=3))
     before = MCLlavaForConditionalGeneration.from_pretrained(recipe.model).state_dict()
     after = MCLlavaForConditionalGeneration.from_pretrained(output).state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
@@ -216,7 +216,7 @@ def test_lora_changes_the_language_models_matrices_and_the_named_parts(recipe):
     expected = {
         name
         for name in before
-        if name.startswith("model.multi_modal_projector.")
+        if name.startswith(("model.coord_embed.", "model.multi_modal_projector."))
         or (name.startswith("model.language_model.layers.") and name.endswith(matrices))
     }
     assert changed == expected
