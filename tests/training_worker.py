@@ -39,7 +39,7 @@ def note_parameters(self, model, *args, **kwargs):
     return step(self, model, *args, **kwargs)
 
 
-if os.environ.get("SHARD_ON_A_CPU"):
+if os.environ["SHARD_ON_A_CPU"] == "1":
     AcceleratorState.__init__ = shard_on_a_cpu
 training.Collator.__call__ = note_batch
 Trainer.training_step = note_parameters
