@@ -97,15 +97,19 @@ class TestReadme:
         run("-c", code, cwd=tmp_path, python_path=ROOT)
 
     def test_its_commands_exist(self):
-        """Every `mc-llava` line names a command and options that there are; test_cli.py runs each of them."""
-        blocks = re.findall(r"```bash\n(.*?)```", self.text, flags=re.DOTALL)
+        """
+        Every `mc-llava` line here and in docs/ names a command and options that there are; test_cli.py and the tests
+        of the parts run each of them.
+        """
+        text = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+        blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines() if line.startswith("mc-llava ")]
         commands = {"ask", "batch", "chat", "convert", "crops", "estimate", "eval", "study", "train"}
         assert {line.split()[1] for line in lines} == commands
+        help_texts = {command: run("-m", "mc_llava", command, "--help", cwd=ROOT) for command in commands}
         for line in lines:
-            help_text = run("-m", "mc_llava", line.split()[1], "--help", cwd=ROOT)
             for option in re.findall(r" (--?[a-z][a-z-]*)", line):
-                assert option in help_text, option
+                assert option in help_texts[line.split()[1]], option
 
     def test_its_files_exist(self):
         for target in re.findall(r"\]\(([^)#]+)\)", self.text):
