@@ -141,7 +141,8 @@ def command(folder: Path, model: Path, output: Path, *more) -> list[str]:
 @pytest.mark.parametrize("more", [(), pytest.param(("--ray", "--workers", "2"), marks=with_ray)], ids=["one", "ray"])
 def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
     output, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    process = subprocess.Popen(command(folder, converted, output, *more), cwd=ROOT, stderr=subprocess.DEVNULL)
+    options = {"cwd": ROOT, "env": {**os.environ, "RAY_ADDRESS": "local"}}  # no cluster that is or was there
+    process = subprocess.Popen(command(folder, converted, output, *more), stderr=subprocess.DEVNULL, **options)
     deadline = time.monotonic() + 500
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):  # the settings and a batch
         assert process.poll() is None and time.monotonic() < deadline
@@ -152,7 +153,7 @@ def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
     assert not output.exists()
 
     journal.write_bytes(kept[: -len(kept.splitlines()[-1]) // 2])  # in the middle of a record
-    result = subprocess.run(command(folder, converted, output, *more), cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(command(folder, converted, output, *more), capture_output=True, text=True, **options)
     assert result.returncode == 0, result.stderr
     assert "15 rows, 6 of them with an error" in result.stderr and "15/15" in result.stderr
     assert records_of(output) == whole and not journal.exists()
