@@ -2,7 +2,7 @@
 The Space: ask about a picture and see the crops that the model looks at.
 
 `python app.py` serves it on http://127.0.0.1:7860. Environment variables: `MC_LLAVA_MODEL`, a model folder or a Hub id
-(the published one by default); `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`, as Gradio reads them.
+(`tiny` by default); `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`, as Gradio reads them.
 """
 
 import os
@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from mc_llava import FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor
+from mc_llava import TINY, FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor
 from mc_llava.crop_grid import draw_crop_grid
 from mc_llava.image_processing_mc_llava import load_image
 
@@ -206,7 +206,7 @@ def build_page(demo: Demo) -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    model = os.environ.get("MC_LLAVA_MODEL", "visheratin/MC-LLaVA-3b")
+    model = os.environ.get("MC_LLAVA_MODEL", str(TINY))
     # Fonts of the visitor's own: nothing is fetched from elsewhere.
     theme = gr.themes.Default(font="sans-serif", font_mono="monospace")
     build_page(Demo(model)).launch(theme=theme, show_error=True, max_file_size=MAX_UPLOAD, ssr_mode=False)

@@ -27,7 +27,7 @@ from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 from .tasks import TASKS
 
 
-DEFAULT_MODEL = "visheratin/MC-LLaVA-3b"
+DEFAULT_MODEL = "tiny"
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,7 +36,7 @@ app = typer.Typer(
     help="Ask MC-LLaVA about pictures. Answers go to standard output, everything else to standard error.",
 )
 
-ModelOption = Annotated[str, typer.Option(help="A model folder or a Hub id.")]
+ModelOption = Annotated[str, typer.Option(help="A model folder, a Hub id, or tiny, which comes along.")]
 MaxCrops = Annotated[int | None, typer.Option(help="Upper bound of the crops beside the whole image.")]
 NumTokens = Annotated[int | None, typer.Option(help="Upper bound of the visual tokens of one image.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Upper bound of the answer's tokens.", min=1)]
@@ -79,7 +79,7 @@ def ask(
     if not sources:
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
     images = [read_image(source) for source in sources]
-    processor = MCLlavaProcessor.from_pretrained(model)
+    processor = MCLlavaProcessor.from_pretrained(find_model(model))
     knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
 
     crops = tokens = 0
@@ -134,7 +134,7 @@ def chat(
     The picture is encoded once. Earlier turns are remembered; /new forgets them.
     """
     picture = load_image(image)  # standard input is for questions
-    processor = MCLlavaProcessor.from_pretrained(model)
+    processor = MCLlavaProcessor.from_pretrained(find_model(model))
     knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
     plan = processor.image_processor.plan(*picture.size, **knobs)
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
@@ -181,7 +181,7 @@ def crops(
     num_tokens: NumTokens = None,
 ):
     """Draw the crop grid over a picture. Loads no weights."""
-    processor = MCLlavaImageProcessor() if model is None else MCLlavaImageProcessor.from_pretrained(model)
+    processor = MCLlavaImageProcessor() if model is None else MCLlavaImageProcessor.from_pretrained(find_model(model))
     picture = read_image(image)
     plan = processor.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
     draw_crop_grid(picture, plan).save(output)
@@ -202,6 +202,7 @@ def estimate(
     if model is None:
         processor, config = MCLlavaImageProcessor(), MCLlavaConfig(dtype="float16")
     else:
+        model = find_model(model)
         processor, config = MCLlavaImageProcessor.from_pretrained(model), MCLlavaConfig.from_pretrained(model)
     plan = processor.plan(*read_image(image).size, max_crops=max_crops, num_tokens=num_tokens)
     precision = config.dtype or torch.float32 if dtype is Dtype.auto else getattr(torch, dtype.value)

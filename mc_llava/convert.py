@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from . import modeling_mc_llava
+from . import find_model, modeling_mc_llava
 from .configuration_mc_llava import MCLlavaConfig
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import MCLlavaProcessor
@@ -30,7 +30,7 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
     Write a folder with code, configurations, chat template, tokenizer and the untouched weights of `source`.
 
     Args:
-        source: a folder or a Hub id.
+        source: a folder, a Hub id, or "tiny" for the checkpoint that comes along.
         target: a folder that doesn't exist yet, or is empty. Files appear in it only when all of them are right.
         revision: branch, tag or commit of a Hub id.
         push_to_hub: repository id to upload the folder to, made if need be.
@@ -41,7 +41,7 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"{target} is not empty: pass a new or an empty folder")
-    folder = Path(source)
+    folder = Path(find_model(source))
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{source} is a folder, which has no revision {revision}: leave the revision out")

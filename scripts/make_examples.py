@@ -1,0 +1,31 @@
+"""
+Draws the scenes in `examples/`, of the split that `tiny` was never trained on, and writes what is asked about them.
+
+    python scripts/make_examples.py
+"""
+
+import json
+import random
+from pathlib import Path
+
+from mc_llava import scenes
+
+
+FOLDER = Path(__file__).parent.parent / "examples"
+# File -> the scene's number and the kinds of question. All are 1,500 pixels or more on their longer side.
+EXAMPLES = {"harbor.jpg": (1000, ("ocr", "attribute")), "tiles.jpg": (1001, ("hard", "position"))}
+
+
+def main():
+    asked = []
+    for name, (seed, kinds) in EXAMPLES.items():
+        scene = scenes.make_scene(seed, "test")
+        scenes.draw_scene(scene).save(FOLDER / name, quality=92)
+        for kind in kinds:
+            question = scenes.ask(scene, kind, random.Random(f"{kind} {seed}"))
+            asked.append({"image": name, "kind": kind, "question": question.text, "key": question.key})
+    (FOLDER / "questions.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

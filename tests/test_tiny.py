@@ -1,0 +1,102 @@
+"""`tiny`, the checkpoint that comes along, against what the README says of it."""
+
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+
+from mc_llava import TINY, scenes
+from mc_llava.evaluation import Evaluator, load
+from mc_llava.study import MAX_NEW_TOKENS, NAMES, markdown
+
+
+STUDY = json.loads((ROOT / "docs" / "study.json").read_text())
+EXAMPLES = json.loads((ROOT / "examples" / "questions.json").read_text())
+NUM_ASKED = 50  # of each kind
+
+
+@pytest.fixture(scope="module")
+def replies() -> dict[str, list[bool]]:
+    """Kind -> whether the answers to the first questions of the study are right, at tiny's own knobs."""
+    model, processor, revision = load("tiny")
+    assert revision == STUDY["revision"], "docs/study.json was made with other weights: run mc-llava study again"
+    evaluator = Evaluator(model, processor, max_new_tokens=MAX_NEW_TOKENS)
+    assert evaluator.knobs == {"max_crops": 32, "num_tokens": 128}
+    right = {kind: [] for kind in scenes.KINDS}
+    for seed in range(NUM_ASKED):
+        scene = scenes.make_scene(seed, "test")
+        features = evaluator.encode([scenes.draw_scene(scene)])
+        questions = [scenes.ask(scene, kind, random.Random(f"{kind} {seed}")) for kind in scenes.KINDS]
+        found = evaluator.generate([question.text for question in questions], [features] * len(questions))
+        for question, reply in zip(questions, found):
+            right[question.kind].append(scenes.is_correct(question, reply))
+    return right
+
+
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_it_sees_what_the_readme_says(replies, kind):
+    (row,) = [row for row in STUDY["settings"] if (row["max_crops"], row["num_tokens"]) == (32, 128)]
+    score = 100 * sum(replies[kind]) / NUM_ASKED
+    assert score >= row["accuracy"][kind]["score"] - 10, f"{NAMES[kind]}: {score}"
+
+
+def test_the_readme_has_the_studys_figures():
+    assert markdown(STUDY) in (ROOT / "README.md").read_text()
+
+
+def test_it_is_small():
+    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 12e6
+    assert not list(TINY.glob("*.py"))
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example["question"])
+def test_the_examples_are_answered_through_the_auto_classes_and_need_the_crops(example):
+    options = {"subfolder": "tiny", "trust_remote_code": True}
+    model, processor = AutoModel.from_pretrained(ROOT, **options), AutoProcessor.from_pretrained(ROOT, **options)
+    image = Image.open(ROOT / "examples" / example["image"])
+    assert max(image.size) >= 1500
+
+    def ask(**knobs) -> str:
+        content = [{"type": "image", "image": image}, {"type": "text", "text": example["question"]}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs=knobs,
+        )
+        output = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS)
+        return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    question = scenes.Question(example["kind"], example["question"], "", example["key"])
+    assert scenes.is_correct(question, ask())
+    assert not scenes.is_correct(question, ask(max_crops=0))
+
+
+def test_the_cards_snippet_runs_on_what_convert_makes_of_it(tmp_path):
+    command = [sys.executable, "-m", "mc_llava", "convert", "tiny", str(tmp_path / "model")]
+    subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=True)
+    example = EXAMPLES[0]
+    model = AutoModel.from_pretrained(tmp_path / "model", torch_dtype=torch.float16, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(tmp_path / "model", trust_remote_code=True)
+    prompt = f"<|im_start|>user\n<image>\n{example['question']}<|im_end|>\n<|im_start|>assistant\n"
+    raw_image = Image.open(ROOT / "examples" / example["image"])
+    with torch.inference_mode():
+        inputs = processor(prompt, [raw_image], model, max_crops=100, num_tokens=728)
+        output = model.generate(
+            **inputs,
+            max_new_tokens=200,
+            use_cache=True,
+            do_sample=False,
+            eos_token_id=processor.tokenizer.eos_token_id,
+            pad_token_id=processor.tokenizer.eos_token_id,
+        )
+    answer = processor.tokenizer.decode(output[0]).replace(prompt, "").removesuffix("<|im_end|>")
+    assert answer.endswith(".") and "<" not in answer
