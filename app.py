@@ -1,10 +1,11 @@
 """
 The Space: ask about a picture and see the crops that the model looks at.
 
-`python app.py` serves it on http://127.0.0.1:7860. Environment variables: `MC_LLAVA_MODEL`, a model folder or a Hub id
-(`tiny` by default); `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`, as Gradio reads them.
+`python app.py` serves it on http://127.0.0.1:7860. Environment variables: `MC_LLAVA_MODEL`, a model folder or
+a Hub id (`tiny` by default); `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`, as Gradio reads them.
 """
 
+import json
 import os
 import threading
 import time
@@ -20,14 +21,18 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from mc_llava import TINY, FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor
+from mc_llava import FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, find_model
 from mc_llava.crop_grid import draw_crop_grid
 from mc_llava.image_processing_mc_llava import load_image
 
 
 ROOT = Path(__file__).parent
-EXAMPLES = [
-    [str(ROOT / "examples" / "scene.jpg"), "Which characters are on the black sign?"],
+# `tiny` knows nothing but drawn scenes.
+SCENES = [
+    [str(ROOT / "examples" / example["image"]), example["question"]]
+    for example in json.loads((ROOT / "examples" / "questions.json").read_text())
+]
+PHOTOGRAPHS = [
     [str(ROOT / "examples" / "coffee.jpg"), "What is on the table?"],
     [str(ROOT / "examples" / "hubble.jpg"), "What shines in the middle?"],
 ]
@@ -157,7 +162,7 @@ class Demo:
             raise errors[0]
 
 
-def build_page(demo: Demo) -> gr.Blocks:
+def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
     defaults = demo.processor.image_processor
     context = demo.model.config.text_config.max_position_embeddings
     with gr.Blocks(title="MC-LLaVA", analytics_enabled=False) as page:
@@ -191,7 +196,7 @@ def build_page(demo: Demo) -> gr.Blocks:
                     temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: the likeliest word)")
                     top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p")
         knobs = [max_crops, num_tokens]
-        gr.Examples(EXAMPLES, [picture, question], elem_id="examples")
+        gr.Examples(examples, [picture, question], elem_id="examples")
         for changed in (picture, *knobs):
             changed.change(
                 demo.preview, [picture, *knobs], [grid, cost], show_progress="hidden", trigger_mode="always_last"
@@ -206,7 +211,8 @@ def build_page(demo: Demo) -> gr.Blocks:
 
 
 if __name__ == "__main__":
-    model = os.environ.get("MC_LLAVA_MODEL", str(TINY))
+    model = os.environ.get("MC_LLAVA_MODEL", "tiny")
+    examples = SCENES if model == "tiny" else PHOTOGRAPHS
     # Fonts of the visitor's own: nothing is fetched from elsewhere.
     theme = gr.themes.Default(font="sans-serif", font_mono="monospace")
-    build_page(Demo(model)).launch(theme=theme, show_error=True, max_file_size=MAX_UPLOAD, ssr_mode=False)
+    build_page(Demo(find_model(model)), examples).launch(theme=theme, show_error=True, max_file_size=MAX_UPLOAD, ssr_mode=False)

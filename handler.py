@@ -196,7 +196,8 @@ class EndpointHandler:
         output = self.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
         new_ids = output.sequences[0, prompt_length:]
         logprobs = [logits[0].float().log_softmax(-1)[id].item() for logits, id in zip(output.logits, new_ids)]
-        stopped = bool(len(new_ids)) and new_ids[-1].item() == self.model.generation_config.eos_token_id
+        eos = self.model.generation_config.eos_token_id  # one id, or several
+        stopped = bool(len(new_ids)) and new_ids[-1].item() in (eos if isinstance(eos, list) else [eos])
         prompt_tokens = prompt_length - len(images) + tokens
         return self.processor.decode(new_ids, skip_special_tokens=True).strip(), {
             "probability": float(torch.tensor(logprobs).sum().exp()),

@@ -13,7 +13,7 @@ from mc_llava import scenes
 
 FOLDER = Path(__file__).parent.parent / "examples"
 # File -> the scene's number and the kinds of question. All are 1,500 pixels or more on their longer side.
-EXAMPLES = {"harbor.jpg": (1000, ("ocr", "attribute")), "tiles.jpg": (1001, ("hard", "position"))}
+EXAMPLES = {"scene1.jpg": (1003, ("ocr",)), "scene2.jpg": (1018, ("attribute", "ocr"))}
 
 
 def main():

@@ -33,7 +33,7 @@ SCREENSHOT = ROOT / "docs" / "app.png"
 
 
 @pytest.fixture(scope="module")
-def url(trial, tmp_path_factory):
+def url(tmp_path_factory):
     pytest.importorskip("gradio", reason='pip install "mc-llava[app]" to test the Space')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -41,7 +41,6 @@ def url(trial, tmp_path_factory):
     folder = tmp_path_factory.mktemp("app")
     environment = {
         **os.environ,
-        "MC_LLAVA_MODEL": str(trial.folder),
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_TEMP_DIR": str(folder / "uploads"),
     }
@@ -173,10 +172,13 @@ def test_upload_ask_move_a_slider_and_ask_again(page, trial):
     assert "was encoded in" in page.locator("#status").inner_text()
 
 
-def test_examples(page):
-    page.locator("#examples").get_by_text("What shines in the middle?").click()
+def test_examples(page, trial):
+    page.locator("#examples").get_by_text(trial.questions[1]).click()
     page.locator("#grid img").wait_for()
-    assert page.locator("#question textarea").input_value() == "What shines in the middle?"
+    assert page.locator("#question textarea").input_value() == trial.questions[1]
+    page.locator("#ask").click()
+    page.locator("#status", has_text="in all").wait_for()
+    assert trial.is_right(1, page.locator("#answer textarea").input_value())
 
 
 def test_errors_are_words(page, trial, tmp_path):

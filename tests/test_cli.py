@@ -87,7 +87,24 @@ def test_convert(checkpoint, tmp_path):
     assert (tmp_path / "model" / "modeling_mc_llava.py").exists()
 
 
+def test_tiny_answers_without_a_model_named(trial):
+    result = run("ask", trial.pictures[0], trial.questions[0])
+    assert result.returncode == 0, result.stderr
+    assert trial.is_right(0, result.stdout.decode())
+
+    result = run("ask", trial.pictures[1], trial.questions[1], "--json")
+    answer = json.loads(result.stdout)
+    assert trial.is_right(1, answer["answer"]) and answer["model"] == "tiny" and answer["image_tokens"] == 128
+
+
 class TestChat:
+    def test_tiny_remembers_the_picture(self, trial):
+        questions = [trial.questions[0], "/new", trial.questions[0], trial.questions[0]]
+        result = run("chat", trial.pictures[0], input="\n".join([*questions, ""]).encode())
+        answers = result.stdout.decode().splitlines()
+        assert len(answers) == 3 and all(trial.is_right(0, answer) for answer in answers), result.stderr
+        assert result.stderr.decode().count("100%") == 1
+
     def test_several_turns_about_a_picture_that_is_encoded_once(self, converted):
         questions = ["What is on the table?", "And beside it?"]
         result = run("chat", COFFEE, "--model", converted, *OPTIONS, input="\n".join([*questions, ""]).encode())

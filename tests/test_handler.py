@@ -114,25 +114,21 @@ class TestHubClient:
     @pytest.mark.parametrize("index", [0, 1])
     def test_visual_question_answering(self, client, trial, index):
         (answer,) = client.visual_question_answering(str(trial.pictures[index]), trial.questions[index])
-        # The client can't say how long the answer may be.
-        assert 0 <= answer.score <= 1
-        if not trial.is_right(index, answer.answer):
-            start = " ".join(answer.answer.split()[:NEW_TOKENS])
-            assert trial.is_right(index, start)
+        assert trial.is_right(index, answer.answer) and 0 <= answer.score <= 1
 
     def test_chat_completion(self, client, trial):
-        image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{encoded(trial)}"}}
+        image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{encoded(trial)}"}}
         content = [image, {"type": "text", "text": trial.questions[0]}]
         reply = client.chat_completion([{"role": "user", "content": content}], max_tokens=NEW_TOKENS, temperature=0)
         assert trial.is_right(0, reply.choices[0].message.content)
-        assert reply.choices[0].finish_reason in ("length", "stop")
+        assert reply.choices[0].finish_reason == "stop"
         assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
-        assert 1 <= reply.usage.completion_tokens <= NEW_TOKENS and reply.usage.prompt_tokens > 60
+        assert 1 <= reply.usage.completion_tokens <= NEW_TOKENS and reply.usage.prompt_tokens > 128
 
 
 class TestShapes:
     def test_text_with_an_image(self, handler, trial):
-        for image in (encoded(trial), f"data:image/png;base64,{encoded(trial)}", Image.open(trial.pictures[0])):
+        for image in (encoded(trial), f"data:image/jpeg;base64,{encoded(trial)}", Image.open(trial.pictures[0])):
             request = {"inputs": trial.questions[0], "image": image, "parameters": PARAMETERS}
             (reply,) = handler(request)
             assert set(reply) == {"generated_text"} and trial.is_right(0, reply["generated_text"])
@@ -198,7 +194,7 @@ class TestShapes:
         image = {"type": "image", "base64": encoded(trial)}
         misses = handler.cache.misses
         with pytest.raises(
-            ValueError, match="40 images have 2400 tokens, the context 2048: pass fewer, or num_tokens=49"
+            ValueError, match="40 images have 5120 tokens, the context 2048: pass fewer, or num_tokens=49"
         ):
             handler({"messages": [{"role": "user", "content": [image] * 40}]})
         assert handler.cache.misses == misses

@@ -15,9 +15,6 @@ from huggingface_hub import ModelCard
 from mc_llava.convert import REMOTE_CODE
 
 
-QUESTION = "What is on the table?"
-
-
 def run(*arguments, cwd, python_path="") -> str:
     environment = {**os.environ, "PYTHONPATH": str(python_path)}
     result = subprocess.run(
@@ -49,29 +46,30 @@ def installed(clone, tmp_path_factory) -> Path:
     return folder / "site"
 
 
-def test_a_bare_clone_works(clone, checkpoint):
+def test_a_bare_clone_works(clone, trial):
     assert Path(run("-c", "import mc_llava; print(mc_llava.__file__)", cwd=clone).strip()).parent.parent == clone
-    command = ("-m", "mc_llava", "ask", "examples/coffee.jpg", QUESTION, "--max-new-tokens", 1)
-    run(*command, "--model", checkpoint, cwd=clone)
+    answer = run("-m", "mc_llava", "ask", f"examples/{trial.pictures[0].name}", trial.questions[0], cwd=clone)
+    assert trial.is_right(0, answer)
 
 
-def test_an_installed_wheel_works_away_from_the_checkout(installed, checkpoint, tmp_path):
+def test_an_installed_wheel_works_away_from_the_checkout(installed, trial, tmp_path):
     code = "import mc_llava; print(mc_llava.__file__, mc_llava.modeling_mc_llava.__file__)"
     files = run("-c", code, cwd=tmp_path, python_path=installed).split()
     assert [Path(file).parent for file in files] == [installed / "mc_llava"] * 2
-    photograph = ROOT / "examples" / "coffee.jpg"
-    command = ("-m", "mc_llava", "ask", photograph, QUESTION, "--max-new-tokens", 1)
-    run(*command, "--model", checkpoint, cwd=tmp_path, python_path=installed)
-    run("-m", "mc_llava", "convert", checkpoint, "model", cwd=tmp_path, python_path=installed)
+    command = ("-m", "mc_llava", "ask", trial.pictures[0], trial.questions[0])
+    assert trial.is_right(0, run(*command, cwd=tmp_path, python_path=installed))
+    run("-m", "mc_llava", "convert", "tiny", "model", cwd=tmp_path, python_path=installed)
     assert {path.name for path in (tmp_path / "model").iterdir()} > set(REMOTE_CODE)
 
 
 def test_the_wheel_carries_code_configurations_and_templates_once(installed):
     files = [path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()]
     names = [name.rsplit("/", 1)[-1] for name in files]
-    for name in (*REMOTE_CODE, "config.json", "generation_config.json", "processor_config.json"):
+    for name in REMOTE_CODE:
         assert names.count(name) == 1, name
-    assert "mc_llava/chat_template.jinja" in files
+    for folder in ("mc_llava", "mc_llava/tiny"):
+        for name in ("config.json", "generation_config.json", "processor_config.json", "chat_template.jinja"):
+            assert f"{folder}/{name}" in files
     assert not any("test" in name for name in files)
 
 
@@ -93,6 +91,7 @@ class TestReadme:
         code = "\n".join(block for block in blocks if "InferenceClient" not in block).replace('"cuda"', '"cpu"')
         for model in ("./MC-LLaVA-3b", "visheratin/MC-LLaVA-3b"):
             code = code.replace(f'"{model}"', f'"{converted}"')
+        code = code.replace('(".", subfolder', f'("{ROOT}", subfolder')
         shutil.copytree(ROOT / "examples", tmp_path / "examples")
         run("-c", code, cwd=tmp_path, python_path=ROOT)
 

@@ -49,7 +49,7 @@ def client(trial, tmp_path_factory):
 
 def messages(trial, index: int) -> list[dict]:
     picture = base64.b64encode(trial.pictures[index].read_bytes()).decode()
-    image = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}}
+    image = {"type": "image_url", "image_url": {"url": f"data:image/jpeg;base64,{picture}"}}
     return [{"role": "user", "content": [image, {"type": "text", "text": trial.questions[index]}]}]
 
 
