@@ -21,9 +21,10 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from mc_llava import FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, find_model
+from mc_llava import FeatureCache
 from mc_llava.crop_grid import draw_crop_grid
 from mc_llava.image_processing_mc_llava import load_image
+from mc_llava.loading import load_model, load_processor
 
 
 ROOT = Path(__file__).parent
@@ -44,10 +45,7 @@ class Demo:
     """A model and what the page asks of it. Knows nothing of Gradio but its error."""
 
     def __init__(self, model: str):
-        self.processor = MCLlavaProcessor.from_pretrained(model)
-        accelerator = torch.accelerator.current_accelerator()
-        device = "cpu" if accelerator is None else accelerator.type
-        self.model = MCLlavaForConditionalGeneration.from_pretrained(model, dtype="auto").to(device).eval()
+        self.processor, self.model = load_processor(model), load_model(model)
         self.cache = FeatureCache()
         self._measure_speed()
 
@@ -215,4 +213,4 @@ if __name__ == "__main__":
     examples = SCENES if model == "tiny" else PHOTOGRAPHS
     # Fonts of the visitor's own: nothing is fetched from elsewhere.
     theme = gr.themes.Default(font="sans-serif", font_mono="monospace")
-    build_page(Demo(find_model(model)), examples).launch(theme=theme, show_error=True, max_file_size=MAX_UPLOAD, ssr_mode=False)
+    build_page(Demo(model), examples).launch(theme=theme, show_error=True, max_file_size=MAX_UPLOAD, ssr_mode=False)

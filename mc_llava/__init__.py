@@ -8,7 +8,6 @@ from pathlib import Path
 if not (Path(__file__).parent / "modeling_mc_llava.py").exists():
     __path__.append(str(Path(__file__).parent.parent))
 
-from . import configuration_mc_llava
 from .configuration_mc_llava import MCLlavaConfig
 from .image_processing_mc_llava import MCLlavaImageProcessor
 from .modeling_mc_llava import EncodedImages, MCLlavaForConditionalGeneration
@@ -16,20 +15,10 @@ from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 
 
 __all__ = [
-    "TINY",
     "EncodedImages",
     "FeatureCache",
     "MCLlavaConfig",
     "MCLlavaForConditionalGeneration",
     "MCLlavaImageProcessor",
     "MCLlavaProcessor",
-    "find_model",
 ]
-
-# The checkpoint that comes along lies beside the remote code.
-TINY = Path(configuration_mc_llava.__file__).parent / "tiny"
-
-
-def find_model(name: str) -> str:
-    """What `from_pretrained` takes for a model's name: "tiny" is the one that comes along, all else is as it is."""
-    return str(TINY) if name == "tiny" else name

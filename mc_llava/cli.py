@@ -21,9 +21,9 @@ from .crop_grid import draw_crop_grid
 from .estimate import estimate as estimate_cost
 from .evaluation import Evaluator, compare, evaluate, score_table
 from .image_processing_mc_llava import Crop, MCLlavaImageProcessor, load_image
-from .loading import load, load_model
+from .loading import find_model, load, load_model, load_processor
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import FeatureCache, MCLlavaProcessor
+from .processing_mc_llava import FeatureCache
 from .tasks import TASKS
 
 
@@ -79,7 +79,7 @@ def ask(
     if not sources:
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
     images = [read_image(source) for source in sources]
-    processor = MCLlavaProcessor.from_pretrained(find_model(model))
+    processor = load_processor(model)
     knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
 
     crops = tokens = 0
@@ -134,7 +134,7 @@ def chat(
     The picture is encoded once. Earlier turns are remembered; /new forgets them.
     """
     picture = load_image(image)  # standard input is for questions
-    processor = MCLlavaProcessor.from_pretrained(find_model(model))
+    processor = load_processor(model)
     knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
     plan = processor.image_processor.plan(*picture.size, **knobs)
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
@@ -248,7 +248,7 @@ def train(
     if kind == "finetune":
         finetune = training.build_recipe(training.Recipe, values)
         if check:
-            rows = training.check(finetune, MCLlavaProcessor.from_pretrained(finetune.model))
+            rows = training.check(finetune, load_processor(finetune.model))
             say(f"{len(rows.good)} rows are good; {len(rows.broken)} are broken, named in {rows.report}")
         else:
             output = training.train(finetune)

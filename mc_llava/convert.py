@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from . import find_model, modeling_mc_llava
+from . import modeling_mc_llava
 from .configuration_mc_llava import MCLlavaConfig
+from .loading import find_model
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import MCLlavaProcessor
 

@@ -1,4 +1,4 @@
-"""A model from a folder or the Hub: how it is loaded, and what its results are known by."""
+"""A model by its name: where it lies, how it is loaded, and what its results are known by."""
 
 import hashlib
 from functools import partial
@@ -8,15 +8,23 @@ import torch
 from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from . import configuration_mc_llava
 from .configuration_mc_llava import MCLlavaConfig
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import MCLlavaProcessor
 
 
+# The checkpoint that comes along lies beside the remote code.
+TINY = Path(configuration_mc_llava.__file__).parent / "tiny"
 LOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # from a folder
 QUANTIZED = ("nf4", "int8", "int4")
 # The image's way into the language model and the answer's way out: few of the weights, and all answers pass them.
 WHOLE = ["model.vision_tower", "model.coord_embed", "model.multi_modal_projector", "lm_head"]
+
+
+def find_model(name: str) -> str:
+    """What `from_pretrained` takes for a model's name: "tiny" is the one that comes along, all else is as it is."""
+    return str(TINY) if name == "tiny" else name
 
 
 def load_model(
@@ -30,7 +38,7 @@ def load_model(
     A model that is ready to answer, from safetensors alone.
 
     Args:
-        path: a folder or a Hub id.
+        path: a folder, a Hub id or "tiny".
         dtype: "auto" is as the checkpoint was saved.
         device: an accelerator, if there is one, where None.
         revision: branch, tag or commit of a Hub id.
@@ -39,6 +47,7 @@ def load_model(
     Raises:
         ValueError: if `quantize` is unknown, or the package that it needs is missing.
     """
+    path = find_model(path)
     if device is None:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
@@ -75,7 +84,7 @@ def quantization(name: str, dtype: torch.dtype) -> QuantizationConfigMixin:
 
 
 def load_processor(path: str, revision: str | None = None) -> MCLlavaProcessor:
-    return MCLlavaProcessor.from_pretrained(path, revision=revision or "main")
+    return MCLlavaProcessor.from_pretrained(find_model(path), revision=revision or "main")
 
 
 def identify(path: str, revision: str | None = None) -> str:
@@ -83,6 +92,7 @@ def identify(path: str, revision: str | None = None) -> str:
     What a model's results are known by: the commit of a Hub id, a digest of a folder's weights, configurations,
     tokenizer and chat template.
     """
+    path = find_model(path)
     if not Path(path).is_dir():
         config = MCLlavaConfig.from_pretrained(path, revision=revision or "main")
         return getattr(config, "_commit_hash", None) or "unknown"

@@ -35,6 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .image_processing_mc_llava import load_image
+from .loading import load_model, load_processor
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import MCLlavaProcessor
 
@@ -405,11 +406,11 @@ def train(recipe: Recipe) -> Path:
         raise ValueError(
             f"{output} holds {Path(checkpoint).name}: set resume to go on from it, or name another output"
         )
-    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+    processor = load_processor(recipe.model)
     rows = check(recipe, processor)
 
     # 1. The model, and what of it learns.
-    model = MCLlavaForConditionalGeneration.from_pretrained(recipe.model, dtype=getattr(torch, recipe.dtype))
+    model = load_model(recipe.model, recipe.dtype, "cpu")
     context = model.config.text_config.max_position_embeddings
     if recipe.num_tokens[1] >= context:
         raise ValueError(
@@ -471,7 +472,7 @@ def train(recipe: Recipe) -> Path:
     # 3. A folder that `from_pretrained` reads, whatever was trained.
     weights = trainer.accelerator.get_state_dict(trainer.model)  # all processes give theirs
     if trainer.is_world_process_zero():
-        whole = MCLlavaForConditionalGeneration.from_pretrained(recipe.model, dtype=getattr(torch, recipe.dtype))
+        whole = load_model(recipe.model, recipe.dtype, "cpu")
         if lora is None:
             whole.load_state_dict(weights)
         else:

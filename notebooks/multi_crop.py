@@ -22,12 +22,13 @@ import matplotlib.pyplot as plt
 import torch
 from tqdm.auto import tqdm
 
-from mc_llava import FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, find_model, scenes
+from mc_llava import FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
 from mc_llava.crop_grid import draw_crop_grid
 from mc_llava.estimate import estimate
+from mc_llava.loading import find_model
 
 
-# The small checkpoint that comes along and knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
+# The small checkpoint that comes along knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
 MODEL = find_model(os.environ.get("MC_LLAVA_MODEL", "tiny"))
 NUM_SCENES = int(os.environ.get("NUM_SCENES", 40))
 device = "cuda" if torch.cuda.is_available() else "cpu"

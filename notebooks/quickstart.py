@@ -20,11 +20,12 @@ import random
 import torch
 from IPython.display import display
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, find_model, scenes
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
 from mc_llava.crop_grid import draw_crop_grid
+from mc_llava.loading import find_model
 
 
-# The small checkpoint that comes along and knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
+# The small checkpoint that comes along knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
 MODEL = find_model(os.environ.get("MC_LLAVA_MODEL", "tiny"))
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto").to(device)

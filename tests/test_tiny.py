@@ -12,8 +12,9 @@ from conftest import EXAMPLES, ROOT
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from mc_llava import TINY, scenes
-from mc_llava.evaluation import Evaluator, load
+from mc_llava import scenes
+from mc_llava.evaluation import Evaluator
+from mc_llava.loading import TINY, load
 from mc_llava.study import MAX_NEW_TOKENS, NAMES, markdown
 
 
