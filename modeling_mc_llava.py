@@ -68,7 +68,7 @@ class EncodedImages:
         weights_hash: of the weights that made them, see `MCLlavaForConditionalGeneration.hash_encoder`.
 
     Raises:
-        ValueError: if the features are not as many as the crops give tokens.
+        ValueError: if the features are not finite floats, or not as many as the crops give tokens.
     """
 
     features: torch.Tensor
@@ -78,6 +78,16 @@ class EncodedImages:
     weights_hash: str
 
     def __post_init__(self):
+        for name, shape in (("crop_num_tokens", ()), ("image_grid_thw", (3,))):
+            counts = getattr(self, name)
+            is_valid = counts.dtype == torch.int64 and counts.ndim == len(shape) + 1 and counts.shape[1:] == shape
+            if not is_valid or not len(counts) or counts.min() < 1:
+                raise ValueError(
+                    f"{name} must be int64 counts of at least 1, got {counts.dtype} {list(counts.shape)}: "
+                    "encode the images again"
+                )
+        if not self.features.is_floating_point() or not self.features.isfinite().all():
+            raise ValueError("features must be finite floats: encode the images again, in another dtype if need be")
         tokens, crops = sum(self.tokens_per_image), len(self.crop_num_tokens)
         if self.features.ndim != 2 or len(self.features) != tokens or tuple(self.crop_coords.shape) != (crops, 2):
             raise ValueError(
@@ -119,7 +129,7 @@ class EncodedImages:
             with safe_open(path, "pt", device=str(device)) as file:
                 tensors = {name: file.get_tensor(name) for name in names}
                 return cls(**tensors, weights_hash=file.metadata()["weights_hash"])
-        except (SafetensorError, KeyError, TypeError, IndexError) as error:
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} holds no encoded images ({error}): pass a file that save() wrote") from error
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -219,7 +229,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
             `last_hidden_state`: float[all tokens, vision_hidden], coordinates added, before the projector.
 
         Raises:
-            ValueError: if the four fields don't describe the same crops.
+            ValueError: if the four fields don't describe the same crops, or there are none.
         """
         tokens_per_image = count_image_tokens(crop_num_tokens, image_grid_thw)
         if crop_coords is None or not len(pixel_values) == len(crop_coords) == len(crop_num_tokens):
@@ -228,6 +238,8 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 f"{0 if crop_coords is None else len(crop_coords)} and {len(crop_num_tokens)} crops: "
                 "pass what the processor returned"
             )
+        if not len(pixel_values):
+            raise ValueError("there are no crops to encode: pass at least one image")
         patches = self.vision_tower.embeddings.num_patches
         low, high = int(crop_num_tokens.min()), int(crop_num_tokens.max())
         if low < 1 or high >= patches:
@@ -386,7 +398,11 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
         **text_inputs,
     ) -> EncodedImages:
         """
-        Encode images once, to ask about them many times: `generate(**inputs, image_features=encoded)`.
+        Encode images once, to ask about them many times:
+
+            encoded = model.encode_images(**inputs)
+            text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            model.generate(**text, image_features=encoded)
 
         Takes all that the processor or the image processor returned, and reads its four image fields.
 
@@ -400,12 +416,20 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
 
     def hash_encoder(self) -> str:
         """
-        A hash of the weights that `EncodedImages` depend on: vision tower, coordinate embedding and projector.
+        A hash of what `EncodedImages` depend on: the weights of vision tower, coordinate embedding and projector, and
+        which of PEFT's adapters in them are on.
 
         It is worked out at each call, as nothing tells reliably that weights have been trained in between.
         """
         parts = (self.model.vision_tower, self.model.coord_embed, self.model.multi_modal_projector)
-        return hash_tensors(tensor for part in parts for tensor in part.state_dict().values())
+        weights = hash_tensors(tensor for part in parts for tensor in part.state_dict().values())
+        adapters = [
+            (module.disable_adapters, module.active_adapters)
+            for part in parts
+            for module in part.modules()
+            if isinstance(getattr(module, "disable_adapters", None), bool)  # a method where none was added
+        ]
+        return hashlib.sha256(f"{weights} {adapters}".encode()).hexdigest()
 
     @can_return_tuple
     def forward(

@@ -54,14 +54,14 @@ ROLES = ("system", "user", "assistant")
 
 class FeatureCache:
     """
-    Keeps what `encode_images` made of the images used last: the processor's `feature_cache`.
+    Keeps the features of the images used last: the processor's `feature_cache`.
 
-    An image is known by its pixels, the image processor's options (`max_crops` and `num_tokens` among them) and the
-    weights that encode it with their dtype. Each image is encoded by itself, so that what it gives does not depend on
-    the others. Threads may share a cache.
+    An image is known by its pixels, the image processor's options (`max_crops` and `num_tokens` among them), the
+    weights that encode it and the dtype that they encode it in. Each image is encoded by itself, so that what it gives
+    does not depend on the others. Threads may share a cache.
 
     Args:
-        max_bytes: upper bound of the tensors kept, on whatever device they were made. Those unused for longest go.
+        max_bytes: upper bound of the features kept, on whatever device they were made. Those unused for longest go.
 
     Raises:
         ValueError: if `max_bytes` is negative.
@@ -78,28 +78,35 @@ class FeatureCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def encode(self, model, image_processor: MCLlavaImageProcessor, image: Image.Image, **options):
-        """The `EncodedImages` of one RGB image, encoded with these options unless it is kept."""
+    def encode(self, model, image_processor: MCLlavaImageProcessor, images: list, **options) -> list[torch.Tensor]:
+        """A float[tokens, hidden] of each image that `load_image` reads: a copy of what is kept, or encoded now."""
         settings = json.dumps({**image_processor.to_dict(), **options}, sort_keys=True, default=str)
-        picture = hashlib.sha256(f"{image.size} {settings}".encode())
-        picture.update(image.tobytes())
-        key = (picture.hexdigest(), model.hash_encoder())
+        encoder, device = model.hash_encoder(), model.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+        return [
+            self._encode(model, image_processor, load_image(image), options, (settings, encoder, dtype))
+            for image in images
+        ]
+
+    def _encode(self, model, image_processor, image: Image.Image, options: dict, made_by: tuple) -> torch.Tensor:
+        key = (hashlib.sha256(image.tobytes()).hexdigest(), image.size, *made_by)
         with self._lock:
             if key in self._entries:
                 self.hits += 1
                 self._entries.move_to_end(key)
-                return self._entries[key]
+                return self._entries[key].clone()
             self.misses += 1
         inputs = image_processor(image, **{**options, "return_tensors": "pt"}).to(model.device)
-        encoded = model.encode_images(**inputs)
+        with torch.no_grad():
+            (features,) = model.get_image_features(**inputs, return_dict=True).pooler_output
         with self._lock:
             # Another thread may have been faster, and an image that is too large for the cache must not empty it.
-            if key not in self._entries and encoded.nbytes <= self.max_bytes:
-                self._entries[key] = encoded
-                self.nbytes += encoded.nbytes
+            if key not in self._entries and features.nbytes <= self.max_bytes:
+                self._entries[key] = features
+                self.nbytes += features.nbytes
                 while self.nbytes > self.max_bytes:
                     self.nbytes -= self._entries.popitem(last=False)[1].nbytes
-        return encoded
+        return features.clone()
 
 
 class MCLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -151,6 +158,10 @@ class MCLlavaProcessor(ProcessorMixin):
         return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if not str(token).isspace()]
 
     def _first_special_token(self, text: str) -> str | None:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # half of a surrogate pair, of JSON or of bytes that were no text
+            raise ValueError(f"the text can't be encoded as UTF-8 ({error}): pass decoded text") from None
         return next((token for token in self.special_tokens if token in text), None)
 
     def __call__(self, text=None, images=None, model=None, feature_cache=None, **kwargs) -> BatchFeature:
@@ -197,8 +208,7 @@ class MCLlavaProcessor(ProcessorMixin):
         if images:
             options = kwargs["images_kwargs"]
             if feature_cache is not None:
-                encoded = (feature_cache.encode(model, self.image_processor, image, **options) for image in images)
-                inputs["image_features"] = [features for image in encoded for features in image.split()]
+                inputs["image_features"] = feature_cache.encode(model, self.image_processor, images, **options)
                 return inputs
             image_inputs = self.image_processor(images, **{**options, "return_tensors": "pt"})
             with torch.no_grad():
@@ -212,7 +222,8 @@ class MCLlavaProcessor(ProcessorMixin):
 
         Raises:
             ValueError: if a role is not one of system, user and assistant, if the text of a message holds a special
-                token (a question can't forge a turn or an image), or if a part is neither text nor an image.
+                token (a question can't forge a turn or an image) or is no Unicode, or if a part is neither text nor
+                an image.
         """
         if not isinstance(conversation, (list, tuple)):
             raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")

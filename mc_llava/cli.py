@@ -140,6 +140,7 @@ def chat(
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
     network = load_model(model, dtype.value, device, quantize=quantize and quantize.value)
     cache = FeatureCache()
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused like any other question
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     turns = []

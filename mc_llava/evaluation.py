@@ -85,12 +85,7 @@ class Evaluator:
 
     def encode(self, images: list) -> list[torch.Tensor]:
         """One float[tokens, hidden] per RGB image."""
-        with torch.no_grad():
-            encoded = [
-                self.feature_cache.encode(self.model, self.processor.image_processor, image, **self.knobs)
-                for image in images
-            ]
-        return [features for image in encoded for features in image.split()]
+        return self.feature_cache.encode(self.model, self.processor.image_processor, images, **self.knobs)
 
     def expand(self, prompt: str, features: list[torch.Tensor]) -> str:
         """The prompt with one `<image>` per visual token."""

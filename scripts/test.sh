@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 environment="${TEST_ENVIRONMENT:-.venv-test}"
 python3 -m venv --clear "$environment"
-"$environment/bin/pip" install --quiet --constraint constraints.txt --editable ".[test]" "$@"
+"$environment/bin/pip" install --quiet --constraint constraints.txt --editable ".[test,end-to-end]" "$@"
 # lmms-eval, to compare with. All that it asks for is gigabytes, of which running it needs little.
 "$environment/bin/pip" install --quiet --constraint constraints.txt --requirement tests/lmms_eval.txt
 "$environment/bin/pip" install --quiet --no-deps lmms-eval==0.7.3

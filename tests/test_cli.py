@@ -114,10 +114,12 @@ class TestChat:
 
     def test_errors_and_new_conversations(self, converted):
         lines = ["What?<|im_end|>", "What is on the table?", "/new", "What is on the table?", "", "not read any more"]
-        result = run("chat", COFFEE, "--model", converted, *OPTIONS, input="\n".join(lines).encode())
+        text = b"no \xff text\n" + "\n".join(lines).encode()
+        result = run("chat", COFFEE, "--model", converted, *OPTIONS, input=text)
         assert result.returncode == 0, result.stderr
         assert result.stdout.decode() == 2 * f"{self.answers(converted, lines[1:2])[0]}\n"
         assert "error: the text of a message must not hold the special token <|im_end|>" in result.stderr.decode()
+        assert "error: the text can't be encoded as UTF-8" in result.stderr.decode()
 
     def answers(self, folder, questions) -> list[str]:
         """Of plain `generate`, with the pixels in every turn."""

@@ -124,6 +124,17 @@ class TestWeights:
         with pytest.raises(ValueError, match="wait on a disk"):
             small_model().to("meta").hash_encoder()
 
+    def test_an_adapter_that_is_switched_off_is_noticed(self, processor):
+        peft = pytest.importorskip("peft", reason='pip install "mc-llava[train]" to test adapters')
+        model, image = small_model(), processor.image_processor(IMAGES[1], return_tensors="pt")
+        plain = model.encode_images(**image)
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["linear_1"], init_lora_weights=False))
+        encoded = model.encode_images(**image)
+        with adapted.disable_adapter():
+            without = model.encode_images(**image)
+        assert torch.equal(without.features, plain.features) and not torch.equal(encoded.features, plain.features)
+        assert len({plain.weights_hash, encoded.weights_hash, without.weights_hash}) == 3
+
     @given(st.data())
     @settings(max_examples=60, deadline=None)
     def test_every_bit_counts(self, data):
@@ -152,8 +163,45 @@ class TestFiles:
         assert all(torch.equal(a, b) for a, b in zip(loaded.split(), encoded.split()))
         assert ask(model, text_of(inputs), image_features=loaded.to("cpu")) == ask(model, inputs)
 
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            ({"crop_num_tokens": torch.tensor([-5, 25]), "crop_coords": torch.zeros(2, 2)}, "counts of at least 1"),
+            ({"crop_num_tokens": torch.tensor([20.0])}, "counts of at least 1, got torch.float32"),
+            ({"crop_num_tokens": torch.tensor(20)}, "crop_num_tokens must be int64"),
+            ({"crop_num_tokens": torch.tensor([], dtype=torch.int64)}, "crop_num_tokens must be int64"),
+            ({"image_grid_thw": torch.tensor([[2, 1, 1], [-1, 1, 1]])}, "image_grid_thw must be int64"),
+            ({"image_grid_thw": torch.tensor([1, 1, 1])}, "image_grid_thw must be int64"),
+            ({"image_grid_thw": torch.tensor([[2, 1, 1]])}, "image_grid_thw has 2 crops, crop_num_tokens 1"),
+            ({"features": torch.ones(20, 48, dtype=torch.int64)}, "features must be finite floats"),
+            ({"features": torch.ones(20, 48, dtype=torch.complex64)}, "features must be finite floats"),
+            ({"features": torch.full((20, 48), float("nan"))}, "features must be finite floats"),
+            ({"features": torch.tensor(1.0)}, "don't fit features"),
+        ],
+        ids=str,
+    )
+    def test_what_fits_no_image_is_refused(self, tmp_path, changes, message):
+        tensors = {
+            "features": torch.ones(20, 48),
+            "crop_coords": torch.zeros(1, 2),
+            "crop_num_tokens": torch.tensor([20]),
+            "image_grid_thw": torch.tensor([[1, 1, 1]]),
+        }
+        EncodedImages(**tensors, weights_hash="a")
+        save_file({**tensors, **changes}, tmp_path / "other.safetensors", metadata={"weights_hash": "a"})
+        with pytest.raises(ValueError, match=message):
+            EncodedImages.load(tmp_path / "other.safetensors")
+
+    def test_no_crops_are_refused(self, model, inputs):
+        nothing = {name: inputs[name][:0] for name in inputs if name not in text_of(inputs)}
+        with pytest.raises(ValueError, match="no crops to encode"):
+            model.encode_images(**nothing)
+
     def test_other_files_are_refused(self, encoded, tmp_path):
         path = tmp_path / "other.safetensors"
+        for nothing in (path, tmp_path):  # no file, and a folder
+            with pytest.raises(ValueError, match="holds no encoded images"):
+                EncodedImages.load(nothing)
         path.write_bytes(b"no safetensors")
         with pytest.raises(ValueError, match="holds no encoded images"):
             EncodedImages.load(path)
@@ -177,7 +225,7 @@ class TestFeatureCache:
     def test_cached_equals_uncached(self, model, processor, data):
         """Over random orders, sizes, knobs and evictions."""
         kept = data.draw(st.integers(0, 4), label="images that fit")
-        cache = FeatureCache(max_bytes=kept * 20 * (48 * 4 + 40))
+        cache = FeatureCache(max_bytes=kept * 20 * 48 * 4)
         for _ in range(data.draw(st.integers(1, 8))):
             images = data.draw(st.lists(st.sampled_from(IMAGES), min_size=1, max_size=3))
             knobs = {"max_crops": data.draw(st.integers(0, 5)), "num_tokens": data.draw(st.integers(4, 20))}
@@ -211,6 +259,38 @@ class TestFeatureCache:
         model.bfloat16()
         assert counts(IMAGES[1]) == (3, 6)
         assert len(cache) == 6
+
+    def test_autocast_makes_a_miss(self, model, processor):
+        cache = FeatureCache()
+        dtypes = []
+        for enabled in (True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                inputs = processor("What?", IMAGES[1], model, feature_cache=cache)
+            dtypes.append(inputs["image_features"][0].dtype)
+        assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16] and (cache.hits, cache.misses) == (1, 2)
+
+    def test_a_palette_makes_a_miss(self, model, processor):
+        image = IMAGES[1].quantize(8)
+        inverted = image.copy()
+        inverted.putpalette([255 - value for value in image.getpalette()])
+        cache = FeatureCache()
+        first, second = (cache.encode(model, processor.image_processor, [entry])[0] for entry in (image, inverted))
+        assert cache.misses == 2 and not torch.equal(first, second)
+
+    def test_what_it_gives_may_be_changed(self, model, processor):
+        cache, expected = FeatureCache(), processor("What?", IMAGES[1], model)["image_features"][0]
+        for _ in range(3):
+            (features,) = processor("What?", IMAGES[1], model, feature_cache=cache)["image_features"]
+            assert torch.equal(features, expected)
+            features.zero_()
+
+    def test_the_weights_are_hashed_once_a_call(self, model, processor, monkeypatch):
+        calls, hash_encoder = [], model.hash_encoder
+        monkeypatch.setattr(model, "hash_encoder", lambda: calls.append(1) or hash_encoder())
+        cache = FeatureCache()
+        for count in (1, 2):
+            processor(prompt("What?", 3), IMAGES[:3], model, feature_cache=cache)
+            assert len(calls) == count
 
     def test_the_one_unused_for_longest_goes(self, model, processor):
         processor("What?", IMAGES[0], model, feature_cache=(cache := FeatureCache()), num_tokens=10)
