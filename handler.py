@@ -3,16 +3,18 @@ For Hugging Face's Inference Endpoints, which find this file in a model folder a
 
     {"inputs": "What is it?", "image": ...}               -> [{"generated_text": "..."}]
     {"inputs": {"question": "What is it?", "image": ...}} -> [{"answer": "...", "score": 0.9}]
-    {"question": "What is it?", "image": ...}             -> [{"answer": "...", "score": 0.9}]
-    {"messages": [...]}                                   -> {"object": "chat.completion", "choices": [...], ...}
+    {"inputs": {"messages": [...]}}                       -> {"object": "chat.completion", "choices": [...], ...}
 
-An image is base64 text, a data URI or a URL; `parameters` may hold `OPTIONS`. Anything else is a ValueError, which an
-endpoint answers with status 400 and `{"error": "..."}`.
+What stands in `inputs` may also stand beside or without it, though endpoints themselves pass on only what has
+`inputs`, and only with the task "custom" leave the image to this file. An image is base64 text, a data URI or a URL;
+`parameters` may hold `OPTIONS`. Anything else is a ValueError, which an endpoint answers with status 400 and
+`{"error": "..."}`.
 
 URLs are fetched only with the environment variable `ALLOW_IMAGE_URLS=1`, and never from addresses that are not public.
 """
 
 import base64
+import contextlib
 import http.client
 import importlib
 import io
@@ -20,24 +22,40 @@ import ipaddress
 import os
 import socket
 import ssl
+import string
+import threading
 import time
 import uuid
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import quote, urljoin, urlsplit
 
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 
 KNOBS = ("max_crops", "num_tokens")
-OPTIONS = (*KNOBS, "max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "repetition_penalty")
+# Whole numbers or any, from the least to the greatest that make sense.
+NUMBERS = {
+    "max_new_tokens": (int, 1, 10**6),
+    "temperature": (float, 0.01, 100),  # or 0, for the likeliest answer
+    "top_k": (int, 0, 10**6),
+    "top_p": (float, 0, 1),
+    "repetition_penalty": (float, 0.01, 100),
+}
+OPTIONS = (*KNOBS, "do_sample", *NUMBERS)
 # OpenAI's names, and what its clients send that changes nothing here.
 CHAT_OPTIONS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 IGNORED = {"model", "user", "stream", "id"}
 MAX_NEW_TOKENS = 200  # unless asked for otherwise
-MAX_IMAGE_BYTES = 32 * 2**20
-FETCH_SECONDS = 20  # of all redirects together
+# Of one request:
+MAX_TEXT = 100_000  # characters
+MAX_IMAGES = 16
+MAX_PIXELS = 100_000_000  # of all images together
+MAX_IMAGE_BYTES = 32 * 2**20  # of each
+FETCH_SECONDS = 20  # of an image, all redirects together
 MAX_REDIRECTS = 5
 CACHE_BYTES = 256 * 2**20
+NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses, seen through a translator
 
 
 class EndpointHandler:
@@ -45,58 +63,69 @@ class EndpointHandler:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(path, trust_remote_code=True, dtype="auto")
-        self.model = model.to(device).eval()
-        code = importlib.import_module(type(self.processor).__module__)
-        self.load_image, self.cache = code.load_image, code.FeatureCache(CACHE_BYTES)
+        options = {"trust_remote_code": True, "dtype": "auto", "use_safetensors": True}
+        self.model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device).eval()
+        self.cache = importlib.import_module(type(self.processor).__module__).FeatureCache(CACHE_BYTES)
+        images = importlib.import_module(type(self.processor.image_processor).__module__)
+        self.load_image, self.open_image = images.load_image, images.open_image
 
     def __call__(self, data: dict) -> list[dict] | dict:
         """
         Answer a request.
 
         Raises:
-            ValueError: if the request is none of those above, an option is unknown or out of range, or an image can't
-                be read or may not be fetched.
+            ValueError: if the request is none of those above, a name or an option is unknown or out of range, it holds
+                too much, or an image can't be read or may not be fetched.
         """
         if not isinstance(data, dict):
             raise ValueError(f"a request must be an object, got {type(data).__name__}")
+        if isinstance(inputs := data.get("inputs"), dict):
+            rest = {name: value for name, value in data.items() if name != "inputs"}
+            parameters = {**self._parameters(data), **self._parameters(inputs)}
+            data = {**rest, **inputs, "parameters": parameters}
         inputs = data.get("inputs")
         if "messages" in data or isinstance(inputs, list):
             return self._chat(data)
-        if isinstance(inputs, dict):
-            if "messages" in inputs:
-                return self._chat({**data, **inputs})
-            return self._answer(inputs, data)
-        if "question" in data:  # the hub's client then sends the image as inputs, too
-            return self._answer(data, data)
+        if "question" in data or ("text" in data and inputs is None):
+            return self._answer(data)
         if isinstance(inputs, str) and "image" in data:
-            reply, _ = self._generate(self._ask(inputs, data["image"]), data.get("parameters"))
+            check_names(data, {"inputs", "image", "parameters"})
+            reply, _ = self._generate(self._ask(inputs, data["image"]), self._parameters(data))
             return [{"generated_text": reply}]
         raise ValueError(
-            "pass a question as inputs and an image, or {question, image} as inputs or by themselves, or messages; "
+            "pass a question as inputs and an image, or {question, image} or {messages} as inputs; "
             f"got {', '.join(sorted(map(str, data))) or 'nothing'}"
         )
 
-    def _answer(self, asked: dict, data: dict) -> list[dict]:
-        question = asked.get("question", asked.get("text"))
-        if not isinstance(question, str) or "image" not in asked:
-            raise ValueError(f"pass a question (a string) and an image, got {', '.join(sorted(map(str, asked)))}")
-        reply, outcome = self._generate(self._ask(question, asked["image"]), data.get("parameters"))
+    def _answer(self, data: dict) -> list[dict]:
+        check_names(data, {"question", "text", "image", "inputs", "parameters"})
+        question, image = data.get("question", data.get("text")), data.get("image")
+        if not isinstance(question, str) or image is None:
+            raise ValueError(f"pass a question (a string) and an image, got {', '.join(sorted(data))}")
+        if data.get("inputs", image) != image:  # the hub's client sends the image as inputs, too
+            raise ValueError("inputs must be the image where a question stands beside them: leave them out")
+        parameters = dict(self._parameters(data))
+        if parameters.pop("top_k", None) not in (None, 1):  # as the hub's client means it
+            raise ValueError("top_k is the number of answers to return here, and there is only one: leave it out")
+        reply, outcome = self._generate(self._ask(question, image), parameters)
         return [{"answer": reply, "score": outcome["probability"]}]
 
     def _chat(self, data: dict) -> dict:
+        if data.get("messages") is not None and data.get("inputs"):
+            raise ValueError("pass either messages or inputs, not both")
         messages = data.get("messages", data.get("inputs"))
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise ValueError("messages must be a list of objects with role and content")
         if data.get("stream"):
             raise ValueError("an endpoint's handler can't stream: pass stream=false, or run `transformers serve`")
-        rest = {name: value for name, value in data.items() if name not in {"messages", "inputs", "parameters"}}
-        options = {
-            CHAT_OPTIONS.get(name, name): value
-            for name, value in {**rest, **self._parameters(data.get("parameters"))}.items()
-            if value is not None and name not in IGNORED
-        }
-        conversation = [{**message, "content": self._content(message.get("content"))} for message in messages]
+        options = {}
+        for name, value in (*data.items(), *self._parameters(data).items()):
+            if value is not None and name not in {"messages", "inputs", "parameters", *IGNORED}:
+                name = CHAT_OPTIONS.get(name, name)
+                if name in options and options[name] != value:
+                    raise ValueError(f"{name} is given twice, as {options[name]!r:.100} and {value!r:.100}")
+                options[name] = value
+        conversation = [self._message(message) for message in messages]
         reply, outcome = self._generate(conversation, options)
         return {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -115,69 +144,101 @@ class EndpointHandler:
         }
 
     def _ask(self, question: str, image) -> list[dict]:
-        content = [{"type": "image", "image": self._read(image)}, {"type": "text", "text": question}]
-        return [{"role": "user", "content": content}]
+        return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
 
-    def _content(self, content) -> list[dict] | str:
-        """A message's content with its images loaded. A part may name no file: it would be read here."""
-        if not isinstance(content, list):
-            return content
-        parts = []
-        for part in content:
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind == "image_url":
-                image = part.get("image_url")
-                parts.append(
-                    {"type": "image", "image": self._read(image.get("url") if isinstance(image, dict) else image)}
-                )
-            elif kind == "image":
-                source = next((part[name] for name in ("image", "url", "base64") if name in part), None)
-                parts.append({"type": "image", "image": self._read(source)})
-            else:
-                parts.append(part)
-        return parts
+    def _message(self, message: dict) -> dict:
+        check_names({name for name, value in message.items() if value is not None}, {"role", "content"})
+        content = message.get("content")
+        if isinstance(content, list):
+            content = [self._part(part) for part in content]
+        return {"role": message.get("role"), "content": content}
 
-    def _read(self, image):
-        """An RGB image of base64 text, a data URI, a URL, or what the endpoint decoded."""
-        if not isinstance(image, str):
-            if isinstance(image, bytes) or hasattr(image, "getpixel"):  # a picture sent as such
-                return self.load_image(image)
+    def _part(self, part):
+        """A part of a message as the processor takes it. It may name no file, which would be read here."""
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image_url":
+            check_names(part, {"type", "image_url"})
+            source = part.get("image_url")
+            if isinstance(source, dict):
+                check_names(source, {"url", "detail"})
+                source = source.get("url")
+            return {"type": "image", "image": source}
+        if kind == "image":
+            check_names(part, {"type", "image", "url", "base64"})
+            sources = [part[name] for name in part if name != "type"]
+            if len(sources) != 1:
+                raise ValueError(f"an image part must have one of image, url and base64, got {len(sources)} of them")
+            return {"type": "image", "image": sources[0]}
+        if kind == "text":
+            check_names(part, {"type", "text"})
+        return part
+
+    def _load(self, conversation: list[dict]) -> list[Image.Image]:
+        """Put RGB pictures in the places of what a request sent. None is decoded before all are known to be small."""
+        contents = [turn["content"] for turn in conversation]
+        parts = [part for content in contents if isinstance(content, list) for part in content]
+        parts = [part for part in parts if isinstance(part, dict)]
+        texts = [content for content in contents if isinstance(content, str)]
+        texts += [part["text"] for part in parts if isinstance(part.get("text"), str)]
+        if (length := sum(map(len, texts))) > MAX_TEXT:
+            raise ValueError(f"a request may have {MAX_TEXT} characters of text, got {length}: shorten it")
+        parts = [part for part in parts if part.get("type") == "image"]
+        if len(parts) > MAX_IMAGES:
+            raise ValueError(f"a request may have {MAX_IMAGES} images, got {len(parts)}: pass fewer")
+        opened = [self._open(part["image"]) for part in parts]
+        if (pixels := sum(image.width * image.height for image in opened)) > MAX_PIXELS:
+            raise ValueError(f"a request's images may have {MAX_PIXELS} pixels in all, got {pixels}: resize them")
+        for part, image in zip(parts, opened):
+            part["image"] = self.load_image(image)
+        return [part["image"] for part in parts]
+
+    def _open(self, image) -> Image.Image:
+        """An image of base64 text, a data URI, a URL, or what the endpoint decoded. Only its header is read."""
+        if hasattr(image, "getpixel"):
+            return image
+        if isinstance(image, bytes):
+            content = image
+        elif not isinstance(image, str):
             raise ValueError(f"an image must be base64 text, a data URI or a URL, got {type(image).__name__}")
-        if image.lower().startswith(("http://", "https://")):
+        elif image.lower().startswith(("http://", "https://")):
             if os.environ.get("ALLOW_IMAGE_URLS") != "1":
                 raise ValueError("this endpoint fetches no URLs (ALLOW_IMAGE_URLS=1 would): send the image as base64")
-            return self.load_image(fetch(image))
-        if len(image) > MAX_IMAGE_BYTES * 4 // 3 + 100:
-            raise ValueError(f"an image may have {MAX_IMAGE_BYTES} bytes, got {len(image) * 3 // 4}: resize it")
-        header, comma, text = image.partition(",")
-        try:
-            return self.load_image(base64.b64decode("".join((text if comma else header).split()), validate=True))
-        except ValueError as error:
-            raise ValueError(f"the image can't be read as base64 of an image ({error})") from None
+            content = fetch(image)
+        else:
+            if len(image) > MAX_IMAGE_BYTES * 4 // 3 + 100:
+                raise ValueError(f"an image may have {MAX_IMAGE_BYTES} bytes, got {len(image) * 3 // 4}: resize it")
+            header, comma, text = image.partition(",")
+            try:
+                content = base64.b64decode("".join((text if comma else header).split()), validate=True)
+            except ValueError as error:
+                raise ValueError(f"the image can't be read as base64 ({error}): encode its file") from None
+        return self.open_image(io.BytesIO(content), f"an image of {len(content)} bytes")
 
     @staticmethod
-    def _parameters(parameters) -> dict:
-        if not isinstance(parameters or {}, dict):
+    def _parameters(data: dict) -> dict:
+        parameters = data.get("parameters")
+        if not isinstance(parameters, (dict, type(None))):
             raise ValueError(f"parameters must be an object, got {type(parameters).__name__}")
         return parameters or {}
 
-    def _generate(self, conversation: list[dict], parameters) -> tuple[str, dict]:
-        options = {name: value for name, value in self._parameters(parameters).items() if value is not None}
-        if unknown := sorted(set(options) - set(OPTIONS)):
-            raise ValueError(f"unknown parameters {', '.join(unknown)}: there are {', '.join(OPTIONS)}")
-        for name, value in options.items():
-            kind = bool if name == "do_sample" else (int, float)
-            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-                raise ValueError(
-                    f"{name} must be {'true or false' if kind is bool else 'a number'}, got {value!r:.100}"
-                )
-        knobs = {name: options.pop(name) for name in KNOBS if name in options}
+    def _generate(self, conversation: list[dict], parameters: dict) -> tuple[str, dict]:
+        options = {name: value for name, value in parameters.items() if value is not None}
+        check_names(options, set(OPTIONS))
         if options.get("temperature") == 0:  # as OpenAI's clients ask for the likeliest answer
             del options["temperature"]
+        if not isinstance(options.get("do_sample", False), bool):
+            raise ValueError(f"do_sample must be true or false, got {options['do_sample']!r:.100}")
+        for name in NUMBERS.keys() & options.keys():
+            value, (kind, low, high) = options[name], NUMBERS[name]
+            accepted = int if kind is int else (int, float)
+            if isinstance(value, bool) or not isinstance(value, accepted) or not low <= value <= high:
+                number = "an integer" if kind is int else "a number"
+                raise ValueError(f"{name} must be {number} from {low} to {high}, got {value!r:.100}")
+            options[name] = kind(value)
+        knobs = {name: options.pop(name) for name in KNOBS if name in options}
         options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": "temperature" in options, **options}
 
-        parts = [part for turn in conversation if isinstance(turn["content"], list) for part in turn["content"]]
-        images = [part["image"] for part in parts if isinstance(part, dict) and "image" in part]
+        images = self._load(conversation)
         limit = self.model.config.text_config.max_position_embeddings
         plans = [self.processor.image_processor.plan(*image.size, **knobs) for image in images]
         if (tokens := sum(crop.num_tokens for plan in plans for crop in plan)) >= limit:  # before any is encoded
@@ -210,6 +271,12 @@ class EndpointHandler:
         }
 
 
+def check_names(given, known: set[str]):
+    """ValueError for what nobody reads."""
+    if unknown := sorted(str(name) for name in set(given) - known):
+        raise ValueError(f"unknown {', '.join(unknown)}: there are {', '.join(sorted(known))}")
+
+
 def fetch(url: str) -> bytes:
     """
     The bytes behind a URL of a public address, which is looked up once and then connected to as it was checked.
@@ -224,14 +291,18 @@ def fetch(url: str) -> bytes:
             raise ValueError(f"{url[:200]} is no http(s) URL")
         try:
             port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            connection = http.client.HTTPConnection(parts.hostname, port, timeout=_seconds_left(deadline))
+            connection = http.client.HTTPConnection(parts.hostname, port)
             stream = connection.sock = _connect(parts.hostname, port, parts.scheme == "https", deadline)
+            # A socket's own timeout begins anew with each byte: whoever sends drop by drop is hung up on.
+            timer = threading.Timer(_seconds_left(deadline), _hang_up, [stream])
+            timer.start()
             try:
-                target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+                target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), string.punctuation)
                 connection.request("GET", target, headers={"User-Agent": "mc-llava"})
                 response = connection.getresponse()
                 if response.status in (301, 302, 303, 307, 308):
-                    url = urljoin(url, response.headers.get("Location", ""))
+                    location = quote(response.headers.get("Location", ""), string.punctuation, encoding="latin-1")
+                    url = urljoin(url, location)
                     continue
                 if response.status != 200:
                     raise ValueError(f"{url[:200]} answered {response.status} {response.reason}")
@@ -240,25 +311,40 @@ def fetch(url: str) -> bytes:
                     content.write(chunk)
                     if content.tell() > MAX_IMAGE_BYTES:
                         raise ValueError(f"{url[:200]} holds more than {MAX_IMAGE_BYTES} bytes: resize the image")
-                    stream.settimeout(_seconds_left(deadline))
+                _seconds_left(deadline)  # who was hung up on looks as if that were all
                 return content.getvalue()
             finally:
+                timer.cancel()
                 connection.close()
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:
+            _seconds_left(deadline)
             raise ValueError(f"{url[:200]} can't be fetched: {error}") from error
     raise ValueError(f"{url[:200]} was redirected more than {MAX_REDIRECTS} times")
+
+
+def _hang_up(stream: socket.socket):
+    with contextlib.suppress(OSError):  # it may be closed by now
+        socket.socket.shutdown(stream, socket.SHUT_RDWR)  # TLS's own would change what another thread reads from
 
 
 def _connect(host: str, port: int, is_encrypted: bool, deadline: float) -> socket.socket:
     addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     for address in addresses:
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        if not ip.is_global or ip.is_multicast:
+        if not _is_public(address):
             raise ValueError(f"{host} is {address}, which is not a public address: images come from public ones only")
     connection = socket.create_connection((addresses[0], port), timeout=_seconds_left(deadline))
     if not is_encrypted:
         return connection
     return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
+
+
+def _is_public(address: str) -> bool:
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if ip.version == 6:  # may stand for an address of version 4
+        inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip.ipv4_mapped or ip.sixtofour
+        ip = inner or ip
+    is_special = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
+    return ip.is_global and not is_special
 
 
 def _seconds_left(deadline: float) -> float:

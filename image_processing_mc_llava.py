@@ -194,15 +194,24 @@ def _download(url: str) -> io.BytesIO:
 
 
 def _decode(file, name: str) -> Image.Image:
-    Image.init()
     with file:
-        try:
-            image = Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN])
-        except Image.DecompressionBombError as error:
-            raise ValueError(f"{name} is too large: {error} Resize it first") from None
-        except Exception:  # Pillow's plugins raise whatever a broken header makes them stumble over
-            raise ValueError(f"{name} is not an image that can be read: save it as PNG or JPEG") from None
-        return _to_rgb(image, name)
+        return _to_rgb(open_image(file, name), name)
+
+
+def open_image(file, name: str) -> Image.Image:
+    """
+    An image of which no more than the header has been read: `load_image` takes it.
+
+    Raises:
+        ValueError: if the file is none of `FORMATS`, or has more pixels than Pillow opens.
+    """
+    Image.init()
+    try:
+        return Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN])
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large: {error} Resize it first") from None
+    except Exception:  # Pillow's plugins raise whatever a broken header makes them stumble over
+        raise ValueError(f"{name} is not an image that can be read: save it as PNG or JPEG") from None
 
 
 def _check_size(width: int, height: int, name: str):

@@ -23,7 +23,8 @@ REMOTE_CODE = (
     "processing_mc_llava.py",
     "modeling_mc_llava.py",
 )
-HANDLER = "handler.py"  # of Inference Endpoints, which run it where they find it
+# Inference Endpoints run the one and install the other where they find them.
+ENDPOINT = ("handler.py", "requirements.txt")
 
 
 def convert(source: str, target: str, revision: str | None = None, push_to_hub: str | None = None) -> Path:
@@ -60,7 +61,7 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
         _copy_weights(folder, unfinished)
         _load_and_save(folder, unfinished)
         code = Path(modeling_mc_llava.__file__).parent
-        for name in (*REMOTE_CODE, HANDLER):
+        for name in (*REMOTE_CODE, *ENDPOINT):
             shutil.copyfile(code / name, unfinished / name)
         target.mkdir(parents=True, exist_ok=True)
         for path in unfinished.iterdir():
