@@ -15,7 +15,9 @@ from pathlib import Path
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
 try:
     import gradio as gr
-except ImportError:
+except ModuleNotFoundError as error:
+    if error.name != "gradio":
+        raise
     raise SystemExit('app.py needs Gradio: pip install "mc-llava[app]"') from None
 import torch
 from PIL import Image
@@ -73,7 +75,7 @@ class Demo:
         if path is None:
             return None, ""
         try:
-            picture = load_image(path)
+            picture = load_upload(path)
             plan = self.processor.image_processor.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
@@ -90,7 +92,7 @@ class Demo:
     def answer(
         self,
         path: str | None,
-        question: str,
+        question: str | None,
         max_crops: int,
         num_tokens: int,
         max_new_tokens: int,
@@ -102,11 +104,11 @@ class Demo:
         try:
             if path is None:
                 raise ValueError("there is no picture yet: upload one or pick an example")
-            if not question.strip():
+            if not (question := (question or "").strip()):
                 raise ValueError("there is no question yet: type one")
             misses = self.cache.misses
             start = time.perf_counter()
-            content = [{"type": "image", "image": load_image(path)}, {"type": "text", "text": question.strip()}]
+            content = [{"type": "image", "image": load_upload(path)}, {"type": "text", "text": question}]
             inputs = self.processor.apply_chat_template(
                 [{"role": "user", "content": content}],
                 add_generation_prompt=True,
@@ -160,6 +162,20 @@ class Demo:
             raise errors[0]
 
 
+def load_upload(path: str) -> Image.Image:
+    """A picture by its bytes: errors must not name where it lies on the server."""
+    return load_image(Path(path).read_bytes())
+
+
+class Upload(gr.Image):
+    """Hands on where the file lies. Gradio's own opens it first, and shows why it can't with that place."""
+
+    is_template = True  # for Gradio: it looks as its base
+
+    def preprocess(self, payload) -> str | None:
+        return None if payload is None else payload.path
+
+
 def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
     defaults = demo.processor.image_processor
     context = demo.model.config.text_config.max_position_embeddings
@@ -167,13 +183,7 @@ def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
         gr.Markdown("# MC-LLaVA\nAsk about a picture. The model looks at all of it and at a grid of crops.")
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(
-                    label="Picture",
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    elem_id="picture",
-                )
+                picture = Upload(label="Picture", sources=["upload", "clipboard"], elem_id="picture")
                 question = gr.Textbox(label="Question", placeholder="What is on the table?", elem_id="question")
                 ask = gr.Button("Ask", variant="primary", elem_id="ask")
                 answer = gr.Textbox(label="Answer", lines=3, elem_id="answer")
@@ -187,8 +197,9 @@ def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
                     elem_id="grid",
                 )
                 cost = gr.Markdown(elem_id="cost")
-                max_crops = gr.Slider(0, 100, defaults.max_crops, step=1, label="max_crops", elem_id="max_crops")
-                num_tokens = gr.Slider(1, context, defaults.num_tokens, step=1, label="num_tokens", elem_id="tokens")
+                most = max(100, defaults.max_crops), max(context, defaults.num_tokens)
+                max_crops = gr.Slider(0, most[0], defaults.max_crops, step=1, label="max_crops", elem_id="max_crops")
+                num_tokens = gr.Slider(1, most[1], defaults.num_tokens, step=1, label="num_tokens", elem_id="tokens")
                 with gr.Accordion("Sampling", open=False):
                     max_new_tokens = gr.Slider(1, 512, 200, step=1, label="Longest answer in tokens")
                     temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: the likeliest word)")

@@ -5,34 +5,38 @@
 # crops show smaller things, and cost time in the vision tower; more tokens cost room in the prompt.
 
 # %%
-# What Colab lacks. The repository is the model's own; weights but the small ones are fetched by `from_pretrained`.
+# What Colab lacks. The repository is the model's own: all of it is fetched but the weights in its root, 6.4 GB.
 import importlib.util
 
+from huggingface_hub import snapshot_download
 from IPython import get_ipython
 
 
 if importlib.util.find_spec("mc_llava") is None:
-    get_ipython().run_line_magic("pip", "install --quiet git+https://huggingface.co/visheratin/MC-LLaVA-3b matplotlib")
+    folder = snapshot_download("visheratin/MC-LLaVA-3b", local_dir="MC-LLaVA", ignore_patterns=["model*.safetensors"])
+    get_ipython().run_line_magic("pip", f"install --quiet {folder} matplotlib")
 
 # %%
 import os
 import random
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import Image, display
 from tqdm.auto import tqdm
 
 from mc_llava import FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
 from mc_llava.crop_grid import draw_crop_grid
 from mc_llava.estimate import estimate
-from mc_llava.loading import find_model
+from mc_llava.loading import TINY, find_model
 
 
 # The small checkpoint that comes along knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
 MODEL = find_model(os.environ.get("MC_LLAVA_MODEL", "tiny"))
 NUM_SCENES = int(os.environ.get("NUM_SCENES", 40))
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto").to(device)
+model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto", use_safetensors=True).to(device)
 processor = MCLlavaProcessor.from_pretrained(MODEL)
 MAX_CROPS = (0, 4, 16, 32)
 MOST_TOKENS = processor.image_processor.num_tokens
@@ -84,7 +88,18 @@ for num_tokens in (MOST_TOKENS // 4, MOST_TOKENS // 2, MOST_TOKENS):
     print(f"num_tokens={num_tokens}: {len(plan)} crops with {plan[0].num_tokens} tokens or more: {reply}")
 
 # %% [markdown]
-# ## A small study
+# ## The study
+#
+# `mc-llava study` asked `tiny` 500 questions of each kind, and drew this.
+
+# %%
+for folder in (Path("MC-LLaVA"), TINY.parent):  # as the first cell fetched it, or a clone
+    if (plot := folder / "docs" / "study_crops.png").exists():
+        display(Image(plot))
+        break
+
+# %% [markdown]
+# ## A small study of one's own
 #
 # One question of each kind about scenes that no training saw: the share of right answers, and what the crops cost.
 

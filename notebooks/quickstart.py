@@ -4,14 +4,16 @@
 # The model reads a picture as a whole and as a grid of overlapping crops, and keeps a few tokens of each.
 
 # %%
-# What Colab lacks. The repository is the model's own; weights but the small ones are fetched by `from_pretrained`.
+# What Colab lacks. The repository is the model's own: all of it is fetched but the weights in its root, 6.4 GB.
 import importlib.util
 
+from huggingface_hub import snapshot_download
 from IPython import get_ipython
 
 
 if importlib.util.find_spec("mc_llava") is None:
-    get_ipython().run_line_magic("pip", "install --quiet git+https://huggingface.co/visheratin/MC-LLaVA-3b")
+    folder = snapshot_download("visheratin/MC-LLaVA-3b", local_dir="MC-LLaVA", ignore_patterns=["model*.safetensors"])
+    get_ipython().run_line_magic("pip", f"install --quiet {folder}")
 
 # %%
 import os
@@ -28,7 +30,7 @@ from mc_llava.loading import find_model
 # The small checkpoint that comes along knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
 MODEL = find_model(os.environ.get("MC_LLAVA_MODEL", "tiny"))
 device = "cuda" if torch.cuda.is_available() else "cpu"
-model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto").to(device)
+model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto", use_safetensors=True).to(device)
 processor = MCLlavaProcessor.from_pretrained(MODEL)
 
 # %% [markdown]

@@ -1,5 +1,7 @@
 """The Space in a real browser: Debian's chromium, headless, driven by Playwright."""
 
+import importlib
+import json
 import os
 import re
 import socket
@@ -107,6 +109,13 @@ def grid_of(page, crops: int) -> str:
     return page.locator("#grid img").get_attribute("src")
 
 
+def move_to_the_left(page, name: str):
+    """The slider itself, by its keys."""
+    slider = page.locator(f"#{name} input[type=range]")
+    slider.focus()
+    slider.press("Home")
+
+
 def set_knob(page, name: str, value: int):
     number = page.locator(f"#{name} input[type=number]")
     number.fill(str(value))
@@ -158,8 +167,9 @@ def test_upload_ask_move_a_slider_and_ask_again(page, trial):
     if os.environ.get("SCREENSHOT") == "1":
         page.screenshot(path=SCREENSHOT)
 
-    set_knob(page, "max_crops", 0)
+    move_to_the_left(page, "max_crops")
     assert grid_of(page, 1) != first_grid
+    assert page.locator("#max_crops input[type=number]").input_value() == "0"
     set_knob(page, "max_crops", image_processor.max_crops)
     grid_of(page, crops)
     assert trial.is_right(0, ask(page, trial.questions[0])[-1])
@@ -206,16 +216,63 @@ def test_errors_are_words(page, trial, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"no picture")
     page.locator("#picture").get_by_label("Remove Image").click()
     upload(page, tmp_path / "broken.png")
-    assert "cannot identify image file" in message()
+    words = message()
+    assert "10 bytes is not an image that can be read: save it as PNG or JPEG" in words
+    assert "/" not in words and "component" not in words
+
+
+def test_a_broken_upload_by_the_api(url, tmp_path):
+    """Its error holds no place on the server either, whatever the file is called."""
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nno picture\r\n--x--\r\n'
+    request = urllib.request.Request(
+        f"{url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
+    )
+    path = json.load(urllib.request.urlopen(request))[0]
+    for name in ("a.png", "a.svg", None):
+        file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
+        request = urllib.request.Request(
+            f"{url}/gradio_api/call/preview",
+            json.dumps({"data": [file, 3, 30]}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        event = json.load(urllib.request.urlopen(request))["event_id"]
+        reply = urllib.request.urlopen(f"{url}/gradio_api/call/preview/{event}").read().decode()
+        assert "is not an image that can be read" in reply
+        assert str(Path(path).parent) not in reply and "component" not in reply
+
+
+@pytest.fixture(scope="module")
+def app():
+    pytest.importorskip("gradio", reason='pip install "mc-llava[app]" to test the Space')
+    return importlib.import_module("app")
+
+
+def test_the_tower_is_passed_once_for_two_questions(app, trial):
+    demo = app.Demo("tiny")
+    knobs = demo.processor.image_processor.max_crops, demo.processor.image_processor.num_tokens
+    passes = []
+    demo.model.model.vision_tower.encoder.register_forward_hook(lambda *args: passes.append(1))
+    for _ in range(2):
+        *_, (answer, status) = demo.answer(str(trial.pictures[0]), trial.questions[0], *knobs, NEW_TOKENS, 0, 1)
+        assert trial.is_right(0, answer)
+        if "was encoded in" in status:
+            first = len(passes)
+    assert first == len(passes) > 0 and "was encoded before" in status
+    with pytest.raises(app.gr.Error, match="no question yet"):
+        list(demo.answer(str(trial.pictures[0]), None, *knobs, NEW_TOKENS, 0, 1))
+
+
+def start_without(folder, module: str) -> subprocess.CompletedProcess:
+    (folder / "gradio.py").write_text(f"raise ModuleNotFoundError('no {module}', name='{module}')\n")
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run([sys.executable, ROOT / "app.py"], env=environment, capture_output=True, text=True)
 
 
 def test_a_missing_gradio_is_one_line(tmp_path):
-    (tmp_path / "gradio.py").write_text("raise ImportError\n")
-    result = subprocess.run(
-        [sys.executable, ROOT / "app.py"],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    result = start_without(tmp_path, "gradio")
     assert result.returncode == 1
     assert result.stderr == 'app.py needs Gradio: pip install "mc-llava[app]"\n'
+
+
+def test_another_missing_package_is_not_hidden(tmp_path):
+    assert "ModuleNotFoundError: no pydub" in start_without(tmp_path, "pydub").stderr

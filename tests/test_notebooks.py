@@ -1,10 +1,12 @@
 """The notebooks: as their jupytext sources, and run from the first cell to the last."""
 
+import json
 import os
 import re
 
 import pytest
 from conftest import ROOT
+from huggingface_hub.utils import filter_repo_objects
 
 
 jupytext = pytest.importorskip("jupytext", reason='pip install "mc-llava[notebooks]" to run the notebooks')
@@ -21,6 +23,15 @@ def test_the_notebook_is_its_source(name):
         (cell.cell_type, cell.source) for cell in notebook.cells
     ]
     assert notebook.metadata["kernelspec"]["name"] == "python3"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_but_the_large_weights_are_fetched(name):
+    source = (ROOT / "notebooks" / f"{name}.py").read_text()
+    patterns = json.loads(re.search(r"ignore_patterns=(\[.*?\])", source)[1])
+    kept = ["handler.py", "mc_llava/cli.py", "model.safetensors.index.json", "tiny/model.safetensors"]
+    left = ["model.safetensors", "model-00001-of-00002.safetensors"]
+    assert list(filter_repo_objects(kept + left, ignore_patterns=patterns)) == kept
 
 
 @pytest.fixture(scope="module")
@@ -56,4 +67,4 @@ def test_multi_crop(run, trial):
     assert trial.is_right(0, re.findall(r"num_tokens=.*: (.*)", text)[-1]), "the saved knobs"
     row = r"max_crops=\d+: ocr \d+%, attribute \d+%, position \d+%, hard \d+%, [\d.,]+ GFLOP"
     assert len(re.findall(row, text)) == 4
-    assert pictures == 2
+    assert pictures == 2 + (ROOT / "docs" / "study_crops.png").exists()

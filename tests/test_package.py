@@ -1,16 +1,20 @@
 """The package as a bare clone and as a wheel, and the commands in the README."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
+from packaging.requirements import Requirement
 
 from mc_llava.convert import REMOTE_CODE
 
@@ -73,6 +77,13 @@ def test_the_wheel_carries_code_configurations_and_templates_once(installed):
     assert not any("test" in name for name in files)
 
 
+def test_what_an_endpoint_installs_is_what_the_package_needs(installed):
+    metadata = next(installed.glob("*.dist-info")).joinpath("METADATA").read_text()
+    needed = {line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")}
+    requirements = (ROOT / "requirements.txt").read_text().split()
+    assert requirements and {Requirement(line) for line in requirements} <= {Requirement(line) for line in needed}
+
+
 def test_no_file_of_the_remote_code_is_twice_in_the_tree(clone):
     for name in REMOTE_CODE:
         assert list(clone.rglob(name)) == [clone / name]
@@ -126,8 +137,40 @@ class TestModelCard:
         assert {"llava", "custom_code"} <= set(data.tags)
         assert [set(example) for example in data.get("widget")] == [{"text", "src"}] * 2
 
-    def test_the_hubs_validator_accepts_it(self):
-        """huggingface_hub's validator asks the Hub: it runs where that is wanted."""
+    @pytest.mark.parametrize("status", [200, 400])
+    def test_the_validator_is_asked_and_heard(self, monkeypatch, status):
+        """huggingface_hub's validator leaves the judgement to the Hub, for which a server on this machine stands."""
+        asked = []
+
+        class Hub(BaseHTTPRequestHandler):
+            def do_POST(self):
+                asked.append((self.path, json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(b"what the Hub says")
+
+            def log_message(self, *args):
+                pass
+
+        with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+            monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_address[1]}")
+            card = ModelCard.load(ROOT / "README.md")
+            if status == 200:
+                card.validate()
+            else:
+                with pytest.raises(ValueError, match="what the Hub says"):
+                    card.validate()
+            server.shutdown()
+        ((path, body),) = asked
+        assert path == "/api/validate-yaml" and body["repoType"] == "model"
+        assert (
+            body["content"].startswith("---\nlicense: mit") and "pipeline_tag: image-text-to-text" in body["content"]
+        )
+
+    def test_the_hub_itself_accepts_it(self):
+        """It is asked where that is wanted."""
         if os.environ.get("TEST_HUB") != "1":
             pytest.skip("ModelCard.validate() asks the Hub: set TEST_HUB=1 to run it")
         code = f"from huggingface_hub import ModelCard; ModelCard.load({str(ROOT / 'README.md')!r}).validate()"
