@@ -305,18 +305,18 @@ def fetch(url: str) -> bytes:
                     url = urljoin(url, location)
                     continue
                 if response.status != 200:
-                    raise ValueError(f"{url[:200]} answered {response.status} {response.reason}")
+                    raise ValueError(f"it answered {response.status} {response.reason}")
                 content = io.BytesIO()
                 while chunk := response.read1(2**16):
                     content.write(chunk)
                     if content.tell() > MAX_IMAGE_BYTES:
-                        raise ValueError(f"{url[:200]} holds more than {MAX_IMAGE_BYTES} bytes: resize the image")
+                        raise ValueError(f"it holds more than {MAX_IMAGE_BYTES} bytes: resize the image")
                 _seconds_left(deadline)  # who was hung up on looks as if that were all
                 return content.getvalue()
             finally:
                 timer.cancel()
                 connection.close()
-        except (OSError, http.client.HTTPException, UnicodeError) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             _seconds_left(deadline)
             raise ValueError(f"{url[:200]} can't be fetched: {error}") from error
     raise ValueError(f"{url[:200]} was redirected more than {MAX_REDIRECTS} times")

@@ -4,6 +4,7 @@ import base64
 import importlib.util
 import io
 import json
+import re
 import shutil
 import socket
 import ssl
@@ -192,6 +193,15 @@ class TestEndpoint:
         asked = {"image": encoded(trial), "question": trial.questions[0]}
         (reply,) = self.post(f"{url}/predict", {"inputs": asked, "parameters": PARAMETERS})
         assert trial.is_right(0, reply["answer"])
+
+    def test_the_readmes_code(self, url, monkeypatch, capsys):
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.chdir(ROOT)
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+        (code,) = [block for block in blocks if "InferenceClient" in block]
+        exec(code.replace("https://my-endpoint.endpoints.huggingface.cloud", url), {})
+        answer, completion = capsys.readouterr().out.splitlines()
+        assert "'answer':" in answer and "chat.completion" in completion
 
     def test_an_error_says_why(self, url):
         with pytest.raises(urllib.error.HTTPError) as raised:
