@@ -99,10 +99,6 @@ class EncodedImages:
     def tokens_per_image(self) -> list[int]:
         return count_image_tokens(self.crop_num_tokens, self.image_grid_thw)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors().values())
-
     def split(self) -> list[torch.Tensor]:
         """One float[tokens, hidden] per image."""
         return list(self.features.split(self.tokens_per_image))

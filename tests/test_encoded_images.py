@@ -159,7 +159,7 @@ class TestFiles:
     def test_saved_and_loaded(self, model, inputs, encoded, tmp_path):
         encoded.save(tmp_path / "encoded.safetensors")
         loaded = EncodedImages.load(tmp_path / "encoded.safetensors")
-        assert loaded.weights_hash == encoded.weights_hash and loaded.nbytes == encoded.nbytes
+        assert loaded.weights_hash == encoded.weights_hash
         assert all(torch.equal(a, b) for a, b in zip(loaded.split(), encoded.split()))
         assert ask(model, text_of(inputs), image_features=loaded.to("cpu")) == ask(model, inputs)
 
