@@ -22,11 +22,10 @@ from PIL import Image
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from . import scenes
 from .scenes import CHARACTERS, COLORS, OBJECTS, SHAPES, Scene, Thing
-from .training import checked
+from .training import checked, last_checkpoint
 
 
 COLOR_IDS = {name: index for index, name in enumerate(COLORS)}
@@ -415,5 +414,5 @@ def pretrain_tower(
             Report(stage.save_steps, lambda model: {split: measure(model, crops) for split, crops in seen.items()})
         ],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(output))
     return model

@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
 from . import scenes
@@ -27,7 +26,7 @@ from .image_processing_mc_llava import MCLlavaImageProcessor
 from .modeling_mc_llava import MCLlavaForConditionalGeneration, MCLlavaModel
 from .pretraining import MuonAndAdamW, Report, Stage, pretrain_tower
 from .processing_mc_llava import MCLlavaProcessor
-from .training import checked, set_trainable
+from .training import checked, last_checkpoint, set_trainable
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>", "<pad>"]
@@ -366,7 +365,7 @@ def train_language_model(model, processor, images: list[CachedImage], output: Pa
         optimizers=(MuonAndAdamW(trainee, stage.learning_rate, stage.weight_decay), None),
         callbacks=[Report(stage.save_steps, measured)],
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(output) if output.is_dir() else None)
+    trainer.train(resume_from_checkpoint=last_checkpoint(output))
     model.load_state_dict(trainee.state_dict())
 
 

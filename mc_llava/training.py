@@ -374,6 +374,12 @@ class Collator:
 # Training
 
 
+def last_checkpoint(output: Path) -> str | None:
+    """The newest of a run's checkpoints that was saved to its end, which is Trainer's state; None if there is none."""
+    whole = [path.parent for path in output.glob("checkpoint-[0-9]*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
 def set_trainable(model: nn.Module, parts: tuple[str, ...]):
     """Let the parameters of these `PARTS` learn, in float32, and no others: bfloat16 would lose small steps."""
     prefixes = tuple(f"{module}." for part in parts for module in PARTS[part])
@@ -397,11 +403,10 @@ def train(recipe: Recipe) -> Path:
     """
     from datasets import Dataset
     from peft import LoraConfig, PeftModel
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import SFTConfig, SFTTrainer
 
     output = Path(recipe.output)
-    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
+    checkpoint = last_checkpoint(output)
     if checkpoint and not recipe.resume:
         raise ValueError(
             f"{output} holds {Path(checkpoint).name}: set resume to go on from it, or name another output"
@@ -416,6 +421,10 @@ def train(recipe: Recipe) -> Path:
         raise ValueError(
             f"num_tokens goes up to {recipe.num_tokens[1]}, the context is {context}: leave room for text"
         )
+    if "tower" not in recipe.train:
+        # Gradient checkpointing lets embeddings require gradients, those of patches, too: all steps would go back
+        # through a tower in which nothing learns.
+        model.model.vision_tower.embeddings.register_forward_hook(lambda module, inputs, output: output.detach())
     lora = None
     if recipe.lora is None:
         set_trainable(model, recipe.train)
@@ -466,6 +475,8 @@ def train(recipe: Recipe) -> Path:
     )
     for name, parameter in trainer.model.named_parameters():  # of copies that peft made, too
         parameter.requires_grad = parameter.requires_grad and UNREAD not in name
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     prepare_sharding(trainer, model)
     trainer.train(resume_from_checkpoint=checkpoint)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl import SFTTrainer
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes, train_tiny
 from mc_llava.training import PARTS, Collator, Recipe, check, load_recipe, read_rows, train
@@ -192,6 +193,10 @@ def test_training_lowers_the_loss_and_resumes_on_the_same_curve(recipe, tmp_path
     Path(output, "checkpoint-4").rmdir()
     train(replace(recipe, resume=True))
     assert losses(output) == pytest.approx(whole, rel=1e-4)
+    # As if it had been killed while it saved step 4.
+    Path(output, "checkpoint-4", "trainer_state.json").unlink()
+    train(replace(recipe, resume=True))
+    assert losses(output) == pytest.approx(whole, rel=1e-4)
 
 
 @pytest.mark.parametrize("parts", [("coordinates", "projector"), ("tower",), ("language_model",)])
@@ -222,6 +227,36 @@ def test_lora_changes_the_language_models_matrices_and_the_named_parts(recipe):
     assert changed == expected
     adapter = load_file(Path(output, "adapter", "adapter_model.safetensors"))
     assert any("lora_A" in name for name in adapter)
+
+
+@pytest.mark.parametrize(
+    ("parts", "lora", "through_tower"),
+    [
+        (("coordinates", "projector"), None, False),
+        (("coordinates", "projector"), {"r": 4, "alpha": 8}, False),
+        (("tower", "projector"), {"r": 4, "alpha": 8}, True),
+    ],
+)
+def test_what_learns_is_in_float32_and_no_gradient_enters_a_frozen_tower(
+    recipe, monkeypatch, parts, lora, through_tower
+):
+    found, start = {}, SFTTrainer.train
+
+    def watched(trainer, **options):
+        found["dtypes"] = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+        for name, module in trainer.model.named_modules():
+            if name.endswith(("vision_tower.encoder", "vision_tower.modules_to_save.default.encoder")):
+                module.register_forward_hook(
+                    lambda module, inputs, output: found.update(graph=output.last_hidden_state.requires_grad)
+                )
+        return start(trainer, **options)
+
+    monkeypatch.setattr(SFTTrainer, "train", watched)
+    changes = {"dtype": "bfloat16", "bf16": True, "gradient_checkpointing": True, "max_steps": 1}
+    output = train(replace(recipe, train=parts, lora=lora, **changes))
+    assert found == {"dtypes": {torch.float32}, "graph": through_tower}
+    saved = load_file(Path(output, "model.safetensors"))
+    assert {value.dtype for value in saved.values()} == {torch.bfloat16}
 
 
 def test_a_recipe_is_read_with_overrides(tmp_path):
