@@ -344,7 +344,8 @@ def _evaluate(task: Task, evaluator: Evaluator, output: Path, settings: dict) ->
     if final.exists():
         results = read_results(final)
         check_settings(results["settings"], settings, final)
-        if settings["data"] and Path(settings["data"]).exists():  # what is on the Hub is not downloaded for this
+        # What is made here is made again; what is on the Hub is not downloaded for this.
+        if not settings["data"] or Path(settings["data"]).exists():
             check_questions(results["questions"], islice(task.read(settings["data"])[1], limit), final)
         unfinished.unlink(missing_ok=True)  # a kill between the last two lines below
         return results

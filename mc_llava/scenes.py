@@ -21,6 +21,7 @@ so glyphs are about H / 35 pixels high, and since c is about H / 3, the crops ma
 
 import math
 import random
+import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -61,6 +62,7 @@ FONTS = {
 }
 SPLITS = tuple(FONTS)
 KINDS = ("ocr", "attribute", "position", "hard")
+DIRECTIONS = (("left", "right"), ("above", "below"))  # along x and along y
 
 SIDE = 96  # of the tower that the sizes are made for, in pixels
 CROPS = 32
@@ -553,9 +555,8 @@ def _ask_position(scene: Scene, rng: random.Random) -> Question:
                 if abs(distance := (thing.center[axis] - other.center[axis]) / size) >= MIN_DISTANCE:
                     choices.append((thing, other, axis, distance))
     thing, other, axis, distance = rng.choice(choices)
-    words, key = (("left", "right"), ("above", "below"))[axis], None
-    key = words[distance > 0]
-    phrases = ["left of", "right of"] if axis == 0 else list(words)
+    key = DIRECTIONS[axis][distance > 0]
+    phrases = ["left of", "right of"] if axis == 0 else list(DIRECTIONS[axis])
     answer = f"It is {phrases[distance > 0]} the {other.name}."
     rng.shuffle(phrases)
     phrases[0] = phrases[0].removesuffix(" of")
@@ -578,12 +579,15 @@ def is_correct(question: Question, reply: str) -> bool:
     """
     Whether a reply holds the question's key and no other of its sort: a reply that lists all colors is wrong.
 
+    Of a sign's sort are all words in capitals or with a digit but "A" and "I"; of a color's all colors, so that the
+    reply may name the thing; of a thing's ("green star") colors and names.
+
     >>> is_correct(Question("ocr", "", "", "K7"), "It says K7.")
     True
     """
-    words = [word.strip(".,!?;:'\"") for word in reply.split()]
+    words, key = re.findall(r"\w+", reply), question.key.split()
     if set(question.key) <= set(CHARACTERS):
-        return [word for word in words if set(word) <= set(CHARACTERS) and len(word) > 1] == [question.key]
-    lower = [word.lower() for word in words]
-    sort = {"position": ("left", "right", "above", "below")}.get(question.kind, (*COLORS, *SHAPES, *OBJECTS))
-    return [word for word in lower if word in sort] == question.key.split()
+        return [word for word in words if word not in ("A", "I") and (word.isupper() or re.search(r"\d", word))] == key
+    sorts = (COLORS, sum(DIRECTIONS, ()), (*COLORS, *SHAPES, *OBJECTS))
+    sort = next(sort for sort in sorts if set(key) <= set(sort))
+    return [word for word in map(str.lower, words) if word in sort] == key

@@ -19,6 +19,7 @@ from .estimate import estimate
 from .evaluation import Evaluator, evaluate
 from .loading import load
 from .metrics import wilson_interval
+from .tasks import NUM_SCENES
 
 
 MAX_CROPS, NUM_TOKENS = scenes.CROPS, 128
@@ -41,7 +42,12 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
 
     Returns:
         What `study.json` holds: accuracies in percent with Wilson's 95 % intervals, and FLOPs of a question.
+
+    Raises:
+        ValueError: if there are fewer scenes, or a question fails.
     """
+    if num_scenes > NUM_SCENES:
+        raise ValueError(f"num_scenes must be at most {NUM_SCENES}, got {num_scenes}")
     model, processor, revision = load(model_path)
     rows = []
     for max_crops, num_tokens in SETTINGS:
@@ -51,6 +57,11 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
             "scenes", evaluator, folder, model=model_path, revision=revision, limit=num_scenes * len(scenes.KINDS)
         )
         records = results["questions"]
+        if failed := next((record for record in records if "failed" in record), None):
+            raise ValueError(
+                f"the question {failed['id']} failed: {failed['failed']}; all settings must have the same questions: "
+                f"mend it, and remove {folder} to ask again"
+            )
         rows.append(
             {
                 "max_crops": max_crops,
@@ -101,12 +112,18 @@ def blind_scores(evaluator: Evaluator, records: list[dict]) -> list[float]:
 
 
 def majority(records: list[dict]) -> dict[str, dict]:
-    """The commonest answer of each kind, and what giving it always would score."""
+    """
+    The commonest answer of each kind, and what giving it always would score.
+
+    A question of position names two directions: there it is the commoner of these.
+    """
     found = {}
     for kind in scenes.KINDS:
-        keys = [record["expected"] for record in records if record["part"] == kind]
-        ((key, count),) = Counter(keys).most_common(1)
-        found[kind] = {"answer": key, "score": round(100 * count / len(keys), 1)}
+        counts = Counter(record["expected"] for record in records if record["part"] == kind)
+        choices = scenes.DIRECTIONS if kind == "position" else (tuple(counts),)
+        answers = [max(choice, key=lambda key: counts[key]) for choice in choices]
+        score = 100 * sum(counts[key] for key in answers) / counts.total()
+        found[kind] = {"answer": " or ".join(answers), "score": round(score, 1)}
     return found
 
 

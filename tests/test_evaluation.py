@@ -791,6 +791,13 @@ class TestResuming:
         assert run("textvqa", evaluator, tmp_path / "results", data) == first
         self.check_other_data(evaluator, images, tmp_path, data)
 
+    def test_finished_results_are_not_taken_for_other_scenes(self, evaluator, tmp_path, monkeypatch):
+        first = run("scenes", evaluator, tmp_path, limit=2)
+        assert run("scenes", evaluator, tmp_path, limit=2) == first
+        monkeypatch.setattr(scenes, "READ_QUESTIONS", ("Say what the {0} sign says.",))
+        with pytest.raises(ValueError, match="scenes.json was made of other data"):
+            run("scenes", evaluator, tmp_path, limit=2)
+
     def check_other_data(self, evaluator, images, tmp_path, data):
         def refused(rows):
             write(rows, FEATURES["textvqa"], tmp_path / PLACES["textvqa"])

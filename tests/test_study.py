@@ -44,9 +44,28 @@ def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monke
     assert study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=2) == found
 
 
+def test_too_many_scenes_and_failed_questions_are_refused(folder, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="num_scenes must be at most 500, got 501"):
+        study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=501)
+    answer = study.Evaluator._answer
+
+    def fail(evaluator, task, questions):
+        if any(question.id == "hard-0" for question in questions):
+            raise ValueError("no such luck")
+        return answer(evaluator, task, questions)
+
+    monkeypatch.setattr(study.Evaluator, "_answer", fail)
+    with pytest.raises(ValueError, match="the question hard-0 failed: no such luck.*remove .*crops-0-tokens-128"):
+        study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=1)
+    assert not (tmp_path / "docs").exists()
+
+
 def test_the_commonest_answer_and_the_accuracies():
-    records = [{"part": kind, "expected": key} for kind in scenes.KINDS for key in ("red", "red", "left", "K7")]
-    assert study.majority(records)["ocr"] == {"answer": "red", "score": 50.0}
+    keys = {kind: ("red", "red", "K7", "K8") for kind in scenes.KINDS}
+    keys["position"] = ("left", "right", "right", "above")
+    found = study.majority([{"part": kind, "expected": key} for kind in keys for key in keys[kind]])
+    assert found["ocr"] == {"answer": "red", "score": 50.0}
+    assert found["position"] == {"answer": "right or above", "score": 75.0}
     (found,) = study.accuracies([("ocr", 1.0)] * 3 + [("ocr", 0.0)]).values()
     assert found == {"score": 75.0, "low": 30.1, "high": 95.4, "questions": 4}
 
