@@ -6,6 +6,7 @@ once, and the language model, the projector and the coordinate embedding train o
 """
 
 import functools
+import json
 import os
 import random
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 from datasets import Dataset
-from pydantic import NonNegativeInt, PositiveInt
+from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
@@ -39,12 +40,15 @@ CROP_BUDGETS = {0: 4, 2: 4, 4: 6, 8: 10, 16: 16, 32: 48, 64: 12}
 SHARD = 500  # images of one file of the cache
 TURNS = 8  # at most, of one conversation
 CAPTIONS = 0.1  # share of the conversations that are a caption
+FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
+MADE_OF = "recipe.json"
+LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
 
 
 @checked
 class TinyRecipe:
     """
-    How `tiny` is made. A call with the same `output` goes on where an earlier one stopped.
+    How `tiny` is made. A call with the same `output` goes on where an earlier one stopped; see `check_made_of`.
 
     Args:
         output: the folder of the model; the stages leave their checkpoints beside it, in `output`-work.
@@ -213,6 +217,18 @@ def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> li
     return images
 
 
+def scene_rows(num_images: int, count: int, seed: int) -> Dataset:
+    """
+    What `SceneCollator` takes, in training's order: all images in turn, shuffled each time around, each row with a
+    seed of its own. More rows begin as fewer do.
+    """
+    rng = random.Random(seed)
+    rows = []
+    while len(rows) < count:
+        rows += [{"image": image, "seed": rng.getrandbits(62)} for image in rng.sample(range(num_images), num_images)]
+    return Dataset.from_list(rows[:count])
+
+
 class CachedTower(MCLlavaModel):
     """Takes the features that its frozen tower gave before for pixels: right-aligned, [crops, longest, width]."""
 
@@ -248,6 +264,7 @@ def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
 class SceneCollator:
     """
     Fresh conversations about cached images: a caption, or some questions of all kinds, with the loss on the answers.
+    They follow from the rows alone: a run that is resumed draws what one that was not stopped does.
 
     Args:
         captions: share of conversations that are a caption.
@@ -279,8 +296,7 @@ class SceneCollator:
         return ids, labels
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        # Trainer restores torch's generator when it resumes.
-        rng = random.Random(int(torch.randint(2**62, ())))
+        rng = random.Random(rows[0]["seed"])
         images = [self.images[row["image"]] for row in rows]
         turns = rng.randint(1, self.turns)  # the same in all rows, so that few positions are padding
         encoded = [self.conversation(image, turns, rng) for image in images]
@@ -333,7 +349,7 @@ def measure(model, processor, images: list[CachedImage], split: str) -> dict[str
 def train_language_model(model, processor, images: list[CachedImage], output: Path, stage: Stage, num_tested: int):
     """Train all but the tower on cached images, or go on from the last checkpoint in `output`."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
-    seeds = range(num_tested)
+    seeds = range(FIRST_TESTED, FIRST_TESTED + num_tested)
     with_crops = encode_scenes(model, processor, seeds, "test", [(MAX_CROPS, NUM_TOKENS)] * num_tested)
     without = encode_scenes(model, processor, seeds, "test", [(0, NUM_TOKENS)] * num_tested)
 
@@ -358,8 +374,9 @@ def train_language_model(model, processor, images: list[CachedImage], output: Pa
             max_length=None,
             gradient_checkpointing=False,
             dataset_kwargs={"skip_prepare_dataset": True},
+            train_sampling_strategy="sequential",
         ),
-        train_dataset=Dataset.from_dict({"image": range(len(images))}),
+        train_dataset=scene_rows(len(images), stage.steps * stage.batch_size, stage.seed),
         data_collator=SceneCollator(processor, images, CAPTIONS, TURNS),
         processing_class=processor,
         optimizers=(MuonAndAdamW(trainee, stage.learning_rate, stage.weight_decay), None),
@@ -369,10 +386,53 @@ def train_language_model(model, processor, images: list[CachedImage], output: Pa
     model.load_state_dict(trainee.state_dict())
 
 
+def made_of(recipe: TinyRecipe) -> dict[str, dict]:
+    """Folder of a stage -> what its files follow from. A stage may take more steps: it goes on."""
+    values = TypeAdapter(TinyRecipe).dump_python(recipe, mode="json")
+    tower, language_model = (
+        {f"{stage}.{name}": value for name, value in values[stage].items() if name not in LENGTHS}
+        for stage in ("tower", "language_model")
+    )
+    tower |= {name: values[name] for name in ("tower_width", "tower_layers")}
+    images = tower | {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")}
+    language_model |= images | {name: values[name] for name in ("width", "layers", "num_images")}
+    return {"tower": tower, "images": images, "language_model": language_model}
+
+
+def check_made_of(folder: Path, wanted: dict):
+    """
+    Note in a stage's folder what its files are made of.
+
+    Raises:
+        ValueError: if it holds what is made of something else.
+    """
+    path = folder / MADE_OF
+    if path.exists():
+        found = json.loads(path.read_text())
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise ValueError(
+                    f"{folder} was made with {name} {found.get(name)}, the recipe has {value}: remove the folder, or "
+                    "name another output"
+                )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(wanted, indent=1) + "\n")
+
+
 def train_tiny(recipe: TinyRecipe) -> Path:
-    """Make `tiny` from nothing, or go on where an interrupted call stopped. Returns the model's folder."""
+    """
+    Make `tiny` from nothing, or go on where an interrupted call stopped. Returns the model's folder.
+
+    Raises:
+        ValueError: if the earlier call had a recipe whose results can't be gone on from.
+    """
     output = Path(recipe.output)
     work = output.with_name(output.name + "-work")
+    stages = made_of(recipe)
+    for name in stages:
+        if (work / name).exists():
+            check_made_of(work / name, stages[name])
+    check_made_of(work / "tower", stages["tower"])
     processor = build_processor()
     vision = vision_config(recipe.tower_width, recipe.tower_layers)
     torch.manual_seed(recipe.language_model.seed)
@@ -380,7 +440,9 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     pretrained = pretrain_tower(work / "tower", vision, recipe.tower, recipe.workers).tower
     model.model.vision_tower.load_state_dict(pretrained.state_dict())
     model.eval().to(pretrained.device)
+    check_made_of(work / "images", stages["images"])
     images = cache_scenes(model, processor, work / "images", recipe.num_images, recipe.workers)
+    check_made_of(work / "language_model", stages["language_model"])
     train_language_model(model, processor, images, work / "language_model", recipe.language_model, recipe.num_tested)
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)

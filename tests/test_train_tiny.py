@@ -7,12 +7,13 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import ROOT
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes, train_tiny
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes, tasks, train_tiny
 from mc_llava.pretraining import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower, sine_positions
 
 
@@ -58,8 +59,11 @@ def test_cached_features_give_the_same_answers_as_pixels(processor, model):
 def test_conversations_have_their_loss_on_the_answers(processor, model):
     images = train_tiny.encode_scenes(model, processor, [0, 1], "train", [(4, 20), (0, 30)])
     tokenizer = processor.tokenizer
-    torch.manual_seed(0)
-    batch = train_tiny.SceneCollator(processor, images, captions=0.0, turns=3)([{"image": 0}, {"image": 1}])
+    rows = [{"image": 0, "seed": 5}, {"image": 1, "seed": 6}]
+    collator = train_tiny.SceneCollator(processor, images, captions=0.0, turns=3)
+    batch = collator(rows)
+    assert torch.equal(batch["input_ids"], collator(rows)["input_ids"])
+    assert batch["input_ids"].tolist() != collator([rows[0] | {"seed": 7}, rows[1]])["input_ids"].tolist()
     assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [20, 30]
     for ids, labels in zip(batch["input_ids"], batch["labels"]):
         spoken = labels != -100
@@ -69,7 +73,7 @@ def test_conversations_have_their_loss_on_the_answers(processor, model):
         turns = text.split("<|im_start|>assistant\n")[1:]
         assert [turn.split("<|im_end|>")[0] for turn in turns] == answers
     # What the chat template makes of the same turns.
-    caption = train_tiny.SceneCollator(processor, images, captions=1.0, turns=3)([{"image": 1}])
+    caption = train_tiny.SceneCollator(processor, images, captions=1.0, turns=3)(rows[1:])
     text = tokenizer.decode(caption["input_ids"][0]).replace("<image>", "")
     asked, said = text.split("<|im_end|>")[0].split("\n")[-1], text.split("assistant\n")[1].removesuffix("<|im_end|>")
     messages = [
@@ -77,6 +81,15 @@ def test_conversations_have_their_loss_on_the_answers(processor, model):
         {"role": "assistant", "content": said},
     ]
     assert processor.apply_chat_template(messages).replace("<image>", "") == text + "\n"
+
+
+def test_each_time_around_all_images_have_their_turn_and_other_conversations():
+    rows = train_tiny.scene_rows(5, 12, seed=0).to_list()
+    images = [row["image"] for row in rows]
+    assert len(rows) == 12 and sorted(images[:5]) == sorted(images[5:10]) == [0, 1, 2, 3, 4]
+    assert images[:5] != images[5:10] and len({row["seed"] for row in rows}) == 12
+    assert rows == train_tiny.scene_rows(5, 31, seed=0).to_list()[:12]
+    assert rows != train_tiny.scene_rows(5, 12, seed=1).to_list()
 
 
 def test_measuring_counts_right_replies(processor, model, monkeypatch):
@@ -130,10 +143,10 @@ def test_positions_are_alike_for_patches_that_are_near():
     assert torch.equal(learned, positions)
 
 
-def run_recipe(output) -> dict[int, float]:
-    """`mc-llava train examples/tiny.yaml` with a smaller model; step -> loss of the tower's stage."""
+def run_recipe(output) -> dict[str, dict[int, float]]:
+    """`mc-llava train examples/tiny.yaml` with a smaller model; of both stages step -> loss."""
     sizes = {
-        "num_images": 2,
+        "num_images": 4,
         "num_tested": 2,
         "tower_width": 32,
         "tower_layers": 3,
@@ -146,32 +159,47 @@ def run_recipe(output) -> dict[int, float]:
         "tower.batch_size": 16,
         "tower.learning_rate": 3e-3,
         "tower.save_steps": 60,
-        "language_model.steps": 2,
-        "language_model.decay": 1,
+        "language_model.steps": 20,
+        "language_model.decay": 5,
+        "language_model.warmup": 2,
         "language_model.batch_size": 2,
+        "language_model.learning_rate": 3e-3,
+        "language_model.save_steps": 10,
     }
     values = [f"{name}={value}" for name, value in {"output": output, **sizes}.items()]
     command = [sys.executable, "-m", "mc_llava", "train", "examples/tiny.yaml", *values]
     environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     work = output.with_name(output.name + "-work")
-    state = json.loads((work / "tower" / "checkpoint-120" / "trainer_state.json").read_text())
-    return {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+    losses = {}
+    for stage, last in (("tower", "checkpoint-120"), ("language_model", "checkpoint-20")):
+        state = json.loads((work / stage / last / "trainer_state.json").read_text())
+        losses[stage] = {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
+    return losses
 
 
 def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp_path):
+    work = tmp_path / "tiny-work"
     whole = run_recipe(tmp_path / "tiny")
-    assert whole[120] < 0.8 * whole[10]
-    # As if the run had been stopped after step 60.
-    for stage, kept in (("tower", "checkpoint-60"), ("language_model", ""), ("images", "")):
-        for path in (tmp_path / "tiny-work" / stage).iterdir():
-            if path.name != kept:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-    assert run_recipe(tmp_path / "tiny") == pytest.approx(whole, rel=1e-3)
+    assert whole["tower"][120] < 0.8 * whole["tower"][10]
+    # As if the run had been stopped in the second stage, whose four images come around every two steps.
+    shutil.rmtree(work / "language_model" / "checkpoint-20")
+    assert run_recipe(tmp_path / "tiny")["language_model"] == pytest.approx(whole["language_model"], rel=1e-3)
+    # As if it had been stopped in the first stage.
+    for path in (work / "tower" / "checkpoint-120", work / "images", work / "language_model"):
+        shutil.rmtree(path)
+    assert run_recipe(tmp_path / "tiny")["tower"] == pytest.approx(whole["tower"], rel=1e-3)
 
 
 def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny, "SHARD", 3)
+    tested, encode = set(), train_tiny.encode_scenes
+
+    def noted(model, processor, seeds, split, budgets, workers=0):
+        tested.update(seeds if split == "test" else ())
+        return encode(model, processor, seeds, split, budgets, workers)
+
+    monkeypatch.setattr(train_tiny, "encode_scenes", noted)
     stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
     sizes = {"tower_width": 32, "tower_layers": 3, "width": 32, "layers": 1, "workers": 0}
     recipe = train_tiny.TinyRecipe(str(tmp_path / "tiny"), stage, stage, num_images=5, num_tested=2, **sizes)
@@ -185,10 +213,25 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
     report = json.loads((tmp_path / "tiny-work" / "language_model" / "accuracy.jsonl").read_text())
     assert set(report["crops"]) == set(scenes.KINDS)
+    assert len(tested) == 2 and not tested & set(range(tasks.NUM_SCENES))
 
-    shards = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work" / "images").iterdir()}
+    def cached():
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work/images").glob("*.safetensors")}
+
+    shards = cached()
     assert set(shards) == {"0-3.safetensors", "3-5.safetensors"}
     train_tiny.train_tiny(recipe)
     again = MCLlavaForConditionalGeneration.from_pretrained(output).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
-    assert shards == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work" / "images").iterdir()}
+    assert shards == cached()
+    # Another tower's features, or a language model on them, are not gone on with.
+    longer = replace(recipe, tower=replace(stage, steps=3))
+    for name in ("images", "language_model"):
+        with pytest.raises(ValueError, match=f"{name} was made with tower.steps 2, the recipe has 3: remove the fold"):
+            train_tiny.train_tiny(longer)
+        shutil.rmtree(tmp_path / "tiny-work" / name)
+    with pytest.raises(ValueError, match="tower was made with tower.learning_rate 0.001, the recipe has 0.002"):
+        train_tiny.train_tiny(replace(recipe, tower=replace(stage, learning_rate=2e-3)))
+    train_tiny.train_tiny(replace(longer, language_model=replace(stage, seed=1)))
+    train_tiny.train_tiny(replace(longer, language_model=replace(stage, seed=1, steps=3)))
+    assert (tmp_path / "tiny-work" / "language_model" / "checkpoint-3").is_dir() and cached() != shards
