@@ -34,8 +34,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 from tqdm import tqdm
 
+from .configuration_mc_llava import MCLlavaConfig
 from .image_processing_mc_llava import load_image
-from .loading import load_model, load_processor
+from .loading import find_model, load_model, load_processor
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import MCLlavaProcessor
 
@@ -189,21 +190,23 @@ class Rows:
     report: Path | None = None  # where `check` named the broken ones
 
 
-def read_rows(data: str | os.PathLike, images: str | os.PathLike, special_tokens: list[str]) -> Rows:
+def read_rows(recipe: Recipe, processor: MCLlavaProcessor, context: int) -> Rows:
     """
-    Read and check a file in LLaVA's format. Every image is decoded, in all threads: a broken one is found now, not
+    Read and check a recipe's data, a file in LLaVA's format. Every image is decoded, in all threads: a broken one is found now, not
     after a night of training.
 
     A row is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
     {"from": "gpt", "value": "A bus."}, ...]}`; one without `image` is text alone. Wherever a human turn has its
-    `<image>`, the model reads the image first, as it was trained.
+    `<image>`, the model reads the image first, as it was trained. What gpt says before the first human turn is left
+    out, as LLaVA does.
 
     Args:
-        special_tokens: what no turn may hold besides its `<image>`.
+        context: in tokens. A row of which no answer begins there would teach nothing, and its loss be no number.
 
     Raises:
         ValueError: if the file itself can't be read.
     """
+    data, special_tokens = recipe.data, processor.special_tokens
     try:
         text = Path(data).read_text(encoding="utf-8")
         if text.lstrip().startswith("["):
@@ -217,7 +220,9 @@ def read_rows(data: str | os.PathLike, images: str | os.PathLike, special_tokens
         position, entry = position_and_entry
         name = str(entry.get("id", position)) if isinstance(entry, dict) else str(position)
         try:
-            return read_row(entry, images, special_tokens) | {"id": name}
+            row = read_row(entry, recipe.images, special_tokens)
+            check_room(row, processor, context - (0 if row["image"] is None else recipe.num_tokens[1]))
+            return row | {"id": name}
         except ValueError as error:
             return {"row": position, "id": name, "reason": str(error)}
 
@@ -242,21 +247,24 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
     """
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list) or not entry["conversations"]:
         raise ValueError("the row has no conversations")
-    messages, places = [], 0
-    for turn in entry["conversations"]:
-        role, value = (ROLES.get(turn.get("from")), turn.get("value")) if isinstance(turn, dict) else (None, None)
+    turns, messages, places = entry["conversations"], [], 0
+    if isinstance(turns[0], dict) and turns[0].get("from") == "gpt":
+        turns = turns[1:]
+    for turn in turns:
+        role, value = (ROLES.get(str(turn.get("from"))), turn.get("value")) if isinstance(turn, dict) else (None, None)
         if role is None or not isinstance(value, str):
             raise ValueError(f"a turn must have from (one of {', '.join(ROLES)}) and value, got {str(turn)[:80]}")
         if role == "user":
             places += value.count(IMAGE)
             value = value.replace(IMAGE, "")
+        value.encode()  # half of a surrogate pair, which JSON may hold, is no text
         if not value.strip():
             raise ValueError(f"a turn of {turn['from']} is empty")
         if token := next((token for token in special_tokens if token in value), None):
             raise ValueError(f"a turn of {turn['from']} holds the special token {token}")
         messages.append({"role": role, "content": value.strip()})
     roles = [message["role"] for message in messages]
-    spoken = roles[1:] if roles[0] == "system" else roles
+    spoken = roles[1:] if roles[:1] == ["system"] else roles
     if not spoken or len(spoken) % 2 or spoken != ["user", "assistant"] * (len(spoken) // 2):
         raise ValueError(f"the turns must alternate from human to gpt and end with gpt, got {', '.join(roles)}")
 
@@ -271,6 +279,16 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
     return {"image": image, "messages": messages}
 
 
+def check_room(row: dict, processor: MCLlavaProcessor, room: int):
+    """ValueError if what comes before a row's first answer, but for its image, takes `room` tokens or more."""
+    messages = row["messages"]
+    first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
+    prompt = processor.apply_chat_template(messages[:first], add_generation_prompt=True)
+    length = len(processor.tokenizer.backend_tokenizer.encode(prompt)) + (row["image"] is not None)  # its newline
+    if length >= room:
+        raise ValueError(f"the first question has {length} tokens, room is for {room - 1}")
+
+
 def is_main_process() -> bool:
     """Of those that torchrun or accelerate launch started."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -281,9 +299,15 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     Read a recipe's data and name its broken rows in `output`/broken.jsonl. Each of several processes reads all.
 
     Raises:
-        ValueError: if there are more than `max_broken` of them, or none to train on.
+        ValueError: if there are more than `max_broken` of them, or none to train on, or `num_tokens` leaves no room in
+            the context.
     """
-    rows = read_rows(recipe.data, recipe.images, processor.special_tokens)
+    context = MCLlavaConfig.from_pretrained(find_model(recipe.model)).text_config.max_position_embeddings
+    if recipe.num_tokens[1] >= context:
+        raise ValueError(
+            f"num_tokens goes up to {recipe.num_tokens[1]}, the context is {context}: leave room for text"
+        )
+    rows = read_rows(recipe, processor, context)
     rows.report = report = Path(recipe.output, BROKEN_FILE)
     report.parent.mkdir(parents=True, exist_ok=True)
     if is_main_process():
@@ -314,7 +338,8 @@ class Collator:
 
     Rows longer than the context lose their end. A batch without an image gets a row with a blank one, in which nothing
     is learned: processes exchange gradients, and each must have those of the vision tower and the projector. The knobs
-    of a batch follow from its rows and the seed alone, so that a resumed run draws what an uninterrupted one does.
+    of a batch follow from its rows and the seed alone, so that a resumed run draws what an uninterrupted one does; a
+    row gets others in each epoch as it gets other neighbors, and a batch of one row the same.
     """
 
     def __init__(self, processor: MCLlavaProcessor, recipe: Recipe, context: int):
@@ -416,11 +441,6 @@ def train(recipe: Recipe) -> Path:
 
     # 1. The model, and what of it learns.
     model = load_model(recipe.model, recipe.dtype, "cpu")
-    context = model.config.text_config.max_position_embeddings
-    if recipe.num_tokens[1] >= context:
-        raise ValueError(
-            f"num_tokens goes up to {recipe.num_tokens[1]}, the context is {context}: leave room for text"
-        )
     if "tower" not in recipe.train:
         # Gradient checkpointing lets embeddings require gradients, those of patches, too: all steps would go back
         # through a tower in which nothing learns.
@@ -468,7 +488,7 @@ def train(recipe: Recipe) -> Path:
     trainer = SFTTrainer(
         model,
         arguments,
-        data_collator=Collator(processor, recipe, context),
+        data_collator=Collator(processor, recipe, model.config.text_config.max_position_embeddings),
         train_dataset=Dataset.from_list(rows.good),
         processing_class=processor,
         peft_config=lora,

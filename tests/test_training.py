@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from trl import SFTTrainer
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes, train_tiny
-from mc_llava.training import PARTS, Collator, Recipe, check, load_recipe, read_rows, train
+from mc_llava.training import PARTS, Collator, Recipe, check, load_recipe, train
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +24,7 @@ def folder(tmp_path_factory) -> Path:
     processor.save_pretrained(folder / "model")
 
     pretrain, instruct = [], []
+    asked = "<image>\nWhat color is the sign?", "What color is the sign?\n<image>"
     for index in range(8):
         scene = scenes.make_scene(index)
         image = scenes.draw_scene(scene).resize((400, 300))
@@ -42,16 +43,18 @@ def folder(tmp_path_factory) -> Path:
         )
         instruct.append(
             {
-                "id": f"{index:012d}",
+                "id": index if index == 1 else f"{index:012d}",  # LLaVA's mixtures have both
                 "image": name,
                 "conversations": [
-                    {"from": "human", "value": "<image>\nWhat color is the sign?"},
+                    {"from": "human", "value": asked[index % 2]},
                     {"from": "gpt", "value": "The sign is red."},
                     {"from": "human", "value": "What does it say?"},
                     {"from": "gpt", "value": "It says K7."},
                 ],
             }
         )
+    turns = [{"from": "human", "value": "Who are you?"}, {"from": "gpt", "value": "A model."}]
+    instruct.insert(4, {"id": "text", "conversations": turns})
     (folder / "blip_laion_cc_sbu_558k.json").write_text(json.dumps(pretrain))
     (folder / "llava_instruct_150k.json").write_text(json.dumps(instruct))
     return folder
@@ -106,9 +109,10 @@ def test_loss_is_on_what_the_assistant_says(folder, recipe, data, said):
     image_tokens = (batch["input_ids"] == processor.image_token_id).sum()
     assert image_tokens == batch["crop_num_tokens"].sum()
     # Wherever the row has its <image>, the prompt is the published one.
-    prompt = processor.tokenizer.decode(batch["input_ids"][0])
-    assert prompt.startswith("<|im_start|>user\n<image><image>")
-    assert "<image>\n" + rows[0]["messages"][0]["content"] + "<|im_end|>" in prompt
+    for row, ids in zip(rows, batch["input_ids"]):
+        prompt = processor.tokenizer.decode(ids)
+        assert prompt.startswith("<|im_start|>user\n<image><image>")
+        assert "<image>\n" + row["messages"][0]["content"] + "<|im_end|>" in prompt
 
 
 def test_knobs_are_drawn_for_each_row_and_again_the_same(recipe):
@@ -157,7 +161,11 @@ def row(value="<image>\nWhat?", answer="That.", image="00000/000000000.jpg", **c
         (row(conversations=[]), "no conversations"),
         (row(conversations=[{"from": "human", "value": "<image> What?"}]), "must alternate"),
         (row(conversations=[{"from": "bot", "value": "Hi."}]), "a turn must have from"),
+        (row(conversations=[{"from": ["human"], "value": "Hi."}]), "a turn must have from"),
         (row(conversations=["Hi."]), "a turn must have from"),
+        (row(conversations=[{"from": "gpt", "value": "Hi."}]), "must alternate"),
+        (row(answer="\ud800"), "surrogates not allowed"),
+        (row(value="<image>" + 2040 * "7"), "tokens, room is for 2031"),
         (row(image=["a.jpg", "b.jpg"]), "image must be one path"),
         ("text", "no conversations"),
     ],
@@ -171,11 +179,20 @@ def test_broken_rows_are_named_skipped_and_refused_past_the_limit(folder, recipe
     processor = MCLlavaProcessor.from_pretrained(recipe.model)
 
     rows = check(replace(recipe, data=str(path), max_broken=1), processor)
-    assert [row["id"] for row in rows.good] == [good[0]["id"], good[1]["id"]]
+    assert [row["id"] for row in rows.good] == [good[0]["id"], str(good[1]["id"])]
     (named,) = [json.loads(line) for line in Path(recipe.output, "broken.jsonl").read_text().splitlines()]
     assert named["row"] == 1 and reason in named["reason"]
     with pytest.raises(ValueError, match="1 of 3 rows are broken, max_broken is 0"):
         check(replace(recipe, data=str(path)), processor)
+
+
+def test_what_gpt_says_first_is_left_out_and_an_answer_may_lie_in_part_behind_the_context(recipe, tmp_path):
+    turns = row(value="<image>" + 2000 * "7", answer="That." * 99)["conversations"]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([row(conversations=[{"from": "gpt", "value": "Hi."}, *turns])]))
+    _, (found,), batch = collate(replace(recipe, data=str(path)))
+    assert [message["role"] for message in found["messages"]] == ["user", "assistant"]
+    assert batch["input_ids"].shape == (1, 2048) and (batch["labels"] != -100).any()
 
 
 def test_training_lowers_the_loss_and_resumes_on_the_same_curve(recipe, tmp_path):
@@ -287,10 +304,15 @@ def test_a_recipe_that_cannot_be_is_refused(tmp_path, overrides, message):
         load_recipe(path, overrides)
 
 
-def test_a_file_that_is_no_json_is_refused(tmp_path):
+def test_a_file_that_is_no_json_is_refused(recipe, tmp_path):
     (tmp_path / "data.json").write_text("[{")
     with pytest.raises(ValueError, match="cannot read .*data.json as JSON"):
-        read_rows(tmp_path / "data.json", tmp_path, [])
+        check(replace(recipe, data=str(tmp_path / "data.json")), MCLlavaProcessor.from_pretrained(recipe.model))
+
+
+def test_tokens_that_fill_the_context_are_refused(recipe):
+    with pytest.raises(ValueError, match="num_tokens goes up to 2048, the context is 2048: leave room"):
+        check(replace(recipe, num_tokens=(8, 2048)), MCLlavaProcessor.from_pretrained(recipe.model))
 
 
 def test_small_steps_add_up_where_the_model_is_kept_in_bfloat16(recipe, tmp_path):
