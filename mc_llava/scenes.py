@@ -542,6 +542,11 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question:
     raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
+def benchmark_question(seed: int, kind: str) -> Question:
+    """The one question of a kind about a scene of the test split that every measurement asks."""
+    return ask(make_scene(seed, "test"), kind, random.Random(f"{kind} {seed}"))
+
+
 def _ask_position(scene: Scene, rng: random.Random) -> Question:
     def called(thing):
         if not thing.text:

@@ -286,10 +286,9 @@ def _read_scenes(source: str) -> tuple[int, Iterator[Question]]:
 
     def questions():
         for seed in range(NUM_SCENES):
-            scene = scenes.make_scene(seed, "test")
-            image = scenes.draw_scene(scene)
+            image = scenes.draw_scene(scenes.make_scene(seed, "test"))
             for kind in scenes.KINDS:
-                question = scenes.ask(scene, kind, random.Random(f"{kind} {seed}"))
+                question = scenes.benchmark_question(seed, kind)
                 yield Question(f"{kind}-{seed}", question.text, image, question.key, kind)
 
     return NUM_SCENES * len(scenes.KINDS), questions()

@@ -4,4 +4,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python3 -m venv .venv-demo
 .venv-demo/bin/pip install --quiet --constraint constraints.txt .
-.venv-demo/bin/mc-llava ask examples/scene1.jpg "What does the black sign say?"
+# From elsewhere: what answers is what was installed.
+root=$PWD
+cd "$(mktemp -d)"
+"$root/.venv-demo/bin/mc-llava" ask "$root/examples/scene1.jpg" "What does the black sign say?"

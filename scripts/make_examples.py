@@ -5,7 +5,6 @@ Draws the scenes in `examples/`, of the split that `tiny` was never trained on, 
 """
 
 import json
-import random
 from pathlib import Path
 
 from mc_llava import scenes
@@ -19,10 +18,9 @@ EXAMPLES = {"scene1.jpg": (1003, ("ocr",)), "scene2.jpg": (1018, ("attribute", "
 def main():
     asked = []
     for name, (seed, kinds) in EXAMPLES.items():
-        scene = scenes.make_scene(seed, "test")
-        scenes.draw_scene(scene).save(FOLDER / name, quality=92)
+        scenes.draw_scene(scenes.make_scene(seed, "test")).save(FOLDER / name, quality=92)
         for kind in kinds:
-            question = scenes.ask(scene, kind, random.Random(f"{kind} {seed}"))
+            question = scenes.benchmark_question(seed, kind)
             asked.append({"image": name, "kind": kind, "question": question.text, "key": question.key})
     (FOLDER / "questions.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 

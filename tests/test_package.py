@@ -108,8 +108,8 @@ class TestReadme:
 
     def test_its_commands_exist(self):
         """
-        Every `mc-llava` line here and in docs/ names a command and options that there are; test_cli.py and the tests
-        of the parts run each of them.
+        Every `mc-llava` line here and in docs/ names a command and options that there are. The lines themselves want
+        the 3B and its data: test_cli.py and the tests of the parts run each command on small ones.
         """
         text = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
         blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)

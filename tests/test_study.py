@@ -1,9 +1,12 @@
 """The study, with a random model and a few scenes."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 from mc_llava import scenes, study, train_tiny
@@ -42,6 +45,15 @@ def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monke
 
     monkeypatch.setattr(study.Evaluator, "answer", refuse)
     assert study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=2) == found
+
+
+def test_the_command_prints_the_table_of_all_settings(folder, tmp_path):
+    command = [sys.executable, "-m", "mc_llava", "study", "--model", str(folder), "--num-scenes", "1"]
+    command += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "docs")]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "docs" / "study.json").read_text())
+    assert len(found["settings"]) == len(study.SETTINGS) and result.stdout == study.markdown(found) + "\n"
 
 
 def test_too_many_scenes_and_failed_questions_are_refused(folder, tmp_path, monkeypatch):

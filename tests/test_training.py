@@ -1,11 +1,14 @@
 """The recipe, on rows in the exact format of LLaVA-Pretrain and LLaVA-Instruct-150K and a very small model."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
@@ -184,6 +187,17 @@ def test_broken_rows_are_named_skipped_and_refused_past_the_limit(folder, recipe
     assert named["row"] == 1 and reason in named["reason"]
     with pytest.raises(ValueError, match="1 of 3 rows are broken, max_broken is 0"):
         check(replace(recipe, data=str(path)), processor)
+
+
+def test_the_command_checks_and_trains_nothing(recipe):
+    values = {"model": recipe.model, "data": recipe.data, "images": recipe.images, "output": recipe.output}
+    path = Path(recipe.output).with_suffix(".yaml")
+    path.write_text(json.dumps(values | {"num_tokens": [8, 16]}))
+    command = [sys.executable, "-m", "mc_llava", "train", str(path), "--check"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert f"9 rows are good; 0 are broken, named in {recipe.output}" in result.stderr
+    assert [file.name for file in Path(recipe.output).iterdir()] == ["broken.jsonl"]
 
 
 def test_what_gpt_says_first_is_left_out_and_an_answer_may_lie_in_part_behind_the_context(recipe, tmp_path):
