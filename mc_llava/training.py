@@ -192,8 +192,8 @@ class Rows:
 
 def read_rows(recipe: Recipe, processor: MCLlavaProcessor, context: int) -> Rows:
     """
-    Read and check a recipe's data, a file in LLaVA's format. Every image is decoded, in all threads: a broken one is found now, not
-    after a night of training.
+    Read and check a recipe's data, a file in LLaVA's format. Every image is decoded, in all threads: a broken one is
+    found now, not after a night of training.
 
     A row is `{"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
     {"from": "gpt", "value": "A bus."}, ...]}`; one without `image` is text alone. Wherever a human turn has its

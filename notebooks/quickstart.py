@@ -17,7 +17,6 @@ if importlib.util.find_spec("mc_llava") is None:
 
 # %%
 import os
-import random
 
 import torch
 from IPython.display import display
@@ -42,7 +41,7 @@ processor = MCLlavaProcessor.from_pretrained(MODEL)
 SCENE = 1003  # any number: the scenes of this split are not those of the training
 scene = scenes.make_scene(SCENE, "test")
 picture = scenes.draw_scene(scene)
-question = scenes.ask(scene, "ocr", random.Random(f"ocr {SCENE}"))
+question = scenes.benchmark_question(SCENE, "ocr")
 display(picture)
 
 messages = [
@@ -75,7 +74,7 @@ draw_crop_grid(picture, plan)
 # %%
 encoded = model.encode_images(**inputs)
 for kind in ("attribute", "position"):
-    further = scenes.ask(scene, kind, random.Random(f"{kind} {SCENE}"))
+    further = scenes.benchmark_question(SCENE, kind)
     content = [{"type": "image"}, {"type": "text", "text": further.text}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     short = processor.tokenizer(prompt, return_tensors="pt").to(device)

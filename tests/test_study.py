@@ -73,7 +73,7 @@ def test_too_many_scenes_and_failed_questions_are_refused(folder, tmp_path, monk
 
 
 def test_the_commonest_answer_and_the_accuracies():
-    keys = {kind: ("red", "red", "K7", "K8") for kind in scenes.KINDS}
+    keys = dict.fromkeys(scenes.KINDS, ("red", "red", "K7", "K8"))
     keys["position"] = ("left", "right", "right", "above")
     found = study.majority([{"part": kind, "expected": key} for kind in keys for key in keys[kind]])
     assert found["ocr"] == {"answer": "red", "score": 50.0}

@@ -79,7 +79,8 @@ def test_the_examples_are_answered_through_the_auto_classes_and_need_the_crops(e
 
 
 def test_the_demo_asks_what_is_answered():
-    asked = re.search(r'mc-llava" ask "\$root/examples/(\S+)" "(.*)"', (ROOT / "scripts" / "demo.sh").read_text()).groups()
+    demo = (ROOT / "scripts" / "demo.sh").read_text()
+    asked = re.search(r'mc-llava" ask "\$root/examples/(\S+)" "(.*)"', demo).groups()
     assert asked in [(example["image"], example["question"]) for example in EXAMPLES]
 
 
