@@ -36,7 +36,6 @@ IGNORED = -100
 # The patch head reads before these last blocks, the gather head after them: what is recognised in the last block can't
 # be gathered any more.
 GATHERING_LAYERS = 2
-NUM_CROPS = 10**8  # more than any run draws: none is seen twice, and a longer run goes on in the same order
 # How often the gather head reads from the last 1, 3, 8 and 24 patches.
 GATHERED = (1, 3, 3, 3, 8, 24)
 
@@ -408,7 +407,9 @@ def pretrain_tower(
         TrainingArguments(
             **stage.options(output), dataloader_num_workers=workers, train_sampling_strategy="sequential"
         ),
-        train_dataset=CropDataset(NUM_CROPS, "train", side, patch_size),
+        # As many as are drawn: none is seen twice, a longer run goes on in the same order, and a finished one, called
+        # again, takes no further step.
+        train_dataset=CropDataset(stage.steps * stage.batch_size, "train", side, patch_size),
         optimizers=(MuonAndAdamW(model, stage.learning_rate, stage.weight_decay), None),
         callbacks=[
             Report(stage.save_steps, lambda model: {split: measure(model, crops) for split, crops in seen.items()})
