@@ -171,6 +171,8 @@ def _read(source: str | os.PathLike, name: str):
     try:
         if text.lower().startswith(("http://", "https://")):
             return _download(text)
+        if os.path.exists(text) and not os.path.isfile(text):  # a pipe or a device could be read for ever
+            raise ValueError("it is no regular file: pass one")
         if isinstance(source, os.PathLike) or os.path.exists(text):
             return open(text, "rb")
     except (OSError, HTTPException, ValueError) as error:

@@ -14,6 +14,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -23,11 +24,13 @@ from tqdm import tqdm
 
 from .evaluation import Evaluator, answer_all, append, fill_knobs, lock, resume, versions
 from .image_processing_mc_llava import FORMATS, check_knob, load_image
-from .loading import identify, load_model, load_processor
+from .loading import find_device, find_model, identify, load_model, load_processor
 
 
 COLUMNS = ("id", "question", "image", "images")
 MAX_BLOCKS = 10_000  # that Ray Data keeps track of
+MAX_RESTARTS = 10  # of one of Ray's workers
+GPU_TIMEOUT = 1800  # seconds for a cluster without a GPU to start a node that has one
 
 
 # Rows
@@ -64,20 +67,31 @@ class Parquet:
 
     def __init__(self, path: Path):
         try:
-            from pyarrow import ArrowInvalid
+            from pyarrow import ArrowException
             from pyarrow.parquet import ParquetFile
         except ImportError as error:
             raise ValueError('reading parquet needs the package pyarrow: pip install "mc-llava[eval]"') from error
-        self.folder = path.parent
+        self.path, self.folder, self.data_error = path, path.parent, ArrowException
         try:
             self.file = ParquetFile(path)
-        except ArrowInvalid as error:
+            self.columns = [name for name in COLUMNS if name in self.file.schema_arrow.names]
+            footer = self.file.metadata
+            self.ends = list(accumulate(footer.row_group(group).num_rows for group in range(footer.num_row_groups)))
+        except (ArrowException, ValueError, OverflowError) as error:
             raise ValueError(f"cannot read {path} as parquet: {error}") from error
-        self.columns = [name for name in COLUMNS if name in self.file.schema_arrow.names]
-        footer = self.file.metadata
-        self.ends = list(accumulate(footer.row_group(group).num_rows for group in range(footer.num_row_groups)))
-        self.digest = hashlib.sha256(str(footer.to_dict()).encode()).hexdigest()
         self.group = self.table = None  # the one that was read last
+
+    @cached_property
+    def digest(self) -> str:  # only the run asks for it, its workers need not read the whole file
+        digest, size = hashlib.sha256(), self.path.stat().st_size
+        with (
+            open(self.path, "rb") as file,
+            tqdm(total=size, unit="B", unit_scale=True, desc=f"Reading {self.path.name}", leave=False) as progress,
+        ):
+            for block in iter(partial(file.read, 2**20), b""):
+                digest.update(block)
+                progress.update(len(block))
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self.file.metadata.num_rows
@@ -85,7 +99,12 @@ class Parquet:
     def __getitem__(self, index: int) -> dict:
         group = bisect_right(self.ends, index)
         if group != self.group:
-            self.group, self.table = group, self.file.read_row_group(group, columns=self.columns)
+            try:
+                self.group, self.table = group, self.file.read_row_group(group, columns=self.columns)
+            except (OSError, self.data_error) as error:
+                if getattr(error, "errno", None) is not None:  # the disk's, not the data's
+                    raise
+                raise ValueError(f"cannot read row group {group} of {self.path}: {error}") from error
         start = self.ends[group] - len(self.table)
         return self.table.slice(index - start, 1).to_pylist()[0]
 
@@ -97,9 +116,12 @@ class Folder:
         self.folder = path
         suffixes = {suffix for suffix, format in Image.registered_extensions().items() if format in FORMATS}
         self.names = sorted(
-            file.relative_to(path).as_posix() for file in path.rglob("*") if file.suffix.lower() in suffixes
+            file.relative_to(path).as_posix()
+            for file in path.rglob("*")
+            if file.suffix.lower() in suffixes and file.is_file()
         )
-        self.digest = hashlib.sha256("\n".join(self.names).encode()).hexdigest()
+        # A name on a disk can be bytes that are no UTF-8.
+        self.digest = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
         return len(self.names)
@@ -132,9 +154,12 @@ def open_rows(source: str | os.PathLike) -> JsonLines | Parquet | Folder:
 
 
 def read_images(row: dict, folder: Path) -> list[Image.Image]:
-    cells = row.get("images") if row.get("images") is not None else row.get("image")
-    if cells is None:
+    held = [cells for cells in (row.get("image"), row.get("images")) if cells is not None and cells != []]
+    if not held:
         return []
+    if len(held) > 1:
+        raise ValueError("the row has both image and images: leave one of them out")
+    cells = held[0]
     return [read_image(cell, folder) for cell in (cells if isinstance(cells, list) else [cells])]
 
 
@@ -204,13 +229,13 @@ class Worker:
         try:
             row = self.rows[index]
             record["id"] = str(index if row.get("id") is None else row["id"])
-            question = self.job.question if row.get("question") is None else row["question"]
-            if not isinstance(question, str):
+            question = self.job.question if row.get("question") in (None, "") else row["question"]
+            if not isinstance(question, str) or not question:
                 raise ValueError("the row has no question: give it one, or pass one for all rows")
             record["question"] = question
             question.encode()  # JSON can hold what is no text: half of a surrogate pair
             images = read_images(row, self.rows.folder)
-        except (ValueError, RecursionError) as error:  # of a line that is all brackets
+        except (ValueError, OverflowError, RecursionError) as error:  # of a far date, of a line that is all brackets
             record["error"] = str(error)
         return record, images
 
@@ -255,16 +280,13 @@ def answer_with_ray(job: Job, starts: range, workers: int | None) -> Iterator[li
         raise ValueError('the package ray is missing: pip install "mc-llava[ray]"') from error
     if not starts:
         return
-    # Workers start in folders of their own.
-    job = replace(
-        job,
-        source=os.path.abspath(job.source),
-        model=os.path.abspath(job.model) if os.path.isdir(job.model) else job.model,
-    )
     ray.init(include_dashboard=False, log_to_driver=False)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
+        needs_gpu = (job.device or ("cuda" if gpus else "cpu")).startswith("cuda")
         context = ray.data.DataContext.get_current()
+        if needs_gpu and not gpus:
+            context.wait_for_min_actors_s = GPU_TIMEOUT  # else a cluster that gets none is waited for without end
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False  # there is one already
         answered = ray.data.from_items(
@@ -273,8 +295,11 @@ def answer_with_ray(job: Job, starts: range, workers: int | None) -> Iterator[li
             RayWorker,
             fn_constructor_args=(job,),
             batch_size=1,
-            num_gpus=1 if gpus and job.device in (None, "cuda") else 0,
+            num_gpus=int(needs_gpu),
             compute=ray.data.ActorPoolStrategy(size=workers or max(gpus, 1)),
+            # Ray Data's own defaults have no bound: a row that kills its worker would be asked for ever.
+            max_restarts=MAX_RESTARTS,
+            max_task_retries=1,
         )
         for row in answered.iter_rows():
             yield json.loads(row["records"])
@@ -301,6 +326,14 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
     check_knob("batch_size", job.batch_size, 1)
     check_knob("max_new_tokens", job.max_new_tokens, 1)
     rows = open_rows(job.source)
+    if isinstance(rows, Folder) and not job.question:
+        raise ValueError(f"the images in the folder {job.source} have no questions: pass --question, one for all")
+    # Ray's workers start in folders of their own, and a run may go on from another one.
+    job = replace(
+        job,
+        source=os.path.abspath(job.source),
+        model=os.path.abspath(job.model) if os.path.isdir(job.model) else job.model,
+    )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock(output):
@@ -312,16 +345,20 @@ def _run(
 ) -> tuple[int, int]:
     unfinished = output.with_name(output.name + ".partial")
     if output.exists():
-        raise ValueError(f"{output} is finished: choose another output, or remove it")
+        raise ValueError(f"{output} is there already: choose another output")
+    commit = identify(job.model, job.revision)
     settings = {
         **asdict(job),
         **fill_knobs(load_processor(job.model, job.revision), job.max_crops, job.num_tokens),
-        "revision": identify(job.model, job.revision),
+        "revision": commit,
+        "device": job.device if use_ray else find_device(job.device),  # Ray's workers may have others
         "rows": len(rows),
         "digest": rows.digest,
         "versions": versions(),
     }
     records = resume(unfinished, settings, job.batch_size)
+    if not os.path.isdir(find_model(job.model)) and commit != "unknown":
+        job = replace(job, revision=commit)  # a branch may move before a worker loads it
     total, done, failed = len(rows), len(records), sum("error" in record for record in records)
     starts = range(done, total, job.batch_size)
     if use_ray:
@@ -346,6 +383,8 @@ def _run(
     with open(unfinished, "rb") as journal, open(draft, "wb") as final:
         next(journal)
         final.writelines(journal)
+        final.flush()
+        os.fsync(final.fileno())
     os.replace(draft, output)
     unfinished.unlink()
     return done, failed

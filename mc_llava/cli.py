@@ -1,6 +1,7 @@
 """The command line: `mc-llava --help` lists its commands."""
 
 import json
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -258,6 +259,8 @@ def train(
     elif kind == "tiny":
         if check:
             raise ValueError("a recipe of kind tiny has no data to check: leave --check out")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("a recipe of kind tiny trains in one process: start it without torchrun or accelerate")
         say(f"wrote {train_tiny.train_tiny(training.build_recipe(train_tiny.TinyRecipe, values))}")
     else:
         raise ValueError(f"a recipe's kind must be finetune or tiny, got {kind!r}")

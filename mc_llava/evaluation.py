@@ -33,7 +33,7 @@ from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 from .tasks import TASKS, Question, Task
 
 
-PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy")
+PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy", "bitsandbytes", "optimum-quanto")
 Asked = TypeVar("Asked")
 
 
@@ -404,6 +404,8 @@ def write_json(path: Path, content: dict):
     with open(draft, "w", encoding="utf-8") as file:
         json.dump(content, file, ensure_ascii=False, indent=1)
         file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(draft, path)
 
 
@@ -456,7 +458,8 @@ def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
             check_settings(found, settings, unfinished)
         records = records[: len(records) // batch_size * batch_size]
     draft = unfinished.with_name(unfinished.name + ".draft")
-    draft.write_bytes(b"".join(map(to_line, [settings, *records])))
+    with open(draft, "wb") as journal:
+        append(journal, [settings, *records])
     os.replace(draft, unfinished)
     return records
 

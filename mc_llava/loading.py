@@ -27,6 +27,22 @@ def find_model(name: str) -> str:
     return str(TINY) if name == "tiny" else name
 
 
+def find_device(name: str | None = None) -> str:
+    """
+    Where a model is put: the accelerator where None, or the CPU if there is none.
+
+    Raises:
+        ValueError: if there is no such device.
+    """
+    devices = ["cpu"]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator().type
+        devices = [kind, *(f"{kind}:{index}" for index in range(torch.accelerator.device_count())), "cpu"]
+    if name is not None and name not in devices:
+        raise ValueError(f"there is no device {name!r} here: choose from {', '.join(devices)}")
+    return name or devices[0]
+
+
 def load_model(
     path: str,
     dtype: str = "auto",
@@ -45,12 +61,9 @@ def load_model(
         quantize: one of `QUANTIZED`, for the weights of the language model's layers.
 
     Raises:
-        ValueError: if `quantize` is unknown, or the package that it needs is missing.
+        ValueError: if there is no such device, `quantize` is unknown, or the package that it needs is missing.
     """
-    path = find_model(path)
-    if device is None:
-        accelerator = torch.accelerator.current_accelerator()
-        device = "cpu" if accelerator is None else accelerator.type
+    path, device = find_model(path), find_device(device)
     options = {"dtype": dtype, "use_safetensors": True, "revision": revision or "main"}
     if quantize is None:
         return MCLlavaForConditionalGeneration.from_pretrained(path, **options).to(device).eval()

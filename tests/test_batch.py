@@ -107,6 +107,92 @@ def test_a_folder_with_one_question(folder, converted, tmp_path):
     assert "is corrupt" in records[4]["error"]
 
 
+def test_a_folder_without_a_question(folder, tmp_path):
+    asked = job(folder, "no-model", source=str(folder / "images"))
+    with pytest.raises(ValueError, match="images have no questions: pass --question"):
+        run(asked, tmp_path / "out.jsonl")
+
+
+def read_rows(source: Path, question: str | None = None) -> list[tuple[dict, list]]:
+    """What a worker reads, without the model that it would ask."""
+    worker = object.__new__(batch.Worker)
+    worker.job, worker.rows = Job(str(source), "no-model", question), open_rows(source)
+    return [worker.read(index) for index in range(len(worker.rows))]
+
+
+def test_a_name_that_is_no_utf8_and_what_is_no_file(tmp_path):
+    name = b"caf\xe9.png"
+    try:
+        picture(9, 9).save(tmp_path / "a.png")
+        os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/" + name)
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    ((record, images),) = read_rows(tmp_path, "What is it?")
+    assert record["id"] == os.fsdecode(name) and images[0].size == (9, 9)
+
+
+def test_image_beside_images_and_empty_cells(tmp_path):
+    picture(9, 9).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    cells = [
+        {"image": "a.png", "images": []},
+        {"image": None, "images": ["a.png", "a.png"]},
+        {"images": [], "image": []},
+        {"image": "a.png", "images": ["a.png"]},
+        {"image": "pipe.png"},
+        {"image": "a.png", "question": ""},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"question": "What?", **row}) for row in cells))
+    read = read_rows(tmp_path / "rows.jsonl")
+    assert [len(images) for _, images in read] == [1, 2, 0, 0, 0, 0]
+    errors = [record.get("error", "") for record, _ in read]
+    assert errors[:3] == [""] * 3 and "both image and images" in errors[3]
+    assert "no regular file" in errors[4] and "no question" in errors[5]
+    assert read_rows(tmp_path / "rows.jsonl", "What is it?")[5][0]["question"] == "What is it?"
+
+
+@with_pyarrow
+def test_parquet_with_equal_sizes_and_statistics_is_another_input(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    digests = set()
+    for middle in ("m1?", "m2?"):
+        parquet.write_table(pyarrow.table({"question": ["a?", middle, "z?"]}), tmp_path / f"{middle[:2]}.parquet")
+        digests.add(open_rows(tmp_path / f"{middle[:2]}.parquet").digest)
+    assert len(digests) == 2
+
+
+@with_pyarrow
+def test_parquet_with_broken_data(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    far = pyarrow.array([2**31 - 1, 1], pyarrow.int32()).cast(pyarrow.date32())  # Python's years have four digits
+    parquet.write_table(pyarrow.table({"id": far, "question": ["a?", "b?"]}), tmp_path / "far.parquet")
+    (far, _), (near, _) = read_rows(tmp_path / "far.parquet")
+    assert "2147483647" in far["error"] and near["id"] == "1970-01-02"
+
+    path = tmp_path / "cut.parquet"
+    table = pyarrow.table({"question": [f"question {index}?" for index in range(200)]})
+    parquet.write_table(table, path, row_group_size=100)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + b"\xff" * 56 + whole[60:])
+    records = [record for record, _ in read_rows(path)]
+    assert "cannot read row group 0 of" in records[99]["error"] and "cut.parquet" in records[99]["error"]
+    assert "error" not in records[100]
+
+    size = int.from_bytes(whole[-8:-4], "little")
+    for position in range(len(whole) - 8 - size, len(whole) - 8, 7):
+        path.write_bytes(whole[:position] + b"\xff" * 5 + whole[position + 5 :])
+        try:
+            open_rows(path)
+        except ValueError as error:
+            assert "cut.parquet" in str(error)
+
+
 @with_pyarrow
 def test_parquet_with_the_images_inside(folder, converted, whole, tmp_path):
     import pyarrow
@@ -152,7 +238,12 @@ def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
     kept = journal.read_bytes()
     assert not output.exists()
 
-    journal.write_bytes(kept[: -len(kept.splitlines()[-1]) // 2])  # in the middle of a record
+    torn = kept[: -len(kept.splitlines()[-1]) // 2]  # in the middle of a record
+    (tmp_path / "other.jsonl.partial").write_bytes(torn)
+    assert run(job(folder, converted), tmp_path / "other.jsonl") == (15, 6)  # in one process, whoever began
+    assert records_of(tmp_path / "other.jsonl") == whole
+
+    journal.write_bytes(torn)
     result = subprocess.run(command(folder, converted, output, *more), capture_output=True, text=True, **options)
     assert result.returncode == 0, result.stderr
     assert "15 rows, 6 of them with an error" in result.stderr and "15/15" in result.stderr
@@ -177,12 +268,13 @@ def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypat
         run(job(folder, converted), output)
     for changes, message in (
         ({"max_new_tokens": 5}, "has max_new_tokens 4, this run 5"),
-        ({"source": str(folder / "images")}, "choose another output"),
+        ({"source": str(folder / "images"), "question": "What?"}, "choose another output"),
+        ({"source": os.path.relpath(folder / "rows.jsonl")}, "division by zero"),  # the same, and so the run goes on
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises((ValueError, ZeroDivisionError), match=message):
             run(job(folder, converted, **changes), output)
     output.write_text("mine")
-    with pytest.raises(ValueError, match="is finished: choose another output"):
+    with pytest.raises(ValueError, match="is there already: choose another output"):
         run(job(folder, converted), output)
     assert output.read_text() == "mine"
 
@@ -193,7 +285,7 @@ def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypat
         ("none.jsonl", None, "cannot read"),
         ("rows.csv", "a,b", "neither a .jsonl nor a .parquet file nor a folder"),
         ("empty.jsonl", "\n", "has no rows"),
-        pytest.param("rows.parquet", "PAR1", "as parquet", marks=with_pyarrow),
+        pytest.param("rows.parquet", "PAR1", "rows.parquet as parquet", marks=with_pyarrow),
     ],
 )
 def test_what_is_no_input(tmp_path, name, content, message):
@@ -201,6 +293,23 @@ def test_what_is_no_input(tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         open_rows(tmp_path / name)
+
+
+@with_ray
+def test_a_row_that_kills_its_worker_ends_the_run(folder, converted, monkeypatch):
+    class Killed(batch.RayWorker):  # by value: Ray's processes can't import this file
+        def __init__(self, job):
+            pass
+
+        def answer(self, start):
+            if start == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return [{"row": start}]
+
+    monkeypatch.setattr(batch, "RayWorker", Killed)
+    monkeypatch.setenv("RAY_ADDRESS", "local")
+    with pytest.raises(RuntimeError, match="Ray's workers failed"):
+        list(batch.answer_with_ray(job(folder, converted), range(0, 15, 3), 1))
 
 
 @pytest.mark.parametrize("error", [ValueError, torch.OutOfMemoryError])
