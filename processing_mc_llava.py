@@ -25,18 +25,24 @@ from .image_processing_mc_llava import (
 
 
 # ChatML as Phi-2 was fine-tuned with it: no turn is added, and an image stands before what follows it.
+# It refuses special tokens in a message, too: engines such as vLLM render it without the processor.
 # `{% generation %}` marks what the assistant says, its <|im_end|> included, for training on those tokens alone.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- set ns = namespace(text='') -%}
+{%- set ns = namespace(text='', said=message['role'] + '\\n') -%}
 {%- if message['content'] is string -%}
 {%- set ns.text = message['content'] -%}
+{%- set ns.said = ns.said + message['content'] -%}
 {%- else -%}
 {%- for part in message['content'] -%}
 {%- set ns.text = ns.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
+{%- set ns.said = ns.said + ('\\n' if part['type'] == 'image' else part['text']) -%}
 {%- endfor -%}
 {%- endif -%}
+{%- for token in ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<image>', '<pad>'] if token in ns.said -%}
+{{- raise_exception('the text of a message must not hold the special token ' + token + ': remove it') -}}
+{%- endfor -%}
 {%- if message['role'] == 'assistant' -%}
 {%- generation -%}{{- ns.text + '<|im_end|>' -}}{%- endgeneration -%}
 {%- else -%}

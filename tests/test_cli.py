@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, cli
 
 
 CROP_GRID = ROOT / "docs" / "crop_grid.jpg"
@@ -28,6 +28,12 @@ def error_of(*arguments) -> str:
     lines = result.stderr.decode().splitlines()
     assert not any("Traceback" in line for line in lines)
     return lines[-1]
+
+
+def test_tiny_is_not_made_by_several_processes(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="trains in one process"):
+        cli.train(str(ROOT / "examples" / "tiny.yaml"))
 
 
 @pytest.fixture(scope="module")

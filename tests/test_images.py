@@ -2,9 +2,12 @@
 
 import base64
 import io
+import os
+import signal
 import threading
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -145,6 +148,19 @@ def test_a_url_is_read_up_to_a_limit(monkeypatch):
         with pytest.raises(ValueError, match="more than 10 bytes"):
             load_image(f"{url}/image.png")
         server.shutdown()
+
+
+def test_a_pipe_a_device_and_a_folder_are_not_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the image was still being read after 10 seconds"))
+    signal.alarm(10)
+    try:
+        for path in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
+            for source in (path, str(path)):
+                with pytest.raises(ValueError, match="no regular file"):
+                    load_image(source)
+    finally:
+        signal.alarm(0)
 
 
 @pytest.mark.parametrize(
