@@ -205,12 +205,14 @@ class Job:
 
 
 class Worker:
-    """A model that answers a job's rows."""
+    """A model that answers a job's rows. ValueError if they have another digest than the one that is given."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, digest: str | None = None):
+        self.job, self.rows = job, open_rows(job.source)
+        if digest not in (None, self.rows.digest):
+            raise ValueError(f"{job.source} has changed since the run began, or is another file here")
         processor = load_processor(job.model, job.revision)
         model = load_model(job.model, job.dtype, job.device, job.revision, job.quantize)
-        self.job, self.rows = job, open_rows(job.source)
         self.evaluator = Evaluator(model, processor, job.max_crops, job.num_tokens, job.batch_size, job.max_new_tokens)
 
     def answer(self, start: int) -> list[dict]:
@@ -266,12 +268,15 @@ class RayWorker(Worker):
         return {"records": [json.dumps(self.answer(int(start))) for start in batch["start"]]}
 
 
-def answer_with_ray(job: Job, starts: range, workers: int | None) -> Iterator[list[dict]]:
+def answer_with_ray(
+    job: Job, starts: range, workers: int | None = None, digest: str | None = None
+) -> Iterator[list[dict]]:
     """
     The batches in their order, answered by an actor pool of Ray Data, on the cluster that Ray finds or else here.
 
     Args:
         workers: actors, each with a model of its own; as many as the cluster has GPUs if None, or one.
+        digest: of the rows that each of them must find.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which would be sent to Ray's makers
     try:
@@ -293,7 +298,7 @@ def answer_with_ray(job: Job, starts: range, workers: int | None) -> Iterator[li
             [{"start": start} for start in starts], override_num_blocks=min(len(starts), MAX_BLOCKS)
         ).map_batches(
             RayWorker,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(job, digest),
             batch_size=1,
             num_gpus=int(needs_gpu),
             compute=ray.data.ActorPoolStrategy(size=workers or max(gpus, 1)),
@@ -361,10 +366,11 @@ def _run(
         job = replace(job, revision=commit)  # a branch may move before a worker loads it
     total, done, failed = len(rows), len(records), sum("error" in record for record in records)
     starts = range(done, total, job.batch_size)
+    digest = None if isinstance(rows, Parquet) else rows.digest  # that of a parquet file is read once
     if use_ray:
-        batches = answer_with_ray(job, starts, workers)
+        batches = answer_with_ray(job, starts, workers, digest)
     else:
-        batches = map(Worker(job).answer, starts) if starts else ()
+        batches = map(Worker(job, digest).answer, starts) if starts else ()
     with (
         tqdm(total=total, initial=done, unit="row", desc=output.name) as progress,
         open(unfinished, "ab") as journal,

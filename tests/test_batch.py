@@ -250,6 +250,11 @@ def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
     assert records_of(output) == whole and not journal.exists()
 
 
+def test_rows_that_changed_since_the_run_began(folder):
+    with pytest.raises(ValueError, match="rows.jsonl has changed since the run began"):
+        batch.Worker(job(folder, "no-model"), "another digest")
+
+
 def test_two_runs_on_one_output(folder, converted, tmp_path):
     output = tmp_path / "out.jsonl"
     with (
@@ -298,7 +303,7 @@ def test_what_is_no_input(tmp_path, name, content, message):
 @with_ray
 def test_a_row_that_kills_its_worker_ends_the_run(folder, converted, monkeypatch):
     class Killed(batch.RayWorker):  # by value: Ray's processes can't import this file
-        def __init__(self, job):
+        def __init__(self, job, digest):
             pass
 
         def answer(self, start):
@@ -309,7 +314,7 @@ def test_a_row_that_kills_its_worker_ends_the_run(folder, converted, monkeypatch
     monkeypatch.setattr(batch, "RayWorker", Killed)
     monkeypatch.setenv("RAY_ADDRESS", "local")
     with pytest.raises(RuntimeError, match="Ray's workers failed"):
-        list(batch.answer_with_ray(job(folder, converted), range(0, 15, 3), 1))
+        list(batch.answer_with_ray(job(folder, converted), range(0, 15, 3)))
 
 
 @pytest.mark.parametrize("error", [ValueError, torch.OutOfMemoryError])

@@ -1,16 +1,19 @@
 """Quantised language models: which layers are, what they weigh, and how near their answers are."""
 
 import importlib.util
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import picture
+from conftest import ROOT, picture
 from make_published_checkpoint import write_published_checkpoint
 from torch import nn
 
 from mc_llava import MCLlavaProcessor
 from mc_llava.evaluation import Evaluator, evaluate
-from mc_llava.loading import load, load_model
+from mc_llava.loading import find_device, load, load_model
 
 
 # Phi-2's heads of 80, and widths that fill the quantised kernels' blocks.
@@ -54,6 +57,54 @@ def test_the_language_model_alone_is_quantized(folder, whole, name, agreement):
     assert not torch.equal(found, logits)
     output = small.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason='what quantises is not here: pip install "mc-llava[quantize]"',
+)
+class TestFourBits:
+    def test_of_a_checkpoint_in_float16(self, folder, whole):
+        _, inputs, logits = whole
+        small = load_model(str(folder), "auto", "cpu", quantize="nf4")
+        assert small.lm_head.weight.dtype is torch.float16
+        layer = small.model.language_model.layers[0].mlp.fc1
+        assert layer.weight.dtype is torch.uint8 and layer.compute_dtype is torch.float16
+        with torch.no_grad():
+            found = small(**inputs.to(torch.float16)).logits.float()
+        assert torch.cosine_similarity(found, logits, dim=-1).mean() > 0.97
+
+    def test_by_command(self, folder, tmp_path):
+        picture(640, 400).save(tmp_path / "a.png")
+        command = [sys.executable, "-m", "mc_llava", "ask", tmp_path / "a.png", "What is it?", "--model", folder]
+        command += ["--quantize", "nf4", "--dtype", "float32", "--device", "cpu", "--json"]
+        command += ["--max-crops", "2", "--num-tokens", "30", "--max-new-tokens", "3"]
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        processor = MCLlavaProcessor.from_pretrained(folder)
+        inputs = processor("What is it?", picture(640, 400), max_crops=2, num_tokens=30)
+        output = load_model(str(folder), "float32", "cpu", quantize="nf4").generate(**inputs, max_new_tokens=3)
+        reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        assert json.loads(result.stdout)["answer"] == reply
+
+
+@pytest.mark.parametrize(
+    ("name", "quantizer", "package"),
+    [("nf4", "bnb_4bit.is_bitsandbytes", "bitsandbytes"), ("int8", "quanto.is_optimum_quanto", "optimum-quanto")],
+)
+def test_a_missing_package_is_named(folder, monkeypatch, name, quantizer, package):
+    monkeypatch.setattr(f"transformers.quantizers.quantizer_{quantizer}_available", lambda: False)
+    with pytest.raises(ValueError, match=rf'{package}.*pip install "mc-llava\[quantize\]"'):
+        load_model(str(folder), "float32", "cpu", quantize=name)
+
+
+def test_a_device_that_is_not_there_is_refused(folder):
+    for name in ("nonsense", "cuda:99"):
+        with pytest.raises(ValueError, match=f"no device '{name}' here: choose from .*cpu"):
+            load_model(str(folder), device=name)
+    assert find_device("cpu") == "cpu"
+    if not torch.accelerator.is_available():
+        assert find_device() == "cpu"
 
 
 def test_an_unknown_name_is_refused(folder):

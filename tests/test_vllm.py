@@ -32,7 +32,7 @@ SIZES = {
     "vision": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 3},
 }
 KNOBS = {"max_crops": 2, "num_tokens": 30}  # of the engine
-MORE = {"max_crops": 6, "num_tokens": 70}  # of a request
+MORE = {"max_crops": 20, "num_tokens": 70}  # of a request: more crops than pass the tower at once
 NEW_TOKENS = 8
 ENVIRONMENT = {
     **os.environ,
@@ -48,7 +48,7 @@ ENVIRONMENT = {
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("vllm")
     convert(str(write_published_checkpoint(folder / "published", SIZES)), str(folder / "model"))
-    for index, size in enumerate([(640, 400), (90, 60), (1000, 800)]):
+    for index, size in enumerate([(640, 400), (90, 60), (1300, 1100)]):
         picture(*size, seed=index).save(folder / f"{index}.png")
     return folder
 
