@@ -141,7 +141,7 @@ def open_rows(source: str | os.PathLike) -> JsonLines | Parquet | Folder:
     kinds = {".jsonl": JsonLines, ".parquet": Parquet}
     if path.is_dir():
         rows = Folder(path)
-    elif path.suffix not in kinds:
+    elif path.suffix not in kinds or (path.exists() and not path.is_file()):
         raise ValueError(f"{source} is neither a .jsonl nor a .parquet file nor a folder of images")
     else:
         try:
@@ -210,7 +210,7 @@ class Worker:
     def __init__(self, job: Job, digest: str | None = None):
         self.job, self.rows = job, open_rows(job.source)
         if digest not in (None, self.rows.digest):
-            raise ValueError(f"{job.source} has changed since the run began, or is another file here")
+            raise ValueError(f"{job.source} has changed since the run began, or is another file here: start again")
         processor = load_processor(job.model, job.revision)
         model = load_model(job.model, job.dtype, job.device, job.revision, job.quantize)
         self.evaluator = Evaluator(model, processor, job.max_crops, job.num_tokens, job.batch_size, job.max_new_tokens)
@@ -333,11 +333,10 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
     rows = open_rows(job.source)
     if isinstance(rows, Folder) and not job.question:
         raise ValueError(f"the images in the folder {job.source} have no questions: pass --question, one for all")
-    # Ray's workers start in folders of their own, and a run may go on from another one.
+    # Ray's workers start in folders of their own, and a run may go on from another one. "tiny" each finds for itself.
+    is_folder = find_model(job.model) == job.model and os.path.isdir(job.model)
     job = replace(
-        job,
-        source=os.path.abspath(job.source),
-        model=os.path.abspath(job.model) if os.path.isdir(job.model) else job.model,
+        job, source=os.path.abspath(job.source), model=os.path.abspath(job.model) if is_folder else job.model
     )
     output = Path(output)
     output.parent.mkdir(parents=True, exist_ok=True)

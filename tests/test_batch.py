@@ -317,6 +317,12 @@ def test_a_row_that_kills_its_worker_ends_the_run(folder, converted, monkeypatch
         list(batch.answer_with_ray(job(folder, converted), range(0, 15, 3)))
 
 
+def test_a_pipe_is_no_input(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="neither a .jsonl nor a .parquet file"):
+        open_rows(tmp_path / "rows.jsonl")
+
+
 @pytest.mark.parametrize("error", [ValueError, torch.OutOfMemoryError])
 def test_a_batch_that_fails_is_asked_one_by_one(folder, converted, monkeypatch, error):
     worker = batch.Worker(job(folder, converted))
