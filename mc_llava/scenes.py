@@ -519,7 +519,7 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question:
         sign = rng.choice(signs)
         return Question(kind, rng.choice(READ_QUESTIONS).format(sign.color), f"It says {sign.text}.", sign.text)
     if kind == "attribute":
-        if rng.random() < 0.25:
+        if (rng.random() < 0.25 and signs) or not shapes:
             sign = rng.choice(signs)
             text = rng.choice(COLOR_QUESTIONS).format(f"sign {sign.text}")
             return Question(kind, text, f"It is {sign.color}.", sign.color)
@@ -547,19 +547,35 @@ def benchmark_question(seed: int, kind: str) -> Question:
     return ask(make_scene(seed, "test"), kind, random.Random(f"{kind} {seed}"))
 
 
+def askable(scene: Scene) -> list[str]:
+    """The kinds of question that can be asked: all of them about a whole scene, fewer about a part."""
+    is_askable = {
+        "ocr": any(thing.text for thing in scene.things),
+        "attribute": bool(scene.things),
+        "position": bool(_far_apart(scene)),
+        "hard": any(len(group) == 2 for group in scene.groups),
+    }
+    return [kind for kind in KINDS if is_askable[kind]]
+
+
+def _far_apart(scene: Scene) -> list[tuple[Thing, Thing, int, float]]:
+    """Pairs of things, the axis (0 is left to right), and how far the first lies behind the other on it."""
+    return [
+        (thing, other, axis, distance)
+        for thing in scene.things
+        for other in scene.things
+        for axis, size in enumerate((scene.width, scene.height))
+        if abs(distance := (thing.center[axis] - other.center[axis]) / size) >= MIN_DISTANCE
+    ]
+
+
 def _ask_position(scene: Scene, rng: random.Random) -> Question:
     def called(thing):
         if not thing.text:
             return rng.choice((thing.called, thing.name))
         return rng.choice((thing.called, thing.called, f"sign {thing.text}"))
 
-    choices = []
-    for thing in scene.things:
-        for other in scene.things:
-            for axis, size in enumerate((scene.width, scene.height)):
-                if abs(distance := (thing.center[axis] - other.center[axis]) / size) >= MIN_DISTANCE:
-                    choices.append((thing, other, axis, distance))
-    thing, other, axis, distance = rng.choice(choices)
+    thing, other, axis, distance = rng.choice(_far_apart(scene))
     key = DIRECTIONS[axis][distance > 0]
     phrases = ["left of", "right of"] if axis == 0 else list(DIRECTIONS[axis])
     answer = f"It is {phrases[distance > 0]} the {other.name}."

@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,8 @@ CROP_BUDGETS = {0: 4, 2: 4, 4: 6, 8: 10, 16: 16, 32: 48, 64: 12}
 SHARD = 500  # images of one file of the cache
 TURNS = 8  # at most, of one conversation
 CAPTIONS = 0.1  # share of the conversations that are a caption
+FEW_CROPS = (1, 2, 4, 8)  # that half of the batches show, beside the whole picture
+READABLE = 6.5  # pixels of the tower, of a glyph
 FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
 MADE_OF = "recipe.json"
 LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
@@ -152,6 +155,7 @@ class CachedImage(NamedTuple):
     """A scene's crops behind the frozen tower."""
 
     seed: int  # of the scene
+    budget: tuple[int, int]  # max_crops, num_tokens
     features: torch.Tensor  # float16[tokens, vision_hidden], without coordinates
     coords: torch.Tensor  # float32[crops, 2]
     num_tokens: torch.Tensor  # int64[crops]
@@ -180,11 +184,12 @@ def encode_scenes(model, processor, seeds, split: str, budgets, workers: int = 0
     device = model.device
     images = []
     crops = SceneCrops(processor.image_processor, seeds, split, budgets)
-    for seed, inputs in zip(seeds, torch.utils.data.DataLoader(crops, batch_size=None, num_workers=workers)):
+    loader = torch.utils.data.DataLoader(crops, batch_size=None, num_workers=workers)
+    for seed, budget, inputs in zip(seeds, budgets, loader):
         kept = inputs["crop_num_tokens"]
         with torch.autocast(device.type, torch.bfloat16):
             features = model.model._encode_crops(inputs["pixel_values"].to(device), kept.to(device))
-        images.append(CachedImage(seed, features.half().cpu(), inputs["crop_coords"], kept))
+        images.append(CachedImage(seed, budget, features.half().cpu(), inputs["crop_coords"], kept))
     return images
 
 
@@ -198,11 +203,11 @@ def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> li
     for start in tqdm(range(0, count, SHARD), desc="Encoding scenes", unit_scale=SHARD, unit="scene"):
         seeds = range(start, min(start + SHARD, count))
         path = folder / f"{seeds.start}-{seeds.stop}.safetensors"
+        rng = random.Random(start)
+        budgets = []
+        for max_crops in rng.choices(list(CROP_BUDGETS), list(CROP_BUDGETS.values()), k=len(seeds)):
+            budgets.append((max_crops, NUM_TOKENS if rng.random() < 0.7 else rng.randint(48, 256)))
         if not path.exists():
-            rng = random.Random(start)
-            budgets = []
-            for max_crops in rng.choices(list(CROP_BUDGETS), list(CROP_BUDGETS.values()), k=len(seeds)):
-                budgets.append((max_crops, NUM_TOKENS if rng.random() < 0.7 else rng.randint(48, 256)))
             shard = encode_scenes(model, processor, seeds, "train", budgets, workers)
             tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in CachedImage.TENSORS}
             tensors["crops"] = torch.tensor([len(image.coords) for image in shard])
@@ -213,7 +218,7 @@ def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> li
         crops = shard["crops"].tolist()
         tokens = [int(kept.sum()) for kept in shard["num_tokens"].split(crops)]
         parts = shard["features"].split(tokens), shard["coords"].split(crops), shard["num_tokens"].split(crops)
-        images += [CachedImage(seed, *image) for seed, image in zip(seeds, zip(*parts))]
+        images += [CachedImage(seed, budget, *image) for seed, budget, image in zip(seeds, budgets, zip(*parts))]
     return images
 
 
@@ -261,10 +266,42 @@ def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
     }
 
 
+def show_few(
+    image: CachedImage, scene: scenes.Scene, boxes: list[tuple], count: int, rng: random.Random
+) -> tuple[CachedImage, scenes.Scene]:
+    """
+    The whole picture and `count` of its crops, one of which shows a group of things, and what of the scene they show.
+    An image whose crops magnify too little for any group stays as it is.
+
+    Args:
+        boxes: of the image's crops, of which the first is the whole.
+    """
+    shown = [
+        (group, crop)
+        for group in scene.groups
+        for crop in range(1, len(boxes))
+        if scenes.legible_height(scenes.outline(group), min(t.glyph for t in group), [boxes[crop]]) >= READABLE
+    ]
+    if not shown:
+        return image, scene
+    _, crop = rng.choice(shown)
+    crops = sorted({0, crop, *rng.sample(range(1, len(boxes)), min(count, len(boxes)) - 1)})
+    groups = tuple(group for group in scene.groups if any((group, crop) in shown for crop in crops))
+    features = image.features.split(image.num_tokens.tolist())
+    image = image._replace(
+        features=torch.cat([features[crop] for crop in crops]),
+        coords=image.coords[crops],
+        num_tokens=image.num_tokens[crops],
+    )
+    return image, replace(scene, groups=groups)
+
+
 class SceneCollator:
     """
     Fresh conversations about cached images: a caption, or some questions of all kinds, with the loss on the answers.
     They follow from the rows alone: a run that is resumed draws what one that was not stopped does.
+
+    Every second batch shows a few crops only: reading is learned there in fewer steps than among many.
 
     Args:
         captions: share of conversations that are a caption.
@@ -272,16 +309,18 @@ class SceneCollator:
     """
 
     def __init__(self, processor, images: list[CachedImage], captions: float, turns: int):
-        self.tokenizer = processor.tokenizer
+        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         self.images, self.captions, self.turns = images, captions, turns
 
-    def conversation(self, image: CachedImage, turns: int, rng: random.Random) -> tuple[list[int], list[int]]:
+    def conversation(
+        self, image: CachedImage, scene: scenes.Scene, turns: int, rng: random.Random
+    ) -> tuple[list[int], list[int]]:
         """Token ids and labels."""
-        scene = scenes.make_scene(image.seed)
         if rng.random() < self.captions:
             said = [scenes.caption(scene, rng)]
         else:
-            questions = [scenes.ask(scene, rng.choice(scenes.KINDS), rng) for _ in range(turns)]
+            kinds = scenes.askable(scene)
+            questions = [scenes.ask(scene, rng.choice(kinds), rng) for _ in range(turns)]
             said = [(question.text, question.answer) for question in questions]
         ids, labels = [], []
         for index, (text, answer) in enumerate(said):
@@ -295,11 +334,20 @@ class SceneCollator:
             labels += [-100] * len(asked) + replied
         return ids, labels
 
+    def boxes(self, image: CachedImage, scene: scenes.Scene) -> list[tuple]:
+        max_crops, num_tokens = image.budget
+        plan = self.image_processor.plan(scene.width, scene.height, max_crops=max_crops, num_tokens=num_tokens)
+        return [crop.box for crop in plan]
+
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         rng = random.Random(rows[0]["seed"])
-        images = [self.images[row["image"]] for row in rows]
-        turns = rng.randint(1, self.turns)  # the same in all rows, so that few positions are padding
-        encoded = [self.conversation(image, turns, rng) for image in images]
+        # The same in all rows, so that few positions are padding.
+        turns, few = rng.randint(1, self.turns), rng.choice(FEW_CROPS) if rng.random() < 0.5 else None
+        shown = [(self.images[row["image"]], scenes.make_scene(self.images[row["image"]].seed)) for row in rows]
+        if few is not None:
+            shown = [show_few(image, scene, self.boxes(image, scene), few, rng) for image, scene in shown]
+        images = [image for image, _ in shown]
+        encoded = [self.conversation(image, scene, turns, rng) for image, scene in shown]
         longest = max(len(ids) for ids, _ in encoded)
         pad = self.tokenizer.pad_token_id
         return {

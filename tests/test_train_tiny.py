@@ -57,7 +57,7 @@ def test_cached_features_give_the_same_answers_as_pixels(processor, model):
 
 
 def test_conversations_have_their_loss_on_the_answers(processor, model):
-    images = train_tiny.encode_scenes(model, processor, [0, 1], "train", [(4, 20), (0, 30)])
+    images = train_tiny.encode_scenes(model, processor, [0, 1], "train", [(0, 20), (0, 30)])
     tokenizer = processor.tokenizer
     rows = [{"image": 0, "seed": 5}, {"image": 1, "seed": 6}]
     collator = train_tiny.SceneCollator(processor, images, captions=0.0, turns=3)
@@ -81,6 +81,32 @@ def test_conversations_have_their_loss_on_the_answers(processor, model):
         {"role": "assistant", "content": said},
     ]
     assert processor.apply_chat_template(messages).replace("<image>", "") == text + "\n"
+
+
+@pytest.mark.parametrize("count", [1, 4, 100])
+def test_few_crops_show_a_part_of_the_scene(processor, model, count):
+    (image,) = train_tiny.encode_scenes(model, processor, [3], "train", [(32, 128)])
+    whole = scenes.make_scene(3)
+    boxes = [crop.box for crop in processor.image_processor.plan(whole.width, whole.height, 32, 128)]
+    few, scene = train_tiny.show_few(image, whole, boxes, count, random.Random(0))
+    crops = [image.coords.tolist().index(place) for place in few.coords.tolist()]
+    assert crops[0] == 0 and len(crops) == 1 + min(count, len(boxes) - 1)
+    features = image.features.split(image.num_tokens.tolist())
+    assert torch.equal(few.features, torch.cat([features[crop] for crop in crops]))
+    assert few.num_tokens.tolist() == image.num_tokens[crops].tolist()
+    assert scene.groups and set(scene.groups) <= set(whole.groups)
+    for group in whole.groups:
+        left, top, right, bottom = scenes.outline(group)
+        inside = any(
+            boxes[crop][0] <= left and boxes[crop][1] <= top and boxes[crop][2] >= right and boxes[crop][3] >= bottom
+            for crop in crops[1:]
+        )
+        assert inside or group not in scene.groups
+    if count == 100:
+        assert scene == whole
+    # Crops that magnify too little show nothing that could be asked about.
+    few, scene = train_tiny.show_few(image, whole, [(0, 0, whole.width, whole.height)] * 5, 1, random.Random(0))
+    assert few is image and scene is whole
 
 
 def test_each_time_around_all_images_have_their_turn_and_other_conversations():
