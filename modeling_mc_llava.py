@@ -362,9 +362,14 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
         self.post_init()
 
-    def adjust_generation_fn(self, *args, **kwargs):
+    def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, path, *, subfolder="", **kwargs):
+        # transformers reads a local folder's own generation_config.json in the place of its subfolder's.
+        if path is not None and os.path.isdir(path):
+            path, subfolder = os.path.join(path, subfolder), ""
+        super().adjust_generation_fn(
+            generation_config, from_auto_class, from_pipeline, path, subfolder=subfolder, **kwargs
+        )
         # The published generation_config.json names no token: generation would run past <|im_end|>.
-        super().adjust_generation_fn(*args, **kwargs)
         self.generation_config._from_model_config = False
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self.generation_config, name) is None:

@@ -165,7 +165,7 @@ def test_upload_ask_move_a_slider_and_ask_again(page, trial):
     assert trial.is_right(0, pieces[-1])
     assert "was encoded in" in page.locator("#status").inner_text()
     if os.environ.get("SCREENSHOT") == "1":
-        page.screenshot(path=SCREENSHOT)
+        page.screenshot(path=SCREENSHOT, full_page=True)
 
     move_to_the_left(page, "max_crops")
     assert grid_of(page, 1) != first_grid
