@@ -9,7 +9,8 @@ python3 -m venv --clear "$environment"
 "$environment/bin/pip" install --quiet --constraint constraints.txt --requirement tests/lmms_eval.txt
 "$environment/bin/pip" install --quiet --no-deps lmms-eval==0.7.3
 "$environment/bin/pip" list | grep -E "^(torch|transformers|pillow|numpy) "
-"$environment/bin/python" -m pytest
+# Two files at a time, of one thread each: most tests wait for a process or for Python.
+OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest --numprocesses 2 --dist loadfile
 # Gradio wants an older Pillow, whose resizing differs from that of the published code's recorded outputs: it comes last.
 "$environment/bin/pip" install --quiet --constraint constraints.txt --editable ".[test,end-to-end]" "$@"
 "$environment/bin/python" -m pytest tests/test_app.py tests/test_serve.py tests/test_notebooks.py
