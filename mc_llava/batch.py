@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
@@ -243,7 +243,9 @@ class Worker:
 
     def _answer(self, rows: list[tuple[dict, list[Image.Image]]]) -> list[dict]:
         try:
-            features = [self.evaluator.encode(images) for _, images in rows]
+            # In one call: each reads the encoder's weights to know the features by.
+            encoded = iter(self.evaluator.encode([image for _, images in rows for image in images]))
+            features = [list(islice(encoded, len(images))) for _, images in rows]
             answers = self.evaluator.generate([record["question"] for record, _ in rows], features)
         except torch.OutOfMemoryError as error:
             if len(rows) > 1:
