@@ -83,6 +83,17 @@ def plain_reply(folder: Path, image, question: str, options: dict | None = None,
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
+def write_untrained_tiny(folder: Path, layers: int):
+    """A random model of `tiny`'s kind with its processor, for what trains one."""
+    from mc_llava import train_tiny  # needs the extra train, which vLLM's environment lacks
+
+    torch.manual_seed(0)
+    processor = train_tiny.build_processor()
+    vision = train_tiny.vision_config(width=32, layers=layers)
+    train_tiny.build_model(processor, vision, width=32, layers=layers).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
 def small_config(**kwargs) -> MCLlavaConfig:
     text = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "num_hidden_layers": 2}
     vision = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}

@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, picture
+from conftest import ROOT, picture, write_untrained_tiny
 
 from mc_llava import MCLlavaForConditionalGeneration
 
 
 pytest.importorskip("trl", reason='what trains is not here: pip install "mc-llava[train]"')
-
-from mc_llava import train_tiny
 
 
 STEPS = 20
@@ -37,11 +35,7 @@ LAUNCHERS = {
 def recipe(tmp_path_factory) -> Path:
     """Sixteen rows, of which six have an image: many batches of two have none."""
     folder = tmp_path_factory.mktemp("sharded")
-    torch.manual_seed(0)
-    processor = train_tiny.build_processor()
-    model = train_tiny.build_model(processor, train_tiny.vision_config(width=32, layers=2), width=32, layers=2)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    write_untrained_tiny(folder / "model", layers=2)
     rows = []
     for index in range(16):
         answer = {"from": "gpt", "value": f"It says K{index % 5}."}

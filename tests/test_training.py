@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_untrained_tiny
 from safetensors.torch import load_file
 from trl import SFTTrainer
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes, train_tiny
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
 from mc_llava.training import PARTS, Collator, Recipe, check, load_recipe, train
 
 
@@ -20,11 +20,7 @@ from mc_llava.training import PARTS, Collator, Recipe, check, load_recipe, train
 def folder(tmp_path_factory) -> Path:
     """A model folder and, beside it, images and both kinds of data."""
     folder = tmp_path_factory.mktemp("training")
-    torch.manual_seed(0)
-    processor = train_tiny.build_processor()
-    model = train_tiny.build_model(processor, train_tiny.vision_config(width=32, layers=1), width=32, layers=1)
-    model.save_pretrained(folder / "model")
-    processor.save_pretrained(folder / "model")
+    write_untrained_tiny(folder / "model", layers=1)
 
     pretrain, instruct = [], []
     asked = "<image>\nWhat color is the sign?", "What color is the sign?\n<image>"
