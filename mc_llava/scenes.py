@@ -112,12 +112,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """`key` is what a right reply must hold: the sign's text, a color, a direction or a name."""
+    """
+    `key` is what a right reply must hold: the sign's text, a color, a direction or a name. `named` are the things that
+    the text names, each with the words that name it.
+    """
 
     kind: str
     text: str
     answer: str
     key: str
+    named: tuple[tuple[str, Thing], ...] = ()
 
 
 # Making scenes
@@ -517,14 +521,17 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question:
     pairs = [sorted(group, key=lambda thing: not thing.text) for group in scene.groups if len(group) == 2]
     if kind == "ocr":
         sign = rng.choice(signs)
-        return Question(kind, rng.choice(READ_QUESTIONS).format(sign.color), f"It says {sign.text}.", sign.text)
+        text = rng.choice(READ_QUESTIONS).format(sign.color)
+        return Question(kind, text, f"It says {sign.text}.", sign.text, ((sign.called, sign),))
     if kind == "attribute":
         if (rng.random() < 0.25 and signs) or not shapes:
             sign = rng.choice(signs)
-            text = rng.choice(COLOR_QUESTIONS).format(f"sign {sign.text}")
-            return Question(kind, text, f"It is {sign.color}.", sign.color)
-        shape = rng.choice(shapes)
-        return Question(kind, rng.choice(COLOR_QUESTIONS).format(shape.name), f"It is {shape.color}.", shape.color)
+            name, thing = f"sign {sign.text}", sign
+        else:
+            thing = rng.choice(shapes)
+            name = thing.name
+        text = rng.choice(COLOR_QUESTIONS).format(name)
+        return Question(kind, text, f"It is {thing.color}.", thing.color, ((name, thing),))
     if kind == "position":
         return _ask_position(scene, rng)
     if kind == "hard":
@@ -532,13 +539,13 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> Question:
         wanted = rng.random()
         if wanted < 0.6:
             text = rng.choice(NEXT_READ_QUESTIONS).format(shape.called)
-            return Question(kind, text, f"It says {sign.text}.", sign.text)
+            return Question(kind, text, f"It says {sign.text}.", sign.text, ((shape.called, shape),))
         if wanted < 0.8:
             text = rng.choice(NEXT_COLOR_QUESTIONS).format(shape.name)
-            return Question(kind, text, f"It is {sign.color}.", sign.color)
+            return Question(kind, text, f"It is {sign.color}.", sign.color, ((shape.name, shape),))
         text = rng.choice(NEXT_NAME_QUESTIONS).format(sign.color)
         article = "an" if shape.color == "orange" else "a"
-        return Question(kind, text, f"It is {article} {shape.called}.", shape.called)
+        return Question(kind, text, f"It is {article} {shape.called}.", shape.called, ((sign.called, sign),))
     raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
 
 
@@ -581,8 +588,9 @@ def _ask_position(scene: Scene, rng: random.Random) -> Question:
     answer = f"It is {phrases[distance > 0]} the {other.name}."
     rng.shuffle(phrases)
     phrases[0] = phrases[0].removesuffix(" of")
-    text = rng.choice(SIDE_QUESTIONS).format(called(thing), called(other), *phrases)
-    return Question("position", text, answer, key)
+    names = called(thing), called(other)
+    text = rng.choice(SIDE_QUESTIONS).format(*names, *phrases)
+    return Question("position", text, answer, key, tuple(zip(names, (thing, other))))
 
 
 def caption(scene: Scene, rng: random.Random) -> tuple[str, str]:

@@ -9,18 +9,16 @@ import functools
 import json
 import os
 import random
-from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from datasets import Dataset
-from pydantic import NonNegativeInt, PositiveInt, TypeAdapter
+from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig
-from trl import SFTConfig, SFTTrainer
+from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig, Trainer, TrainingArguments
 
 from . import scenes
 from .configuration_mc_llava import MCLlavaConfig
@@ -40,9 +38,13 @@ CROP_BUDGETS = {0: 4, 2: 4, 4: 6, 8: 10, 16: 16, 32: 48, 64: 12}
 
 SHARD = 500  # images of one file of the cache
 TURNS = 8  # at most, of one conversation
-CAPTIONS = 0.1  # share of the conversations that are a caption
-FEW_CROPS = (1, 2, 4, 8)  # that half of the batches show, beside the whole picture
+KINDS = {"ocr": 3, "attribute": 1, "position": 1, "hard": 2}  # how often they are asked: reading is learned last
+CAPTIONS = 0.05  # share of the conversations that are a caption
+MANY_CROPS = 16  # max_crops at least, of the scenes of the short steps
 READABLE = 6.5  # pixels of the tower, of a glyph
+# Heads, the first of a layer, that learn where to look: from a thing's name, and from each word of an answer.
+NAMING_LAYER, ANSWERING_LAYER, LOOKING_HEADS = 1, 2, 2
+PLACE_WEIGHT = 4.0
 FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
 MADE_OF = "recipe.json"
 LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
@@ -58,6 +60,7 @@ class TinyRecipe:
         tower: the vision tower's stage, on single crops.
         language_model: the stage of all else, on whole scenes.
         num_images: how many scenes are encoded for the language model.
+        short_steps: of the language model, the first, which show one token a crop, see `SceneCollator`.
         num_tested: how many scenes, of those never trained on, are asked about along the way.
         tower_width, tower_layers, width, layers: sizes of the SigLIP and of the Phi architecture.
         workers: processes that draw.
@@ -67,11 +70,12 @@ class TinyRecipe:
     tower: Stage
     language_model: Stage
     num_images: PositiveInt
+    short_steps: NonNegativeInt
     num_tested: PositiveInt = 200
     tower_width: PositiveInt = 128
     tower_layers: PositiveInt = 6
     width: PositiveInt = 192
-    layers: PositiveInt = 4
+    layers: Annotated[int, Field(gt=ANSWERING_LAYER)] = 4
     workers: NonNegativeInt = 1
 
 
@@ -222,16 +226,22 @@ def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> li
     return images
 
 
-def scene_rows(num_images: int, count: int, seed: int) -> Dataset:
+def scene_rows(images: list[CachedImage], stage: Stage, short_steps: int) -> Dataset:
     """
-    What `SceneCollator` takes, in training's order: all images in turn, shuffled each time around, each row with a
-    seed of its own. More rows begin as fewer do.
+    What `SceneCollator` takes, in training's order: in each part all images that suit it in turn, shuffled each time
+    around, each row with a seed of its own. More steps begin as fewer do.
     """
-    rng = random.Random(seed)
+    everything = range(len(images))
+    many = [index for index in everything if images[index].budget[0] >= MANY_CROPS] or everything
+    short_steps = min(short_steps, stage.steps)
     rows = []
-    while len(rows) < count:
-        rows += [{"image": image, "seed": rng.getrandbits(62)} for image in rng.sample(range(num_images), num_images)]
-    return Dataset.from_list(rows[:count])
+    for short, pool, steps in ((True, many, short_steps), (False, everything, stage.steps - short_steps)):
+        rng, part = random.Random(f"{stage.seed} {short}"), []
+        while len(part) < steps * stage.batch_size:
+            chosen = rng.sample(pool, len(pool))
+            part += [{"image": index, "short": short, "seed": rng.getrandbits(62)} for index in chosen]
+        rows += part[: steps * stage.batch_size]
+    return Dataset.from_list(rows)
 
 
 class CachedTower(MCLlavaModel):
@@ -252,6 +262,52 @@ class LanguageModelTrainee(MCLlavaForConditionalGeneration):
         self.model = CachedTower(config)
 
 
+class LookingTrainer(Trainer):
+    """Adds what `looking_loss` finds to the loss on the answers."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        looks = inputs.pop("looks")
+        inputs |= {"output_attentions": True, "output_hidden_states": True, "use_cache": False}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        layers = self.accelerator.unwrap_model(model).model.language_model.layers
+        loss = loss + looking_loss(layers, outputs.attentions, outputs.hidden_states, **looks)
+        return (loss, outputs) if return_outputs else loss
+
+
+def looking_loss(
+    decoder_layers: torch.nn.ModuleList,
+    attentions: tuple[torch.Tensor, ...],
+    hidden_states: tuple[torch.Tensor, ...],
+    layers: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    targets: torch.Tensor,
+    places: torch.Tensor,
+) -> torch.Tensor:
+    """
+    How little the heads look where they should: -log of the attention's share there. And how far the first two numbers
+    that the next layers read, behind a thing's name, are from the thing's place.
+
+    Args:
+        attentions, hidden_states: the language model's, as transformers returns them.
+        layers, rows, positions: int[looks], from where to look.
+        targets: bool[looks, length], the positions to look at.
+        places: float[looks, 2], of the thing there, (x / width, y / height).
+    """
+    losses = []
+    for layer in (NAMING_LAYER, ANSWERING_LAYER):
+        here = layers == layer
+        weights = attentions[layer][rows[here], :LOOKING_HEADS, positions[here]].float()
+        share = (weights * targets[here, None]).sum(-1)
+        losses.append(-share.clamp(min=1e-6).log().sum() / max(1, share.numel()))
+    here = layers == NAMING_LAYER
+    for layer in range(NAMING_LAYER + 1, len(decoder_layers)):
+        read = decoder_layers[layer].input_layernorm(hidden_states[layer])
+        distance = (read[rows[here], positions[here], :2].float() - places[here]).abs()
+        losses.append(PLACE_WEIGHT * distance.sum() / max(1, distance.numel()))
+    return sum(losses)
+
+
 def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
     """What a `LanguageModelTrainee` takes for a batch of images."""
     counts = torch.cat([image.num_tokens for image in images])
@@ -266,34 +322,13 @@ def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
     }
 
 
-def show_few(
-    image: CachedImage, scene: scenes.Scene, boxes: list[tuple], count: int, rng: random.Random
-) -> tuple[CachedImage, scenes.Scene]:
-    """
-    The whole picture and `count` of its crops, one of which shows a group of things, and what of the scene they show.
-    An image whose crops magnify too little for any group stays as it is.
+class Look(NamedTuple):
+    """Where the language model should look from one position of a conversation."""
 
-    Args:
-        boxes: of the image's crops, of which the first is the whole.
-    """
-    shown = [
-        (group, crop)
-        for group in scene.groups
-        for crop in range(1, len(boxes))
-        if scenes.legible_height(scenes.outline(group), min(t.glyph for t in group), [boxes[crop]]) >= READABLE
-    ]
-    if not shown:
-        return image, scene
-    _, crop = rng.choice(shown)
-    crops = sorted({0, crop, *rng.sample(range(1, len(boxes)), min(count, len(boxes)) - 1)})
-    groups = tuple(group for group in scene.groups if any((group, crop) in shown for crop in crops))
-    features = image.features.split(image.num_tokens.tolist())
-    image = image._replace(
-        features=torch.cat([features[crop] for crop in crops]),
-        coords=image.coords[crops],
-        num_tokens=image.num_tokens[crops],
-    )
-    return image, replace(scene, groups=groups)
+    layer: int
+    position: int
+    targets: list[int]  # positions
+    place: tuple[float, float]  # of the thing there, (x / width, y / height)
 
 
 class SceneCollator:
@@ -301,10 +336,19 @@ class SceneCollator:
     Fresh conversations about cached images: a caption, or some questions of all kinds, with the loss on the answers.
     They follow from the rows alone: a run that is resumed draws what one that was not stopped does.
 
-    Every second batch shows a few crops only: reading is learned there in fewer steps than among many.
+    With the conversations comes where to look, as the generator knows which crops show a thing. It is what a language
+    model is slow to find out by itself among thirty crops:
+
+        visual tokens              question                       answer
+        [whole] [1] [2] ... [31]   What does the red sign say?    It says 48H7.
+                     ^                                |            |  |  |
+                     +--- last token of the crop -----+------------+--+--+
+
+    Short batches show the last token of each crop alone, where the tower has learned to gather it, and hold many
+    questions: a step takes half the time. The others show the tokens of each image's own budget.
 
     Args:
-        captions: share of conversations that are a caption.
+        captions: share of the conversations that are a caption, in batches that are not short.
         turns: the most questions of one conversation.
     """
 
@@ -312,50 +356,93 @@ class SceneCollator:
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
         self.images, self.captions, self.turns = images, captions, turns
 
-    def conversation(
-        self, image: CachedImage, scene: scenes.Scene, turns: int, rng: random.Random
-    ) -> tuple[list[int], list[int]]:
-        """Token ids and labels."""
-        if rng.random() < self.captions:
-            said = [scenes.caption(scene, rng)]
-        else:
-            kinds = scenes.askable(scene)
-            questions = [scenes.ask(scene, rng.choice(kinds), rng) for _ in range(turns)]
-            said = [(question.text, question.answer) for question in questions]
-        ids, labels = [], []
-        for index, (text, answer) in enumerate(said):
-            picture = "<image>" * int(image.num_tokens.sum()) + "\n" if index == 0 else ""
-            newline = "\n" if index else ""
-            asked = self.tokenizer.encode(
-                f"{newline}<|im_start|>user\n{picture}{text}<|im_end|>\n<|im_start|>assistant\n"
-            )
-            replied = self.tokenizer.encode(f"{answer}<|im_end|>")
-            ids += asked + replied
-            labels += [-100] * len(asked) + replied
-        return ids, labels
+    def questions(self, scene: scenes.Scene, captions: float, turns: int, rng: random.Random) -> list[scenes.Question]:
+        if rng.random() < captions:
+            text, answer = scenes.caption(scene, rng)
+            return [scenes.Question("caption", text, answer, answer)]
+        return [scenes.ask(scene, *rng.choices(list(KINDS), KINDS.values()), rng) for _ in range(turns)]
 
-    def boxes(self, image: CachedImage, scene: scenes.Scene) -> list[tuple]:
+    def conversation(
+        self, image: CachedImage, scene: scenes.Scene, questions: list[scenes.Question]
+    ) -> tuple[list[int], list[int], list[Look]]:
+        """Token ids, labels, and where to look."""
+        seen = self.last_tokens_showing(image, scene)
+        ids, labels, looks = [], [], []
+        for question in questions:
+            picture, newline = ("", "\n") if ids else ("<image>" * int(image.num_tokens.sum()) + "\n", "")
+            before = f"{newline}<|im_start|>user\n{picture}"
+            asked = self.tokenizer(
+                f"{before}{question.text}<|im_end|>\n<|im_start|>assistant\n", return_offsets_mapping=True
+            )
+            if picture:
+                first = asked["input_ids"].index(self.tokenizer.convert_tokens_to_ids("<image>"))
+            replied = self.tokenizer.encode(f"{question.answer}<|im_end|>")
+            answer_start = len(ids) + len(asked["input_ids"])
+            for name, thing in question.named:
+                targets = [first + token for token in seen[thing]]
+                if not targets:
+                    continue
+                place = thing.center[0] / scene.width, thing.center[1] / scene.height
+                end = len(before) + question.text.index(name) + len(name)
+                inside = [start < end <= stop for start, stop in asked["offset_mapping"]]
+                looks.append(Look(NAMING_LAYER, len(ids) + inside.index(True), targets, place))
+                if len(question.named) == 1:
+                    # From where each token of the reply is foretold, its end excepted.
+                    positions = range(answer_start - 1, answer_start + len(replied) - 2)
+                    looks += [Look(ANSWERING_LAYER, position, targets, place) for position in positions]
+            ids += asked["input_ids"] + replied
+            labels += [-100] * len(asked["input_ids"]) + replied
+        return ids, labels, looks
+
+    def last_tokens_showing(self, image: CachedImage, scene: scenes.Scene) -> dict[scenes.Thing, list[int]]:
+        """Thing -> the last token of each crop in which it and its neighbor can be told, of the image's tokens."""
         max_crops, num_tokens = image.budget
         plan = self.image_processor.plan(scene.width, scene.height, max_crops=max_crops, num_tokens=num_tokens)
-        return [crop.box for crop in plan]
+        last = (image.num_tokens.cumsum(0) - 1).tolist()
+        showing = {}
+        for group in scene.groups:
+            outline, glyph = scenes.outline(group), min(thing.glyph for thing in group)
+            heights = [scenes.legible_height(outline, glyph, [crop.box]) for crop in plan]
+            showing |= dict.fromkeys(group, [token for token, height in zip(last, heights) if height >= READABLE])
+        return showing
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         rng = random.Random(rows[0]["seed"])
         # The same in all rows, so that few positions are padding.
-        turns, few = rng.randint(1, self.turns), rng.choice(FEW_CROPS) if rng.random() < 0.5 else None
-        shown = [(self.images[row["image"]], scenes.make_scene(self.images[row["image"]].seed)) for row in rows]
-        if few is not None:
-            shown = [show_few(image, scene, self.boxes(image, scene), few, rng) for image, scene in shown]
-        images = [image for image, _ in shown]
-        encoded = [self.conversation(image, scene, turns, rng) for image, scene in shown]
-        longest = max(len(ids) for ids, _ in encoded)
+        short = rows[0]["short"]
+        turns = rng.randint((self.turns + 1) // 2 if short else 1, self.turns)
+        captions = 0.0 if short else self.captions
+        images = [self.images[row["image"]] for row in rows]
+        if short:
+            images = [last_tokens(image) for image in images]
+        shown = [scenes.make_scene(image.seed) for image in images]
+        questions = [self.questions(scene, captions, turns, rng) for scene in shown]
+        talks = [self.conversation(*talk) for talk in zip(images, shown, questions)]
+        longest = max(len(ids) for ids, _, _ in talks)
         pad = self.tokenizer.pad_token_id
+        looks = [(row, look) for row, (_, _, looks) in enumerate(talks) for look in looks]
+        targets = torch.zeros(len(looks), longest, dtype=torch.bool)
+        for index, (_, look) in enumerate(looks):
+            targets[index, look.targets] = True
         return {
-            "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _ in encoded]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in encoded]),
-            "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in encoded]),
+            "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _, _ in talks]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _, _ in talks]),
+            "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels, _ in talks]),
             **image_fields(images),
+            "looks": {
+                "layers": torch.tensor([look.layer for _, look in looks], dtype=torch.long),
+                "rows": torch.tensor([row for row, _ in looks], dtype=torch.long),
+                "positions": torch.tensor([look.position for _, look in looks], dtype=torch.long),
+                "targets": targets,
+                "places": torch.tensor([look.place for _, look in looks]).reshape(-1, 2),
+            },
         }
+
+
+def last_tokens(image: CachedImage) -> CachedImage:
+    """The image with one token a crop."""
+    last = image.num_tokens.cumsum(0) - 1
+    return image._replace(features=image.features[last], num_tokens=torch.ones_like(image.num_tokens))
 
 
 @torch.no_grad()
@@ -394,7 +481,25 @@ def measure(model, processor, images: list[CachedImage], split: str) -> dict[str
     return accuracies
 
 
-def train_language_model(model, processor, images: list[CachedImage], output: Path, stage: Stage, num_tested: int):
+@torch.no_grad()
+def whiten_projector(projector: torch.nn.Module, images: list[CachedImage]):
+    """
+    Start a projector such that all directions of the tower's features count the same: by nature the widest are a
+    hundred times the narrowest, and hide them.
+    """
+    features = torch.cat([last_tokens(image).features for image in images[:500]]).float()
+    mean, covariance = features.mean(0), features.T.cov()
+    variances, directions = torch.linalg.eigh(covariance)
+    scales = (variances + 1e-3 * variances.mean()).rsqrt()
+    whitening = directions * scales @ directions.T
+    mixing = torch.randn_like(projector.linear_1.weight, device="cpu") / len(mean) ** 0.5
+    projector.linear_1.weight.copy_(mixing @ whitening)
+    projector.linear_1.bias.copy_(-mixing @ whitening @ mean)
+
+
+def train_language_model(
+    model, processor, images: list[CachedImage], output: Path, stage: Stage, short_steps: int, num_tested: int
+):
     """Train all but the tower on cached images, or go on from the last checkpoint in `output`."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     seeds = range(FIRST_TESTED, FIRST_TESTED + num_tested)
@@ -408,23 +513,19 @@ def train_language_model(model, processor, images: list[CachedImage], output: Pa
             "seen": measure(trainee, processor, images[:num_tested], "train"),
         }
 
+    whiten_projector(model.model.multi_modal_projector, images)
     trainee = LanguageModelTrainee(model.config)
     trainee.load_state_dict(model.state_dict())
+    trainee.set_attn_implementation("eager")  # which gives the weights, and whose backward pass takes less on a CPU
     for layer in trainee.model.language_model.layers:
         layer.compile()  # a third less time a step on a CPU
     set_trainable(trainee, ("coordinates", "projector", "language_model"))
     # See `training.train`: a run could not go on from checkpoints under the published names.
     trainee.save_pretrained = functools.partial(trainee.save_pretrained, save_original_format=False)
-    trainer = SFTTrainer(
+    trainer = LookingTrainer(
         trainee,
-        SFTConfig(
-            **stage.options(output),
-            max_length=None,
-            gradient_checkpointing=False,
-            dataset_kwargs={"skip_prepare_dataset": True},
-            train_sampling_strategy="sequential",
-        ),
-        train_dataset=scene_rows(len(images), stage.steps * stage.batch_size, stage.seed),
+        TrainingArguments(**stage.options(output), train_sampling_strategy="sequential"),
+        train_dataset=scene_rows(images, stage, short_steps),
         data_collator=SceneCollator(processor, images, CAPTIONS, TURNS),
         processing_class=processor,
         optimizers=(MuonAndAdamW(trainee, stage.learning_rate, stage.weight_decay), None),
@@ -443,7 +544,7 @@ def made_of(recipe: TinyRecipe) -> dict[str, dict]:
     )
     tower |= {name: values[name] for name in ("tower_width", "tower_layers")}
     images = tower | {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")}
-    language_model |= images | {name: values[name] for name in ("width", "layers", "num_images")}
+    language_model |= images | {name: values[name] for name in ("width", "layers", "num_images", "short_steps")}
     return {"tower": tower, "images": images, "language_model": language_model}
 
 
@@ -491,7 +592,15 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     check_made_of(work / "images", stages["images"])
     images = cache_scenes(model, processor, work / "images", recipe.num_images, recipe.workers)
     check_made_of(work / "language_model", stages["language_model"])
-    train_language_model(model, processor, images, work / "language_model", recipe.language_model, recipe.num_tested)
+    train_language_model(
+        model,
+        processor,
+        images,
+        work / "language_model",
+        recipe.language_model,
+        recipe.short_steps,
+        recipe.num_tested,
+    )
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
     return output

@@ -131,6 +131,18 @@ def test_positions_follow_from_the_coordinates():
         assert question.key == (("left", "right"), ("above", "below"))[axis][distance > 0]
 
 
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_questions_tell_what_they_name(kind):
+    rng = random.Random(2)
+    for seed in SEEDS:
+        scene = make_scene(seed)
+        question = ask(scene, kind, rng)
+        assert len(question.named) == (2 if kind == "position" else 1)
+        for name, thing in question.named:
+            assert len(re.findall(rf"\b{name}\b", question.text)) == 1 and thing in scene.things
+            assert name in (thing.called, thing.name, f"sign {thing.text}")
+
+
 def test_captions_name_all_things():
     scene = make_scene(2)
     _, text = caption(scene, random.Random(0))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import os
 import random
 import shutil
@@ -59,7 +60,7 @@ def test_cached_features_give_the_same_answers_as_pixels(processor, model):
 def test_conversations_have_their_loss_on_the_answers(processor, model):
     images = train_tiny.encode_scenes(model, processor, [0, 1], "train", [(0, 20), (0, 30)])
     tokenizer = processor.tokenizer
-    rows = [{"image": 0, "seed": 5}, {"image": 1, "seed": 6}]
+    rows = [{"image": 0, "short": False, "seed": 5}, {"image": 1, "short": False, "seed": 6}]
     collator = train_tiny.SceneCollator(processor, images, captions=0.0, turns=3)
     batch = collator(rows)
     assert torch.equal(batch["input_ids"], collator(rows)["input_ids"])
@@ -83,39 +84,123 @@ def test_conversations_have_their_loss_on_the_answers(processor, model):
     assert processor.apply_chat_template(messages).replace("<image>", "") == text + "\n"
 
 
-@pytest.mark.parametrize("count", [1, 4, 100])
-def test_few_crops_show_a_part_of_the_scene(processor, model, count):
-    (image,) = train_tiny.encode_scenes(model, processor, [3], "train", [(32, 128)])
-    whole = scenes.make_scene(3)
-    boxes = [crop.box for crop in processor.image_processor.plan(whole.width, whole.height, 32, 128)]
-    few, scene = train_tiny.show_few(image, whole, boxes, count, random.Random(0))
-    crops = [image.coords.tolist().index(place) for place in few.coords.tolist()]
-    assert crops[0] == 0 and len(crops) == 1 + min(count, len(boxes) - 1)
-    features = image.features.split(image.num_tokens.tolist())
-    assert torch.equal(few.features, torch.cat([features[crop] for crop in crops]))
-    assert few.num_tokens.tolist() == image.num_tokens[crops].tolist()
-    assert scene.groups and set(scene.groups) <= set(whole.groups)
-    for group in whole.groups:
-        left, top, right, bottom = scenes.outline(group)
-        inside = any(
-            boxes[crop][0] <= left and boxes[crop][1] <= top and boxes[crop][2] >= right and boxes[crop][3] >= bottom
-            for crop in crops[1:]
+def test_short_batches_show_the_last_token_of_each_crop(processor, model):
+    (image,) = train_tiny.encode_scenes(model, processor, [3], "train", [(8, 60)])
+    last = [features[-1] for features in image.features.split(image.num_tokens.tolist())]
+    collator = train_tiny.SceneCollator(processor, [image], captions=0.0, turns=4)
+    batch = collator([{"image": 0, "short": True, "seed": 1}])
+    assert torch.equal(batch["pixel_values"], torch.stack(last)[:, None].float())
+    assert batch["crop_num_tokens"].tolist() == [1] * len(last) and len(last) > 1
+    assert (batch["input_ids"] == processor.image_token_id).sum() == len(last)
+    assert torch.equal(batch["crop_coords"], image.coords)
+    starts = (batch["input_ids"] == processor.tokenizer.convert_tokens_to_ids("<|im_start|>")).sum().item()
+    assert starts in (4, 6, 8), "two to four questions and answers"
+
+
+@pytest.mark.parametrize("short", [False, True])
+def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(processor, model, short):
+    images = train_tiny.encode_scenes(model, processor, [3, 4], "train", [(32, 128)] * 2)
+    collator = train_tiny.SceneCollator(processor, images, captions=0.0, turns=4)
+    batch = collator([{"image": 0, "short": short, "seed": 2}, {"image": 1, "short": short, "seed": 3}])
+    looks, layers = batch["looks"], set()
+    for layer, row, position, targets, place in zip(*looks.values()):
+        image = images[row]
+        scene = scenes.make_scene(image.seed)
+        plan = processor.image_processor.plan(scene.width, scene.height, 32, 128)
+        ids, layers = batch["input_ids"][row], layers | {int(layer)}
+        # Whose place is it, and which crops show all of its group?
+        (group, thing), *others = [
+            (group, thing)
+            for group in scene.groups
+            for thing in group
+            if torch.allclose(torch.tensor(thing.center) / torch.tensor([scene.width, scene.height]), place)
+        ]
+        assert not others
+        box, glyph = scenes.outline(group), min(thing.glyph for thing in group)
+        showing = [scenes.legible_height(box, glyph, [crop.box]) >= train_tiny.READABLE for crop in plan]
+        counts = batch["crop_num_tokens"].split(batch["image_grid_thw"][:, 0].tolist())[row]
+        last = torch.where(ids == processor.image_token_id)[0][counts.cumsum(0) - 1]
+        assert any(showing) and targets.nonzero()[:, 0].tolist() == last[torch.tensor(showing)].tolist()
+        before = processor.tokenizer.decode(ids[: position + 1])
+        if layer == train_tiny.NAMING_LAYER:
+            assert before.endswith((f" {thing.text}", thing.name))
+        else:
+            assert batch["labels"][row, position + 1] not in (-100, processor.tokenizer.eos_token_id)
+    assert layers == {train_tiny.NAMING_LAYER, train_tiny.ANSWERING_LAYER}
+    # A caption names all and asks for none; short batches have questions alone.
+    caption = train_tiny.SceneCollator(processor, images, captions=1.0, turns=4)
+    assert bool(len(caption([{"image": 0, "short": short, "seed": 2}])["looks"]["rows"])) is short
+
+
+def test_the_loss_of_looking_falls_with_the_share_of_the_right_crops():
+    layers = torch.nn.ModuleList([torch.nn.Module() for _ in range(4)])
+    for layer in layers:
+        layer.input_layernorm = torch.nn.Identity()
+    attentions = [torch.full((2, 3, 5, 5), 0.2) for _ in layers]
+    hidden_states = [torch.zeros(2, 5, 6) for _ in range(5)]
+    targets = torch.zeros(2, 5, dtype=torch.bool)
+    targets[:, 1:3] = True
+    looks = {
+        "layers": torch.tensor([1, 2]),
+        "rows": torch.tensor([0, 1]),
+        "positions": torch.tensor([3, 4]),
+        "targets": targets,
+        "places": torch.tensor([[0.5, 0.25], [0.1, 0.1]]),
+    }
+
+    def loss():
+        return train_tiny.looking_loss(layers, attentions, hidden_states, **looks).item()
+
+    # Two fifths of the attention in both layers; nothing known of the one name's place in either layer behind it.
+    places = train_tiny.PLACE_WEIGHT * 2 * 0.375
+    assert loss() == pytest.approx(-2 * math.log(0.4) + places)
+    attentions[1][0, :2, 3] = torch.tensor([0, 0.5, 0.5, 0, 0])  # the third head is free
+    assert loss() == pytest.approx(-math.log(0.4) + places)
+    hidden_states[3][0, 3, :2] = torch.tensor([0.5, 0.25])
+    assert loss() == pytest.approx(-math.log(0.4) + places / 2)
+    looks = {name: value[:0] for name, value in looks.items()}  # a batch of captions
+    assert loss() == 0
+
+
+def test_the_projector_starts_where_all_directions_count_the_same(model):
+    torch.manual_seed(0)
+    mixing, scales = torch.linalg.qr(torch.randn(32, 32)).Q, torch.logspace(-0.5, 0.5, 32)
+    images = [
+        train_tiny.CachedImage(
+            0, (0, 2), (torch.randn(2, 32) * scales) @ mixing + 5, torch.zeros(1, 2), torch.tensor([2])
         )
-        assert inside or group not in scene.groups
-    if count == 100:
-        assert scene == whole
-    # Crops that magnify too little show nothing that could be asked about.
-    few, scene = train_tiny.show_few(image, whole, [(0, 0, whole.width, whole.height)] * 5, 1, random.Random(0))
-    assert few is image and scene is whole
+        for _ in range(500)
+    ]
+    projector = copy.deepcopy(model.model.multi_modal_projector)
+    torch.manual_seed(1)
+    train_tiny.whiten_projector(projector, images)
+    torch.manual_seed(1)
+    random_rows = torch.randn(32, 32) / 32**0.5
+    projected = projector.linear_1(torch.stack([image.features[-1] for image in images]))
+    torch.testing.assert_close(projected.mean(0), torch.zeros(32), atol=1e-3, rtol=0)
+    torch.testing.assert_close(projected.T.cov(), random_rows @ random_rows.T, atol=0.1, rtol=0)
 
 
-def test_each_time_around_all_images_have_their_turn_and_other_conversations():
-    rows = train_tiny.scene_rows(5, 12, seed=0).to_list()
-    images = [row["image"] for row in rows]
-    assert len(rows) == 12 and sorted(images[:5]) == sorted(images[5:10]) == [0, 1, 2, 3, 4]
-    assert images[:5] != images[5:10] and len({row["seed"] for row in rows}) == 12
-    assert rows == train_tiny.scene_rows(5, 31, seed=0).to_list()[:12]
-    assert rows != train_tiny.scene_rows(5, 12, seed=1).to_list()
+def test_each_time_around_all_images_have_their_turn_and_other_conversations(processor, model):
+    budgets = [(0, 20), (8, 20), (16, 20), (32, 20), (64, 20)]
+    nothing = torch.zeros(0)
+    images = [train_tiny.CachedImage(seed, budget, nothing, nothing, nothing) for seed, budget in enumerate(budgets)]
+    stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=3)
+
+    def rows(stage, short_steps):
+        return train_tiny.scene_rows(images, stage, short_steps).to_list()
+
+    whole = rows(stage, 0)
+    shown = [row["image"] for row in whole]
+    assert len(whole) == 12 and sorted(shown[:5]) == sorted(shown[5:10]) == [0, 1, 2, 3, 4]
+    assert shown[:5] != shown[5:10] and len({row["seed"] for row in whole}) == 12
+    assert whole == rows(replace(stage, steps=9), 0)[:12]
+    assert whole != rows(replace(stage, seed=1), 0)
+    # The short steps come first and see scenes of many crops.
+    both = rows(stage, 2)
+    assert [row["short"] for row in both] == [True] * 6 + [False] * 6
+    assert sorted(row["image"] for row in both[:3]) == sorted(row["image"] for row in both[3:6]) == [2, 3, 4]
+    assert both[6:] == whole[:6] and rows(stage, 9)[:6] == both[:6] and len(rows(stage, 9)) == 12
 
 
 def test_measuring_counts_right_replies(processor, model, monkeypatch):
@@ -177,7 +262,7 @@ def run_recipe(output) -> dict[str, dict[int, float]]:
         "tower_width": 32,
         "tower_layers": 3,
         "width": 32,
-        "layers": 1,
+        "layers": 3,
         "workers": 0,
         "tower.steps": 120,
         "tower.decay": 20,
@@ -191,6 +276,7 @@ def run_recipe(output) -> dict[str, dict[int, float]]:
         "language_model.batch_size": 2,
         "language_model.learning_rate": 3e-3,
         "language_model.save_steps": 10,
+        "short_steps": 14,
     }
     values = [f"{name}={value}" for name, value in {"output": output, **sizes}.items()]
     command = [sys.executable, "-m", "mc_llava", "train", "examples/tiny.yaml", *values]
@@ -226,8 +312,10 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
 
     monkeypatch.setattr(train_tiny, "encode_scenes", noted)
     stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
-    sizes = {"tower_width": 32, "tower_layers": 3, "width": 32, "layers": 1, "workers": 0}
-    recipe = train_tiny.TinyRecipe(str(tmp_path / "tiny"), stage, stage, num_images=5, num_tested=2, **sizes)
+    sizes = {"tower_width": 32, "tower_layers": 3, "width": 32, "layers": 3, "workers": 0}
+    recipe = train_tiny.TinyRecipe(
+        str(tmp_path / "tiny"), stage, stage, num_images=5, short_steps=1, num_tested=2, **sizes
+    )
     output = train_tiny.train_tiny(recipe)
     model = MCLlavaForConditionalGeneration.from_pretrained(output)
     processor = MCLlavaProcessor.from_pretrained(output)
