@@ -350,7 +350,7 @@ class Stage:
     seed: NonNegativeInt = 0
 
     def options(self, output: Path) -> dict:
-        """For `TrainingArguments` and `SFTConfig`."""
+        """For `TrainingArguments`."""
         return {
             "output_dir": str(output),
             "max_steps": self.steps,

@@ -554,17 +554,6 @@ def benchmark_question(seed: int, kind: str) -> Question:
     return ask(make_scene(seed, "test"), kind, random.Random(f"{kind} {seed}"))
 
 
-def askable(scene: Scene) -> list[str]:
-    """The kinds of question that can be asked: all of them about a whole scene, fewer about a part."""
-    is_askable = {
-        "ocr": any(thing.text for thing in scene.things),
-        "attribute": bool(scene.things),
-        "position": bool(_far_apart(scene)),
-        "hard": any(len(group) == 2 for group in scene.groups),
-    }
-    return [kind for kind in KINDS if is_askable[kind]]
-
-
 def _far_apart(scene: Scene) -> list[tuple[Thing, Thing, int, float]]:
     """Pairs of things, the axis (0 is left to right), and how far the first lies behind the other on it."""
     return [

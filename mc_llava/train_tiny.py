@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import random
+import re
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -38,13 +39,13 @@ CROP_BUDGETS = {0: 4, 2: 4, 4: 6, 8: 10, 16: 16, 32: 48, 64: 12}
 
 SHARD = 500  # images of one file of the cache
 TURNS = 8  # at most, of one conversation
-KINDS = {"ocr": 3, "attribute": 1, "position": 1, "hard": 2}  # how often they are asked: reading is learned last
-CAPTIONS = 0.05  # share of the conversations that are a caption
+KIND_WEIGHTS = {"ocr": 3, "attribute": 1, "position": 1, "hard": 2}  # how often they are asked: reading comes last
+CAPTIONS = 0.05  # share of the conversations that are a caption, in batches that are not short
 MANY_CROPS = 16  # max_crops at least, of the scenes of the short steps
 READABLE = 6.5  # pixels of the tower, of a glyph
-# Heads, the first of a layer, that learn where to look: from a thing's name, and from each word of an answer.
+# Heads, the first of a layer, that learn where to look: from a thing's name, and from each word about it.
 NAMING_LAYER, ANSWERING_LAYER, LOOKING_HEADS = 1, 2, 2
-PLACE_WEIGHT = 4.0
+PLACE_WEIGHT = 4.0  # two places can be compared once each can be read off its name
 FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
 MADE_OF = "recipe.json"
 LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
@@ -299,11 +300,11 @@ def looking_loss(
         here = layers == layer
         weights = attentions[layer][rows[here], :LOOKING_HEADS, positions[here]].float()
         share = (weights * targets[here, None]).sum(-1)
-        losses.append(-share.clamp(min=1e-6).log().sum() / max(1, share.numel()))
+        losses.append(-(share + 1e-6).log().sum() / max(1, share.numel()))
     here = layers == NAMING_LAYER
     for layer in range(NAMING_LAYER + 1, len(decoder_layers)):
-        read = decoder_layers[layer].input_layernorm(hidden_states[layer])
-        distance = (read[rows[here], positions[here], :2].float() - places[here]).abs()
+        read = decoder_layers[layer].input_layernorm(hidden_states[layer][rows[here], positions[here]])
+        distance = (read[:, :2].float() - places[here]).abs()
         losses.append(PLACE_WEIGHT * distance.sum() / max(1, distance.numel()))
     return sum(losses)
 
@@ -333,7 +334,7 @@ class Look(NamedTuple):
 
 class SceneCollator:
     """
-    Fresh conversations about cached images: a caption, or some questions of all kinds, with the loss on the answers.
+    Fresh conversations about cached images: some questions of all kinds, or a caption, with the loss on the answers.
     They follow from the rows alone: a run that is resumed draws what one that was not stopped does.
 
     With the conversations comes where to look, as the generator knows which crops show a thing. It is what a language
@@ -360,7 +361,7 @@ class SceneCollator:
         if rng.random() < captions:
             text, answer = scenes.caption(scene, rng)
             return [scenes.Question("caption", text, answer, answer)]
-        return [scenes.ask(scene, *rng.choices(list(KINDS), KINDS.values()), rng) for _ in range(turns)]
+        return [scenes.ask(scene, *rng.choices(list(KIND_WEIGHTS), KIND_WEIGHTS.values()), rng) for _ in range(turns)]
 
     def conversation(
         self, image: CachedImage, scene: scenes.Scene, questions: list[scenes.Question]
@@ -383,7 +384,7 @@ class SceneCollator:
                 if not targets:
                     continue
                 place = thing.center[0] / scene.width, thing.center[1] / scene.height
-                end = len(before) + question.text.index(name) + len(name)
+                end = len(before) + re.search(rf"\b{name}\b", question.text).end()
                 inside = [start < end <= stop for start, stop in asked["offset_mapping"]]
                 looks.append(Look(NAMING_LAYER, len(ids) + inside.index(True), targets, place))
                 if len(question.named) == 1:
@@ -415,12 +416,12 @@ class SceneCollator:
         images = [self.images[row["image"]] for row in rows]
         if short:
             images = [last_tokens(image) for image in images]
-        shown = [scenes.make_scene(image.seed) for image in images]
-        questions = [self.questions(scene, captions, turns, rng) for scene in shown]
-        talks = [self.conversation(*talk) for talk in zip(images, shown, questions)]
+        drawn = [scenes.make_scene(image.seed) for image in images]
+        questions = [self.questions(scene, captions, turns, rng) for scene in drawn]
+        talks = [self.conversation(*talk) for talk in zip(images, drawn, questions)]
         longest = max(len(ids) for ids, _, _ in talks)
         pad = self.tokenizer.pad_token_id
-        looks = [(row, look) for row, (_, _, looks) in enumerate(talks) for look in looks]
+        looks = [(row, look) for row, (_, _, found) in enumerate(talks) for look in found]
         targets = torch.zeros(len(looks), longest, dtype=torch.bool)
         for index, (_, look) in enumerate(looks):
             targets[index, look.targets] = True
@@ -492,7 +493,8 @@ def whiten_projector(projector: torch.nn.Module, images: list[CachedImage]):
     variances, directions = torch.linalg.eigh(covariance)
     scales = (variances + 1e-3 * variances.mean()).rsqrt()
     whitening = directions * scales @ directions.T
-    mixing = torch.randn_like(projector.linear_1.weight, device="cpu") / len(mean) ** 0.5
+    weight = projector.linear_1.weight.cpu()
+    mixing = weight / weight.std() / len(mean) ** 0.5
     projector.linear_1.weight.copy_(mixing @ whitening)
     projector.linear_1.bias.copy_(-mixing @ whitening @ mean)
 
@@ -518,7 +520,7 @@ def train_language_model(
     trainee.load_state_dict(model.state_dict())
     trainee.set_attn_implementation("eager")  # which gives the weights, and whose backward pass takes less on a CPU
     for layer in trainee.model.language_model.layers:
-        layer.compile()  # a third less time a step on a CPU
+        layer.compile()  # saves time on a CPU; needs a C++ compiler
     set_trainable(trainee, ("coordinates", "projector", "language_model"))
     # See `training.train`: a run could not go on from checkpoints under the published names.
     trainee.save_pretrained = functools.partial(trainee.save_pretrained, save_original_format=False)

@@ -2,7 +2,6 @@
 
 import random
 import re
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,20 +97,6 @@ def test_questions_are_answered_from_the_description(kind):
     assert len(seen) > 3
     with pytest.raises(ValueError, match="kind must be one of"):
         ask(scene, "easy", rng)
-
-
-def test_a_part_of_a_scene_is_asked_about_what_it_has():
-    """Whatever is asked can be answered, and of a whole scene all kinds are."""
-    for seed in range(20):
-        whole, rng = scenes.make_scene(seed), random.Random(seed)
-        assert scenes.askable(whole) == list(scenes.KINDS)
-        for group in whole.groups:
-            part = replace(whole, groups=(group,))
-            kinds = scenes.askable(part)
-            assert ("ocr" in kinds) == any(thing.text for thing in group) and ("hard" in kinds) == (len(group) == 2)
-            assert "attribute" in kinds and "position" not in kinds
-            for kind in kinds:
-                assert scenes.ask(part, kind, rng).kind == kind
 
 
 def test_positions_follow_from_the_coordinates():
