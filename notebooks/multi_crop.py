@@ -62,7 +62,7 @@ def ask(picture, question: str, **knobs) -> str:
 # The sign of the question is too small to be read in the whole picture.
 
 # %%
-SCENE = 1052
+SCENE = 1054
 scene = scenes.make_scene(SCENE, "test")
 picture = scenes.draw_scene(scene)
 question = scenes.ask(scene, "ocr", random.Random(f"ocr {SCENE}"))

@@ -38,7 +38,7 @@ processor = MCLlavaProcessor.from_pretrained(MODEL)
 # The picture is a drawn scene with small signs. Its question has one right answer.
 
 # %%
-SCENE = 1052  # any number: the scenes of this split are not those of the training
+SCENE = 1054  # any number: the scenes of this split are not those of the training
 scene = scenes.make_scene(SCENE, "test")
 picture = scenes.draw_scene(scene)
 question = scenes.benchmark_question(SCENE, "ocr")

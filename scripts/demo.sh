@@ -7,4 +7,4 @@ python3 -m venv .venv-demo
 # From elsewhere: what answers is what was installed.
 root=$PWD
 cd "$(mktemp -d)"
-"$root/.venv-demo/bin/mc-llava" ask "$root/examples/scene1.jpg" "What is written on the yellow sign?"
+"$root/.venv-demo/bin/mc-llava" ask "$root/examples/scene1.jpg" "What is written on the blue sign?"

@@ -12,7 +12,7 @@ from mc_llava import scenes
 
 FOLDER = Path(__file__).parent.parent / "examples"
 # File -> the scene's number and the kinds of question. All are 1,500 pixels or more on their longer side.
-EXAMPLES = {"scene1.jpg": (1052, ("ocr", "attribute")), "scene2.jpg": (1024, ("ocr", "attribute", "hard"))}
+EXAMPLES = {"scene1.jpg": (1054, ("ocr", "attribute", "position")), "scene2.jpg": (1024, ("ocr", "attribute", "hard"))}
 
 
 def main():
