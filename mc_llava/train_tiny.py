@@ -42,6 +42,7 @@ TURNS = 8  # at most, of one conversation
 KIND_WEIGHTS = {"ocr": 3, "attribute": 1, "position": 1, "hard": 2}  # how often they are asked: reading comes last
 CAPTIONS = 0.05  # share of the conversations that are a caption, in batches that are not short
 MANY_CROPS = 16  # max_crops at least, of the scenes of the short steps
+SPACINGS = (1, 1, 2, 4, 8, 16)  # of the visual tokens of short batches
 READABLE = 6.5  # pixels of the tower, of a glyph
 # Heads, the first of a layer, that learn where to look: from a thing's name, and from each word about it.
 NAMING_LAYER, ANSWERING_LAYER, LOOKING_HEADS = 1, 2, 2
@@ -346,7 +347,8 @@ class SceneCollator:
                      +--- last token of the crop -----+------------+--+--+
 
     Short batches show the last token of each crop alone, where the tower has learned to gather it, and hold many
-    questions: a step takes half the time. The others show the tokens of each image's own budget.
+    questions: a step takes half the time. Their positions are spread as if each crop had more tokens, for the heads to
+    look as far as in long sequences. The other batches show the tokens of each image's own budget.
 
     Args:
         captions: share of the conversations that are a caption, in batches that are not short.
@@ -425,8 +427,12 @@ class SceneCollator:
         targets = torch.zeros(len(looks), longest, dtype=torch.bool)
         for index, (_, look) in enumerate(looks):
             targets[index, look.targets] = True
+        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _, _ in talks])
+        spacing = rng.choice(SPACINGS) if short else 1
+        is_visual = input_ids == self.tokenizer.convert_tokens_to_ids("<image>")
         return {
-            "input_ids": torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _, _ in talks]),
+            "input_ids": input_ids,
+            "position_ids": torch.arange(longest) + (spacing - 1) * is_visual.cumsum(-1),
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _, _ in talks]),
             "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels, _ in talks]),
             **image_fields(images),

@@ -104,6 +104,26 @@ def answer_around(processor, ids, position) -> str:
     return processor.tokenizer.decode(ids).split("<|im_start|>")[turn]
 
 
+def test_positions_of_short_batches_are_spread_as_if_crops_had_more_tokens(processor, model):
+    images = train_tiny.encode_scenes(model, processor, [3], "train", [(8, 60)])
+    collator = train_tiny.SceneCollator(processor, images, captions=0.0, turns=1)
+    crops, spacings = len(images[0].coords), set()
+    for seed in range(20):
+        batch = collator([{"image": 0, "short": True, "seed": seed}])
+        positions, is_visual = batch["position_ids"][0], batch["input_ids"][0] == processor.image_token_id
+        start = is_visual.nonzero()[0].item()
+        spacing = (positions[is_visual][0].item() - start) + 1
+        # Where the last token of each crop would stand, had all of them `spacing` tokens.
+        assert positions[is_visual].tolist() == [start + spacing * (crop + 1) - 1 for crop in range(crops)]
+        text = positions[~is_visual].tolist()
+        assert text[:start] == list(range(start))
+        assert text[start:] == list(range(start + spacing * crops, spacing * crops + len(text)))
+        spacings.add(spacing)
+    assert spacings == set(train_tiny.SPACINGS)
+    whole = collator([{"image": 0, "short": False, "seed": 0}])
+    assert whole["position_ids"].tolist() == [list(range(whole["input_ids"].shape[1]))]
+
+
 @pytest.mark.parametrize("short", [False, True])
 def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(processor, model, short):
     images = train_tiny.encode_scenes(model, processor, [3, 4], "train", [(32, 128)] * 2)
