@@ -25,7 +25,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from mc_llava import FeatureCache
 from mc_llava.crop_grid import draw_crop_grid
-from mc_llava.image_processing_mc_llava import load_image
+from mc_llava.image_loading_mc_llava import load_image
 from mc_llava.loading import load_model, load_processor
 
 

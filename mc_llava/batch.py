@@ -22,8 +22,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from .crops_mc_llava import check_knob
 from .evaluation import Evaluator, answer_all, append, fill_knobs, lock, resume, versions
-from .image_processing_mc_llava import FORMATS, check_knob, load_image
+from .image_loading_mc_llava import FORMATS, load_image
 from .loading import find_device, find_model, identify, load_model, load_processor
 
 

@@ -19,12 +19,14 @@ from .batch import run as run_job
 from .configuration_mc_llava import MCLlavaConfig
 from .convert import convert as convert_checkpoint
 from .crop_grid import draw_crop_grid
+from .crops_mc_llava import Crop
+from .encoded_images_mc_llava import FeatureCache
 from .estimate import estimate as estimate_cost
 from .evaluation import Evaluator, compare, evaluate, score_table
-from .image_processing_mc_llava import Crop, MCLlavaImageProcessor, load_image
+from .image_loading_mc_llava import load_image
+from .image_processing_mc_llava import MCLlavaImageProcessor
 from .loading import find_model, load, load_model, load_processor
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import FeatureCache
 from .tasks import TASKS
 
 

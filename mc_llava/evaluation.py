@@ -26,10 +26,12 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from .image_processing_mc_llava import check_knob, load_image
+from .crops_mc_llava import check_knob
+from .encoded_images_mc_llava import FeatureCache
+from .image_loading_mc_llava import load_image
 from .metrics import bootstrap_interval, mcnemar, wilson_interval
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import FeatureCache, MCLlavaProcessor
+from .processing_mc_llava import MCLlavaProcessor
 from .tasks import TASKS, Question, Task
 
 
@@ -85,7 +87,8 @@ class Evaluator:
 
     def encode(self, images: list) -> list[torch.Tensor]:
         """One float[tokens, hidden] per RGB image."""
-        return self.feature_cache.encode(self.model, self.processor.image_processor, images, **self.knobs)
+        encoded = self.feature_cache.encode(self.model, self.processor.image_processor, images, **self.knobs)
+        return [one.features for one in encoded]
 
     def expand(self, prompt: str, features: list[torch.Tensor]) -> str:
         """The prompt with one `<image>` per visual token."""

@@ -18,7 +18,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
 from .evaluation import Evaluator
-from .image_processing_mc_llava import load_image
+from .image_loading_mc_llava import load_image
 from .loading import load
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .image_processing_mc_llava import plan_crops
+from .crops_mc_llava import plan_crops
 
 
 # Without I and O, as on licence plates: some fonts draw them like 1 and 0.

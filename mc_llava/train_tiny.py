@@ -194,7 +194,7 @@ def encode_scenes(model, processor, seeds, split: str, budgets, workers: int = 0
     for seed, budget, inputs in zip(seeds, budgets, loader):
         kept = inputs["crop_num_tokens"]
         with torch.autocast(device.type, torch.bfloat16):
-            features = model.model._encode_crops(inputs["pixel_values"].to(device), kept.to(device))
+            features = model.model.keep_last(model.model.encode_crops(inputs["pixel_values"].to(device)), kept)
         images.append(CachedImage(seed, budget, features.half().cpu(), inputs["crop_coords"], kept))
     return images
 
@@ -249,9 +249,8 @@ def scene_rows(images: list[CachedImage], stage: Stage, short_steps: int) -> Dat
 class CachedTower(MCLlavaModel):
     """Takes the features that its frozen tower gave before for pixels: right-aligned, [crops, longest, width]."""
 
-    def _encode_crops(self, pixel_values: torch.Tensor, num_tokens: torch.Tensor, **kwargs) -> torch.Tensor:
-        longest = pixel_values.shape[1]
-        return pixel_values[torch.arange(longest, device=pixel_values.device) >= longest - num_tokens[:, None]]
+    def encode_crops(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        return pixel_values
 
 
 class LanguageModelTrainee(MCLlavaForConditionalGeneration):

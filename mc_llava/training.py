@@ -35,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .configuration_mc_llava import MCLlavaConfig
-from .image_processing_mc_llava import load_image
+from .image_loading_mc_llava import load_image
 from .loading import find_model, load_model, load_processor
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import MCLlavaProcessor

@@ -173,7 +173,7 @@ def test_length_limits_of_the_short_form(model, processor, name, monkeypatch):
 def test_assisted_decoding_is_for_text_alone(model, processor, name):
     option = {name: small_model(5) if name == "assistant_model" else 5}
     for inputs in (processor(TEXTS[1], IMAGES[1]), processor(TEXTS[1], IMAGES[1], model)):
-        with pytest.raises(ValueError, match=f"{name} can't go with images"):
+        with pytest.raises(ValueError, match=f"{name} can't be combined with images"):
             model.generate(**inputs, **option)
     inputs = processor("Why?")
     assert new_tokens(model, inputs, **option) == new_tokens(model, inputs)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mc_llava import scenes
-from mc_llava.image_processing_mc_llava import plan_crops
+from mc_llava.crops_mc_llava import plan_crops
 from mc_llava.pretraining import IGNORED, CropDataset, label_crop, make_crop
 from mc_llava.scenes import CHARACTERS, COLORS, KINDS, Question, ask, caption, draw_scene, is_correct, make_scene
 
