@@ -357,6 +357,7 @@ class SceneCollator:
 
     def __init__(self, processor, images: list[CachedImage], captions: float, turns: int):
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.image_token_id = processor.image_token_id
         self.images, self.captions, self.turns = images, captions, turns
 
     def questions(self, scene: scenes.Scene, captions: float, turns: int, rng: random.Random) -> list[scenes.Question]:
@@ -378,7 +379,7 @@ class SceneCollator:
                 f"{before}{question.text}<|im_end|>\n<|im_start|>assistant\n", return_offsets_mapping=True
             )
             if picture:
-                first = asked["input_ids"].index(self.tokenizer.convert_tokens_to_ids("<image>"))
+                first = asked["input_ids"].index(self.image_token_id)
             replied = self.tokenizer.encode(f"{question.answer}<|im_end|>")
             answer_start = len(ids) + len(asked["input_ids"])
             for name, thing in question.named:
@@ -429,7 +430,7 @@ class SceneCollator:
             targets[index, look.targets] = True
         input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _, _ in talks])
         spacing = rng.choice(SPACINGS) if short else 1
-        is_visual = input_ids == self.tokenizer.convert_tokens_to_ids("<image>")
+        is_visual = input_ids == self.image_token_id
         return {
             "input_ids": input_ids,
             "position_ids": torch.arange(longest) + (spacing - 1) * is_visual.cumsum(-1),

@@ -99,9 +99,5 @@ def test_the_cards_snippet_runs_on_what_convert_makes_of_it(tmp_path, capsys):
         assert published in snippet
         snippet = snippet.replace(published, ours)
     exec(snippet, {})
-    assert capsys.readouterr().out.strip()
-    # The card's knobs give more tokens than `tiny` was trained with, as README says.
-    assert "max_crops=100, num_tokens=728" in snippet
-    exec(snippet.replace("max_crops=100, num_tokens=728", "max_crops=64, num_tokens=256"), {})
     answer = capsys.readouterr().out.strip().removesuffix("<|im_end|>")
     assert scenes.is_correct(scenes.Question(example["kind"], example["question"], "", example["key"]), answer)
