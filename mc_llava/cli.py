@@ -244,7 +244,8 @@ def train(
 ):
     """Fine-tune a model on data in LLaVA's format, or make `tiny`, as a recipe says."""
     with extra("train"):
-        from . import train_tiny, training
+        from . import training
+        from .scenes import language_model
     values = training.read_recipe(recipe, overrides or ())
     kind = values.pop("kind", "finetune")
     if kind == "finetune":
@@ -261,7 +262,7 @@ def train(
             raise ValueError("a recipe of kind tiny has no data to check: leave --check out")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("a recipe of kind tiny trains in one process: start it without torchrun or accelerate")
-        say(f"wrote {train_tiny.train_tiny(training.build_recipe(train_tiny.TinyRecipe, values))}")
+        say(f"wrote {language_model.train_tiny(training.build_recipe(language_model.TinyRecipe, values))}")
     else:
         raise ValueError(f"a recipe's kind must be finetune or tiny, got {kind!r}")
 
@@ -339,7 +340,7 @@ def study(
 ):
     """Measure what crops and tokens bring on drawn scenes, and print the README's table."""
     with extra("eval"):
-        from .study import markdown, run_study
+        from .scenes.study import markdown, run_study
     print(markdown(run_study(model, work, output, num_scenes)))
 
 

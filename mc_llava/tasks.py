@@ -295,7 +295,7 @@ def _read_scenes(source: str) -> tuple[int, Iterator[Question]]:
 
 
 def _score_scene(question: Question, reply: str) -> float:
-    return float(scenes.is_correct(scenes.Question(question.part, "", "", question.expected), reply))
+    return float(scenes.is_correct(question.expected, reply))
 
 
 TASKS = {

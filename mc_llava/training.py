@@ -173,11 +173,6 @@ def build_recipe(kind: type, values: dict):
         raise ValueError(f"the recipe can't be: {'; '.join(reasons)}") from None
 
 
-def load_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A `Recipe` from a YAML file; see `read_recipe`. Raises ValueError, for unknown and missing names too."""
-    return build_recipe(Recipe, read_recipe(path, overrides))
-
-
 # Rows
 
 

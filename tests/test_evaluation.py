@@ -794,7 +794,7 @@ class TestResuming:
     def test_finished_results_are_not_taken_for_other_scenes(self, evaluator, tmp_path, monkeypatch):
         first = run("scenes", evaluator, tmp_path, limit=2)
         assert run("scenes", evaluator, tmp_path, limit=2) == first
-        monkeypatch.setattr(scenes, "READ_QUESTIONS", ("Say what the {0} sign says.",))
+        monkeypatch.setattr(scenes.questions, "READ_QUESTIONS", ("Say what the {0} sign says.",))
         with pytest.raises(ValueError, match="scenes.json was made of other data"):
             run("scenes", evaluator, tmp_path, limit=2)
 

@@ -6,21 +6,18 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_untrained_tiny
 from PIL import Image
 
-from mc_llava import scenes, study, train_tiny
+from mc_llava import scenes
 from mc_llava.estimate import estimate
+from mc_llava.scenes import study
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "model"
-    torch.manual_seed(0)
-    processor = train_tiny.build_processor()
-    vision = train_tiny.vision_config(width=32, layers=1)
-    train_tiny.build_model(processor, vision, width=32, layers=1).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    write_untrained_tiny(folder, layers=1)
     return folder
 
 

@@ -1,9 +1,5 @@
 """
-Scenes: street-like pictures with small signs, shapes and objects, and questions whose answers need the crops.
-
-A `Scene` is a plain description; `draw_scene` alone turns it into pixels and `ask` alone into questions, so that an
-answer never comes from looking. Everything follows from a seed. The two splits share nothing a model could learn by
-heart: their seeds, backgrounds and font families differ.
+A scene as a plain description, and the picture of it.
 
 What a scene is drawn from:
 
@@ -11,7 +7,7 @@ What a scene is drawn from:
 - one of each of some `SHAPES` and `OBJECTS` in one of `COLORS`, alone or next to a sign (a group);
 - `BACKGROUNDS` and `FONTS` of the split.
 
-How small things are follows from the crop plan. For a picture of height H, a tower of side 96 and 32 crops:
+The crop plan determines how small things are. For a picture of height H, a tower of side 96 and 32 crops:
 
     in the whole image     glyph * 96 / H           below 3 pixels: illegible
     in a crop of side c    glyph * 96 / c           at least 8 pixels: legible
@@ -21,14 +17,13 @@ so glyphs are about H / 35 pixels high, and since c is about H / 3, the crops ma
 
 import math
 import random
-import re
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .image_processing_mc_llava import plan_crops
+from ..image_processing_mc_llava import plan_crops
 
 
 # Without I and O, as on licence plates: some fonts draw them like 1 and 0.
@@ -61,16 +56,12 @@ FONTS = {
     "test": (None,),
 }
 SPLITS = tuple(FONTS)
-KINDS = ("ocr", "attribute", "position", "hard")
-DIRECTIONS = (("left", "right"), ("above", "below"))  # along x and along y
 
 SIDE = 96  # of the tower that the sizes are made for, in pixels
 CROPS = 32
 ILLEGIBLE = 3.0  # pixels of the tower
 LEGIBLE = 8.0
 MIN_SIDE, MAX_SIDE = 512, 2048  # of a scene, in pixels
-# Things compared by position lie at least this part of the picture apart.
-MIN_DISTANCE = 0.15
 
 
 @dataclass(frozen=True)
@@ -110,20 +101,6 @@ class Scene:
         return tuple(thing for group in self.groups for thing in group)
 
 
-@dataclass(frozen=True)
-class Question:
-    """
-    `key` is what a right reply must hold: the sign's text, a color, a direction or a name. `named` are the things that
-    the text names, each with the words that name it.
-    """
-
-    kind: str
-    text: str
-    answer: str
-    key: str
-    named: tuple[tuple[str, Thing], ...] = ()
-
-
 # Making scenes
 
 
@@ -161,7 +138,7 @@ def _lay_out(rng: random.Random, width: int, height: int, split: str) -> tuple[t
             if right >= width or bottom >= height:
                 continue
             group = move(group, rng.randint(0, int(width - right)), rng.randint(0, int(height - bottom)))
-            apart = all(_distance(outline(group), outline(other)) >= gap for other in groups)
+            apart = all(distance(outline(group), outline(other)) >= gap for other in groups)
             if apart and legible_height(outline(group), min(thing.glyph for thing in group), boxes) >= LEGIBLE:
                 groups.append(group)
                 break
@@ -249,7 +226,7 @@ def outline(group: tuple[Thing, ...]) -> tuple[int, int, int, int]:
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
-def _distance(box: tuple, other: tuple) -> float:
+def distance(box: tuple, other: tuple) -> float:
     across = max(box[0] - other[2], other[0] - box[2], 0)
     down = max(box[1] - other[3], other[1] - box[3], 0)
     return math.hypot(across, down)
@@ -480,132 +457,3 @@ def _background(kind: str, seed: int) -> Image.Image:
                 for x in range(0, small, step):
                     draw.rectangle((x, y, x + step - 2, y + step - 2), fill=muted(90, 170, 12))
     return Image.blend(image, noise(rng.randint(16, 64), 60, 200), 0.12)
-
-
-# Questions
-
-COLOR_QUESTIONS = ("What color is the {0}?", "Which color does the {0} have?", "Tell me the color of the {0}.")
-READ_QUESTIONS = (
-    "What does the {0} sign say?",
-    "What is written on the {0} sign?",
-    "Read the {0} sign.",
-    "Which characters are on the {0} sign?",
-)
-NEXT_READ_QUESTIONS = (
-    "What is written on the sign next to the {0}?",
-    "What does the sign next to the {0} say?",
-    "Read the sign beside the {0}.",
-)
-NEXT_COLOR_QUESTIONS = ("What color is the sign next to the {0}?", "Which color does the sign beside the {0} have?")
-NEXT_NAME_QUESTIONS = ("What is next to the {0} sign?", "What can be seen beside the {0} sign?")
-SIDE_QUESTIONS = (
-    "Is the {0} {2} or {3} the {1}?",
-    "Where is the {0}, {2} or {3} the {1}?",
-    "Does the {0} lie {2} or {3} the {1}?",
-)
-
-
-def ask(scene: Scene, kind: str, rng: random.Random) -> Question:
-    """
-    A question about a scene, with its answer.
-
-    Args:
-        kind: one of `KINDS`: the text of a sign; the color of a thing; where a thing lies as seen from another; or
-            something about the neighbor of a thing.
-
-    Raises:
-        ValueError: if `kind` is unknown.
-    """
-    signs = [thing for thing in scene.things if thing.text]
-    shapes = [thing for thing in scene.things if not thing.text]
-    pairs = [sorted(group, key=lambda thing: not thing.text) for group in scene.groups if len(group) == 2]
-    if kind == "ocr":
-        sign = rng.choice(signs)
-        text = rng.choice(READ_QUESTIONS).format(sign.color)
-        return Question(kind, text, f"It says {sign.text}.", sign.text, ((sign.called, sign),))
-    if kind == "attribute":
-        if (rng.random() < 0.25 and signs) or not shapes:
-            sign = rng.choice(signs)
-            name, thing = f"sign {sign.text}", sign
-        else:
-            thing = rng.choice(shapes)
-            name = thing.name
-        text = rng.choice(COLOR_QUESTIONS).format(name)
-        return Question(kind, text, f"It is {thing.color}.", thing.color, ((name, thing),))
-    if kind == "position":
-        return _ask_position(scene, rng)
-    if kind == "hard":
-        sign, shape = rng.choice(pairs)
-        wanted = rng.random()
-        if wanted < 0.6:
-            text = rng.choice(NEXT_READ_QUESTIONS).format(shape.called)
-            return Question(kind, text, f"It says {sign.text}.", sign.text, ((shape.called, shape),))
-        if wanted < 0.8:
-            text = rng.choice(NEXT_COLOR_QUESTIONS).format(shape.name)
-            return Question(kind, text, f"It is {sign.color}.", sign.color, ((shape.name, shape),))
-        text = rng.choice(NEXT_NAME_QUESTIONS).format(sign.color)
-        article = "an" if shape.color == "orange" else "a"
-        return Question(kind, text, f"It is {article} {shape.called}.", shape.called, ((sign.called, sign),))
-    raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
-
-
-def benchmark_question(seed: int, kind: str) -> Question:
-    """The one question of a kind about a scene of the test split that every measurement asks."""
-    return ask(make_scene(seed, "test"), kind, random.Random(f"{kind} {seed}"))
-
-
-def _far_apart(scene: Scene) -> list[tuple[Thing, Thing, int, float]]:
-    """Pairs of things, the axis (0 is left to right), and how far the first lies behind the other on it."""
-    return [
-        (thing, other, axis, distance)
-        for thing in scene.things
-        for other in scene.things
-        for axis, size in enumerate((scene.width, scene.height))
-        if abs(distance := (thing.center[axis] - other.center[axis]) / size) >= MIN_DISTANCE
-    ]
-
-
-def _ask_position(scene: Scene, rng: random.Random) -> Question:
-    def called(thing):
-        if not thing.text:
-            return rng.choice((thing.called, thing.name))
-        return rng.choice((thing.called, thing.called, f"sign {thing.text}"))
-
-    thing, other, axis, distance = rng.choice(_far_apart(scene))
-    key = DIRECTIONS[axis][distance > 0]
-    phrases = ["left of", "right of"] if axis == 0 else list(DIRECTIONS[axis])
-    answer = f"It is {phrases[distance > 0]} the {other.name}."
-    rng.shuffle(phrases)
-    phrases[0] = phrases[0].removesuffix(" of")
-    names = called(thing), called(other)
-    text = rng.choice(SIDE_QUESTIONS).format(*names, *phrases)
-    return Question("position", text, answer, key, tuple(zip(names, (thing, other))))
-
-
-def caption(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A request and a caption that names all things, groups from left to right."""
-    parts = []
-    for group in sorted(scene.groups, key=lambda group: outline(group)[0]):
-        named = [f"a {t.called} that says {t.text}" if t.text else f"a {t.called}" for t in group]
-        parts.append(" next to ".join(named))
-    request = rng.choice(("Describe the picture.", "What is in the picture?", "List what you see."))
-    text = ", ".join(parts).replace("a orange", "an orange")
-    return request, f"{text[0].upper()}{text[1:]}."
-
-
-def is_correct(question: Question, reply: str) -> bool:
-    """
-    Whether a reply holds the question's key and no other of its sort: a reply that lists all colors is wrong.
-
-    Of a sign's sort are all words in capitals or with a digit but "A" and "I"; of a color's all colors, so that the
-    reply may name the thing; of a thing's ("green star") colors and names.
-
-    >>> is_correct(Question("ocr", "", "", "K7"), "It says K7.")
-    True
-    """
-    words, key = re.findall(r"\w+", reply), question.key.split()
-    if set(question.key) <= set(CHARACTERS):
-        return [word for word in words if word not in ("A", "I") and (word.isupper() or re.search(r"\d", word))] == key
-    sorts = (COLORS, sum(DIRECTIONS, ()), (*COLORS, *SHAPES, *OBJECTS))
-    sort = next(sort for sort in sorts if set(key) <= set(sort))
-    return [word for word in map(str.lower, words) if word in sort] == key
