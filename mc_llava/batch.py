@@ -14,7 +14,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -22,12 +22,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .evaluation import Evaluator, answer_all, append, fill_knobs, lock, resume, versions
+from .evaluation import Evaluator, answer_all, fill_knobs
 from .image_processing_mc_llava import FORMATS, check_knob, load_image
-from .loading import find_device, find_model, identify, load_model, load_processor
+from .journal import append, hash_file, lock, replacing, resume, versions
+from .loading import find_device, find_model, identify, identify_code, load_model, load_processor
 
 
 COLUMNS = ("id", "question", "image", "images")
+CODE = ("evaluation.py", "batch.py")  # with the model's, that answers depend on
 MAX_BLOCKS = 10_000  # that Ray Data keeps track of
 MAX_RESTARTS = 10  # of one of Ray's workers
 GPU_TIMEOUT = 1800  # seconds for a cluster without a GPU to start a node that has one
@@ -84,13 +86,9 @@ class Parquet:
     @cached_property
     def digest(self) -> str:  # only the run asks for it, its workers need not read the whole file
         digest, size = hashlib.sha256(), self.path.stat().st_size
-        with (
-            open(self.path, "rb") as file,
-            tqdm(total=size, unit="B", unit_scale=True, desc=f"Reading {self.path.name}", leave=False) as progress,
-        ):
-            for block in iter(partial(file.read, 2**20), b""):
-                digest.update(block)
-                progress.update(len(block))
+        name = f"Reading {self.path.name}"
+        with tqdm(total=size, unit="B", unit_scale=True, desc=name, leave=False) as progress:
+            hash_file(digest, self.path, progress.update)
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -361,6 +359,7 @@ def _run(
         "rows": len(rows),
         "digest": rows.digest,
         "versions": versions(),
+        "code": identify_code(*CODE),
     }
     records = resume(unfinished, settings, job.batch_size)
     if not os.path.isdir(find_model(job.model)) and commit != "unknown":
@@ -386,12 +385,8 @@ def _run(
         raise RuntimeError(f"{total - done} of {total} rows were not answered: start the command again")
 
     # Without the settings, and all of it or nothing.
-    draft = unfinished.with_name(unfinished.name + ".draft")
-    with open(unfinished, "rb") as journal, open(draft, "wb") as final:
+    with open(unfinished, "rb") as journal, replacing(output) as final:
         next(journal)
         final.writelines(journal)
-        final.flush()
-        os.fsync(final.fileno())
-    os.replace(draft, output)
     unfinished.unlink()
     return done, failed

@@ -10,30 +10,29 @@ import hashlib
 import json
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from .image_processing_mc_llava import check_knob, load_image
+from .journal import append, check_settings, lock, resume, versions, write_json
+from .loading import identify_code
 from .metrics import bootstrap_interval, mcnemar, wilson_interval
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import FeatureCache, MCLlavaProcessor
 from .tasks import TASKS, Question, Task
 
 
-PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy", "bitsandbytes", "optimum-quanto")
+# Beside the model's: the code that results depend on.
+CODE = ("evaluation.py", "tasks.py", "metrics.py", "scenes/questions.py", "scenes/scene.py")
 Asked = TypeVar("Asked")
 
 
@@ -274,17 +273,6 @@ def metric_names(task: Task) -> list[str]:
 # Running
 
 
-def versions() -> dict[str, str | None]:
-    """Those of the packages that results depend on; None where one is not installed."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
 def evaluate(
     task_name: str,
     evaluator: Evaluator,
@@ -331,6 +319,7 @@ def evaluate(
         "device": evaluator.model.device.type,
         "instruction": task.instruction,
         "versions": versions(),
+        "code": identify_code(*CODE),
     }
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -377,38 +366,6 @@ def _evaluate(task: Task, evaluator: Evaluator, output: Path, settings: dict) ->
     return results
 
 
-@contextmanager
-def lock(output: Path):
-    """ValueError where another run holds it: two would write into one journal."""
-    try:
-        with FileLock(output.with_name(output.name + ".lock"), timeout=0):
-            yield
-    except Timeout as error:
-        raise ValueError(f"another run writes {output}: wait, or choose another output") from error
-
-
-def append(journal: BinaryIO, records: list[dict]):
-    journal.writelines(map(to_line, records))
-    journal.flush()
-    os.fsync(journal.fileno())
-
-
-def to_line(entry: dict) -> bytes:
-    # Half of a surrogate pair, as a cut text may end with, is no UTF-8; its escape is JSON.
-    return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
-
-
-def write_json(path: Path, content: dict):
-    """All of it or nothing: a reader never sees half a file."""
-    draft = path.with_name(path.name + ".draft")
-    with open(draft, "w", encoding="utf-8") as file:
-        json.dump(content, file, ensure_ascii=False, indent=1)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-
-
 def read_results(path: str | os.PathLike) -> dict:
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -425,43 +382,10 @@ def read_results(path: str | os.PathLike) -> dict:
     return results
 
 
-def check_settings(found: dict, wanted: dict, path: Path):
-    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
-    if names:
-        raise ValueError(
-            f"{path} has {names[0]} {found.get(names[0])!r}, this run {wanted.get(names[0])!r}: "
-            "choose another output, or remove the file"
-        )
-
-
 def check_questions(records: list[dict], questions: Iterable[Question], path: Path):
     for record, question in zip_longest(records, questions):
         if record is None or question is None or not describe(question).items() <= record.items():
             raise ValueError(f"{path} was made of other data: choose another output, or remove it")
-
-
-def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
-    """
-    The records of a stopped run, and the file cut to them; none and a new file if there was no run.
-
-    A batch of which a record is missing is asked again as a whole.
-    """
-    records = []
-    # What follows the last line's end was torn by the kill.
-    lines = unfinished.read_bytes().split(b"\n")[:-1] if unfinished.exists() else []
-    if lines:
-        try:
-            found, *records = map(json.loads, lines)
-        except ValueError as error:
-            raise ValueError(f"{unfinished} is damaged ({error}): remove it, or the lines from there on") from error
-        if records:  # else nothing is lost that other settings could not have
-            check_settings(found, settings, unfinished)
-        records = records[: len(records) // batch_size * batch_size]
-    draft = unfinished.with_name(unfinished.name + ".draft")
-    with open(draft, "wb") as journal:
-        append(journal, [settings, *records])
-    os.replace(draft, unfinished)
-    return records
 
 
 def summarize(task: Task, records: list[dict]) -> dict:

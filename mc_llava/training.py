@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 from .configuration_mc_llava import MCLlavaConfig
 from .image_processing_mc_llava import load_image
+from .journal import replacing, to_line
 from .loading import find_model, load_model, load_processor
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import MCLlavaProcessor
@@ -306,8 +307,8 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     rows.report = report = Path(recipe.output, BROKEN_FILE)
     report.parent.mkdir(parents=True, exist_ok=True)
     if is_main_process():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows.broken)
-        report.write_text("".join(lines), encoding="utf-8")
+        with replacing(report) as file:
+            file.writelines(map(to_line, rows.broken))
     if len(rows.broken) > recipe.max_broken:
         first = rows.broken[0]
         raise ValueError(

@@ -278,6 +278,10 @@ def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypat
     ):
         with pytest.raises((ValueError, ZeroDivisionError), match=message):
             run(job(folder, converted, **changes), output)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "identify_code", lambda *names: "another")
+        with pytest.raises(ValueError, match="has code 'sha256:.*', this run 'another'"):
+            run(job(folder, converted), output)
     output.write_text("mine")
     with pytest.raises(ValueError, match="is there already: choose another output"):
         run(job(folder, converted), output)

@@ -5,6 +5,7 @@ Its replies are gibberish. Where a score must not be 0, the data's answers are m
 when it is asked without the evaluation's code.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -764,6 +765,18 @@ class TestResuming:
         with pytest.raises(ValueError, match="has limit 2, this run 3"):
             run("scenes", evaluator, tmp_path, limit=3)
         assert (tmp_path / "scenes.json").read_bytes() == before
+
+    @pytest.mark.parametrize("finished", [False, True])
+    def test_other_code_is_refused(self, evaluator, tmp_path, monkeypatch, finished):
+        with monkeypatch.context() as patch:
+            if not finished:
+                patch.setattr(evaluation, "summarize", None)  # ends the run before its file is written
+            with contextlib.nullcontext() if finished else pytest.raises(TypeError):
+                run("scenes", evaluator, tmp_path, limit=2)
+        monkeypatch.setattr(evaluation, "identify_code", lambda *names: "another")
+        with pytest.raises(ValueError, match="has code 'sha256:.*', this run 'another': choose another output"):
+            run("scenes", evaluator, tmp_path, limit=2)
+        assert len(run("scenes", evaluator, tmp_path / "other", limit=2)["questions"]) == 2
 
     def test_two_runs_on_one_folder(self, evaluator, tmp_path):
         with FileLock(tmp_path / "scenes.json.lock"), pytest.raises(ValueError, match="another run writes"):

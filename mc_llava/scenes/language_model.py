@@ -16,13 +16,14 @@ from typing import Annotated, NamedTuple
 import torch
 from datasets import Dataset
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig, Trainer, TrainingArguments
 
 from ..configuration_mc_llava import MCLlavaConfig
 from ..image_processing_mc_llava import MCLlavaImageProcessor
+from ..journal import replacing, write_json
 from ..modeling_mc_llava import MCLlavaForConditionalGeneration, MCLlavaModel
 from ..processing_mc_llava import MCLlavaProcessor
 from ..training import checked, last_checkpoint, set_trainable
@@ -218,9 +219,8 @@ def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> li
             shard = encode_scenes(model, processor, seeds, "train", budgets, workers)
             tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in CachedImage.TENSORS}
             tensors["crops"] = torch.tensor([len(image.coords) for image in shard])
-            partial = path.with_suffix(".part")
-            save_file(tensors, partial)
-            partial.rename(path)  # an interrupted run leaves no half of a shard
+            with replacing(path) as file:
+                file.write(save(tensors))
         shard = load_file(path)
         crops = shard["crops"].tolist()
         tokens = [int(kept.sum()) for kept in shard["num_tokens"].split(crops)]
@@ -582,7 +582,7 @@ def check_made_of(folder: Path, wanted: dict):
                     "name another output"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=1) + "\n")
+    write_json(path, wanted)
 
 
 def train_tiny(recipe: TinyRecipe) -> Path:

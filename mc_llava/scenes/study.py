@@ -5,7 +5,6 @@ The same questions are asked under every setting: `max_crops` grows while `num_t
 Beside them stand what a model answers that sees nothing, and what always giving a kind's commonest answer would score.
 """
 
-import json
 from collections import Counter
 from functools import cache
 from itertools import islice
@@ -16,6 +15,7 @@ from matplotlib.figure import Figure
 
 from ..estimate import estimate
 from ..evaluation import Evaluator, evaluate
+from ..journal import write_json
 from ..loading import load
 from ..metrics import wilson_interval
 from ..tasks import NUM_SCENES
@@ -82,7 +82,7 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
         "majority": majority(records),
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "study.json").write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
+    write_json(output / "study.json", study)
     draw_figures(study, output)
     return study
 
