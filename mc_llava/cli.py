@@ -19,13 +19,16 @@ from .batch import run as run_job
 from .configuration_mc_llava import MCLlavaConfig
 from .convert import convert as convert_checkpoint
 from .crop_grid import draw_crop_grid
+from .engine import Evaluator
 from .estimate import estimate as estimate_cost
-from .evaluation import Evaluator, compare, evaluate, score_table
+from .evaluation.comparison import compare
+from .evaluation.results import score_table
+from .evaluation.running import evaluate
+from .evaluation.tasks import TASKS
 from .image_processing_mc_llava import Crop, MCLlavaImageProcessor, load_image
 from .loading import find_model, load, load_model, load_processor
 from .modeling_mc_llava import MCLlavaForConditionalGeneration
 from .processing_mc_llava import FeatureCache
-from .tasks import TASKS
 
 
 DEFAULT_MODEL = "tiny"
@@ -286,16 +289,8 @@ def evaluate_tasks(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; an accelerator where there is one.")] = None,
     quantize: QuantizeOption = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
-    results: Annotated[
-        tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Two results files; asks nothing.")
-    ] = None,
 ):
-    """Measure a model on benchmarks, or compare two results."""
-    if results:
-        if tasks:
-            raise ValueError(f"--compare asks nothing: leave --tasks {tasks} out")
-        print(compare(*results))
-        return
+    """Measure a model on benchmarks."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if len(set(names)) < len(names):
         raise ValueError(f"--tasks names a task twice: {tasks}")
@@ -327,6 +322,15 @@ def evaluate_tasks(
                 failed += 1
     if failed == asked:
         raise ValueError(f"all of {asked} questions failed: see the reasons above")
+
+
+@app.command(name="compare")
+def compare_results(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A results file of mc-llava eval.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same task.")],
+):
+    """Compare two results: their scores, whether they differ by more than chance, and the questions that changed."""
+    print(compare(first, second))
 
 
 @app.command()

@@ -7,7 +7,8 @@ import shutil
 import pytest
 from filelock import FileLock
 
-from mc_llava import batch, evaluation, journal, loading
+from mc_llava import batch, journal, loading
+from mc_llava.evaluation import running
 
 
 SETTINGS = {"model": "tiny", "limit": 3}
@@ -85,7 +86,7 @@ def test_a_file_is_hashed_block_by_block(tmp_path):
     assert sum(sizes) == len(content) and len(sizes) > 1
 
 
-@pytest.mark.parametrize("names", [batch.CODE, evaluation.CODE], ids=["batch", "evaluation"])
+@pytest.mark.parametrize("names", [batch.CODE, running.CODE], ids=["batch", "evaluation"])
 def test_changed_code_has_another_digest(tmp_path, monkeypatch, names):
     before = loading.identify_code(*names)
     for file in loading.ROOT.glob("*_mc_llava.py"):

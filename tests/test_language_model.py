@@ -15,7 +15,8 @@ import torch
 from conftest import ROOT
 from transformers import TrainingArguments
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes, tasks
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
+from mc_llava.evaluation.tasks import NUM_SCENES
 from mc_llava.scenes import language_model
 from mc_llava.scenes.scene import legible_height, outline
 from mc_llava.scenes.tower import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower, sine_positions
@@ -403,7 +404,7 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
     report = json.loads((tmp_path / "tiny-work" / "language_model" / "accuracy.jsonl").read_text())
     assert set(report["crops"]) == set(scenes.KINDS)
-    assert len(tested) == 2 and not tested & set(range(tasks.NUM_SCENES))
+    assert len(tested) == 2 and not tested & set(range(NUM_SCENES))
 
     def cached():
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work/images").glob("*.safetensors")}

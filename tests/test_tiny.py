@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from mc_llava import scenes
-from mc_llava.evaluation import Evaluator
+from mc_llava.engine import Evaluator
 from mc_llava.loading import TINY, load
 from mc_llava.scenes.study import MAX_NEW_TOKENS, NAMES, markdown
 

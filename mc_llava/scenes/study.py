@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
+from ..engine import Evaluator
 from ..estimate import estimate
-from ..evaluation import Evaluator, evaluate
+from ..evaluation.metrics import wilson_interval
+from ..evaluation.running import evaluate
+from ..evaluation.tasks import NUM_SCENES
 from ..journal import write_json
 from ..loading import load
-from ..metrics import wilson_interval
-from ..tasks import NUM_SCENES
 from .questions import DIRECTIONS, KINDS, is_correct
 from .scene import CROPS, make_scene
 

@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from . import scenes
+from .. import scenes
 from .metrics import find_letter, gqa_accuracy, textvqa_accuracy, vqav2_accuracy
 
 
