@@ -326,134 +326,187 @@ def _text_width(name: str | None, size: int, text: str) -> float:
     return size * sum(advances[character] for character in text)
 
 
+POST, GLASS, DARK = (110, 80, 55), (185, 215, 230), (35, 35, 38)
+
+
+class _Pen:
+    """Draws in the color of a thing; points are from (0, 0) to (1, 1) in its box."""
+
+    def __init__(self, draw: ImageDraw.ImageDraw, thing: Thing):
+        self.draw, self.thing = draw, thing
+
+    def at(self, points) -> list[tuple[float, float]]:
+        left, top, right, bottom = self.thing.box
+        return [(left + x * (right - left), top + y * (bottom - top)) for x, y in points]
+
+    def fill(self, *points, rgb=None):
+        self.draw.polygon(self.at(points), fill=rgb or self.thing.rgb)
+
+    def disc(self, x, y, across, down, rgb=None):
+        corners = self.at([(x - across, y - down), (x + across, y + down)])
+        self.draw.ellipse((*corners[0], *corners[1]), fill=rgb or self.thing.rgb)
+
+    def ring(self):
+        left, top, right, bottom = self.thing.box
+        thickness = max(1, round(0.24 * (bottom - top)))
+        self.draw.ellipse((left, top, right - 1, bottom - 1), outline=self.thing.rgb, width=thickness)
+
+
 def _draw_shape(draw: ImageDraw.ImageDraw, thing: Thing):
-    left, top, right, bottom = thing.box
-    width, height = right - left, bottom - top
+    (_draw_object if thing.name in OBJECTS else _draw_plain)(_Pen(draw, thing))
 
-    def at(points):
-        return [(left + x * width, top + y * height) for x, y in points]
 
-    def fill(*points, rgb=thing.rgb):
-        draw.polygon(at(points), fill=rgb)
-
-    def disc(x, y, across, down, rgb=thing.rgb):
-        draw.ellipse((*at([(x - across, y - down)])[0], *at([(x + across, y + down)])[0]), fill=rgb)
-
-    post, glass, dark = (110, 80, 55), (185, 215, 230), (35, 35, 38)
-    match thing.name:
+def _draw_plain(pen: _Pen):
+    match pen.thing.name:
         case "circle":
-            disc(0.5, 0.5, 0.5, 0.5)
+            pen.disc(0.5, 0.5, 0.5, 0.5)
         case "square":
-            fill((0, 0), (1, 0), (1, 1), (0, 1))
+            pen.fill((0, 0), (1, 0), (1, 1), (0, 1))
         case "triangle":
-            fill((0.5, 0), (1, 1), (0, 1))
+            pen.fill((0.5, 0), (1, 1), (0, 1))
         case "star":
             turns = [math.pi * (2 * i / 10 - 0.5) for i in range(10)]
             radii = [0.55, 0.22] * 5
-            fill(*((0.5 + r * math.cos(a), 0.54 + r * math.sin(a)) for r, a in zip(radii, turns)))
+            pen.fill(*((0.5 + r * math.cos(a), 0.54 + r * math.sin(a)) for r, a in zip(radii, turns)))
         case "diamond":
-            fill((0.5, 0), (0.9, 0.5), (0.5, 1), (0.1, 0.5))
+            pen.fill((0.5, 0), (0.9, 0.5), (0.5, 1), (0.1, 0.5))
         case "cross":
-            fill((0.33, 0), (0.67, 0), (0.67, 1), (0.33, 1))
-            fill((0, 0.33), (1, 0.33), (1, 0.67), (0, 0.67))
+            pen.fill((0.33, 0), (0.67, 0), (0.67, 1), (0.33, 1))
+            pen.fill((0, 0.33), (1, 0.33), (1, 0.67), (0, 0.67))
         case "heart":
-            disc(0.26, 0.28, 0.26, 0.28)
-            disc(0.74, 0.28, 0.26, 0.28)
-            fill((0.03, 0.42), (0.5, 0.3), (0.97, 0.42), (0.5, 1))
+            pen.disc(0.26, 0.28, 0.26, 0.28)
+            pen.disc(0.74, 0.28, 0.26, 0.28)
+            pen.fill((0.03, 0.42), (0.5, 0.3), (0.97, 0.42), (0.5, 1))
         case "ring":
-            thickness = max(1, round(0.24 * height))
-            draw.ellipse((left, top, right - 1, bottom - 1), outline=thing.rgb, width=thickness)
+            pen.ring()
+
+
+def _draw_object(pen: _Pen):
+    match pen.thing.name:
         case "house":
-            fill((0.5, 0), (1, 0.45), (0, 0.45))
-            fill((0.12, 0.45), (0.88, 0.45), (0.88, 1), (0.12, 1))
-            fill((0.4, 0.6), (0.6, 0.6), (0.6, 1), (0.4, 1), rgb=dark)
+            pen.fill((0.5, 0), (1, 0.45), (0, 0.45))
+            pen.fill((0.12, 0.45), (0.88, 0.45), (0.88, 1), (0.12, 1))
+            pen.fill((0.4, 0.6), (0.6, 0.6), (0.6, 1), (0.4, 1), rgb=DARK)
         case "tree":
-            fill((0.42, 0.6), (0.58, 0.6), (0.58, 1), (0.42, 1), rgb=post)
-            disc(0.5, 0.36, 0.4, 0.36)
+            pen.fill((0.42, 0.6), (0.58, 0.6), (0.58, 1), (0.42, 1), rgb=POST)
+            pen.disc(0.5, 0.36, 0.4, 0.36)
         case "car":
-            fill((0.2, 0.45), (0.32, 0.1), (0.7, 0.1), (0.82, 0.45))
-            fill((0.34, 0.42), (0.4, 0.2), (0.62, 0.2), (0.68, 0.42), rgb=glass)
-            fill((0, 0.42), (1, 0.42), (1, 0.8), (0, 0.8))
-            disc(0.24, 0.8, 0.12, 0.2, rgb=dark)
-            disc(0.76, 0.8, 0.12, 0.2, rgb=dark)
+            pen.fill((0.2, 0.45), (0.32, 0.1), (0.7, 0.1), (0.82, 0.45))
+            pen.fill((0.34, 0.42), (0.4, 0.2), (0.62, 0.2), (0.68, 0.42), rgb=GLASS)
+            pen.fill((0, 0.42), (1, 0.42), (1, 0.8), (0, 0.8))
+            pen.disc(0.24, 0.8, 0.12, 0.2, rgb=DARK)
+            pen.disc(0.76, 0.8, 0.12, 0.2, rgb=DARK)
         case "boat":
-            fill((0, 0.62), (1, 0.62), (0.8, 1), (0.2, 1))
-            fill((0.47, 0), (0.53, 0), (0.53, 0.62), (0.47, 0.62), rgb=post)
-            fill((0.56, 0.05), (0.86, 0.52), (0.56, 0.52), rgb=glass)
+            pen.fill((0, 0.62), (1, 0.62), (0.8, 1), (0.2, 1))
+            pen.fill((0.47, 0), (0.53, 0), (0.53, 0.62), (0.47, 0.62), rgb=POST)
+            pen.fill((0.56, 0.05), (0.86, 0.52), (0.56, 0.52), rgb=GLASS)
         case "flag":
-            fill((0.08, 0), (0.2, 0), (0.2, 1), (0.08, 1), rgb=post)
-            fill((0.2, 0.02), (1, 0.1), (1, 0.58), (0.2, 0.5))
+            pen.fill((0.08, 0), (0.2, 0), (0.2, 1), (0.08, 1), rgb=POST)
+            pen.fill((0.2, 0.02), (1, 0.1), (1, 0.58), (0.2, 0.5))
+
+
+SMALL = 128  # pixels of a background's side
+
+
+class _Ground:
+    """A background that is being painted, and the random numbers that it follows from."""
+
+    def __init__(self, seed: int):
+        self.rng = random.Random(seed)
+        self.image = Image.new("RGB", (SMALL, SMALL), self.muted())
+        self.draw = ImageDraw.Draw(self.image)
+
+    def muted(self, low=70, high=190, spread=26) -> tuple[int, ...]:
+        grey = self.rng.randint(low, high)
+        return tuple(min(225, max(40, grey + self.rng.randint(-spread, spread))) for _ in range(3))
+
+    def noise(self, cells: int, low: int, high: int) -> Image.Image:
+        field = Image.frombytes("RGB", (cells, cells), self.rng.randbytes(3 * cells * cells))
+        field = field.point([round(low + value * (high - low) / 255) for value in range(256)] * 3)
+        return field.resize((SMALL, SMALL), Image.Resampling.BICUBIC)
 
 
 @lru_cache(maxsize=1024)
 def _background(kind: str, seed: int) -> Image.Image:
     """A small, muted picture, to be stretched over the scene: no color of `COLORS` is found in it."""
-    rng = random.Random(seed)
-    small = 128
+    ground = _Ground(seed)
+    PAINTERS[kind](ground, ground.rng)
+    return Image.blend(ground.image, ground.noise(ground.rng.randint(16, 64), 60, 200), 0.12)
 
-    def muted(low=70, high=190, spread=26):
-        grey = rng.randint(low, high)
-        return tuple(min(225, max(40, grey + rng.randint(-spread, spread))) for _ in range(3))
 
-    def noise(cells, low, high):
-        field = Image.frombytes("RGB", (cells, cells), rng.randbytes(3 * cells * cells))
-        field = field.point([round(low + value * (high - low) / 255) for value in range(256)] * 3)
-        return field.resize((small, small), Image.Resampling.BICUBIC)
+def _street(ground: _Ground, rng: random.Random):
+    sky, horizon = ground.muted(130, 190), rng.randint(70, 95)
+    ground.draw.rectangle((0, 0, SMALL, horizon), fill=sky)
+    x = 0
+    while x < SMALL:
+        across, top = rng.randint(12, 34), rng.randint(8, horizon - 20)
+        wall, window = ground.muted(), ground.muted(60, 200)
+        ground.draw.rectangle((x, top, x + across, horizon), fill=wall)
+        for row in range(top + 4, horizon - 6, 9):
+            for column in range(x + 3, x + across - 4, 8):
+                ground.draw.rectangle((column, row, column + 3, row + 4), fill=window)
+        x += across + rng.randint(0, 4)
+    ground.draw.rectangle((0, horizon, SMALL, horizon + 10), fill=ground.muted(110, 180, 8))
+    ground.draw.rectangle((0, horizon + 10, SMALL, SMALL), fill=ground.muted(60, 110, 8))
 
-    image = Image.new("RGB", (small, small), muted())
-    draw = ImageDraw.Draw(image)
-    match kind:
-        case "street":
-            sky, horizon = muted(130, 190), rng.randint(70, 95)
-            draw.rectangle((0, 0, small, horizon), fill=sky)
-            x = 0
-            while x < small:
-                across, top = rng.randint(12, 34), rng.randint(8, horizon - 20)
-                wall, window = muted(), muted(60, 200)
-                draw.rectangle((x, top, x + across, horizon), fill=wall)
-                for row in range(top + 4, horizon - 6, 9):
-                    for column in range(x + 3, x + across - 4, 8):
-                        draw.rectangle((column, row, column + 3, row + 4), fill=window)
-                x += across + rng.randint(0, 4)
-            draw.rectangle((0, horizon, small, horizon + 10), fill=muted(110, 180, 8))
-            draw.rectangle((0, horizon + 10, small, small), fill=muted(60, 110, 8))
-        case "bricks":
-            down, across = rng.randint(5, 12), rng.randint(10, 26)
-            for row, y in enumerate(range(0, small, down)):
-                for x in range(-across * (row % 2) // 2, small, across):
-                    tone = muted(95, 140, 14)
-                    draw.rectangle((x, y, x + across - 2, y + down - 2), fill=tone)
-        case "hills":
-            for level in range(4):
-                base, tone = 25 + 28 * level, muted()
-                waves = [(rng.uniform(2, 12), rng.uniform(0.02, 0.09), rng.uniform(0, 6)) for _ in range(3)]
-                ridge = [(x, base + sum(a * math.sin(f * x + p) for a, f, p in waves)) for x in range(0, small + 4, 4)]
-                draw.polygon([*ridge, (small, small), (0, small)], fill=tone)
-        case "clouds":
-            image = Image.blend(image, noise(rng.randint(3, 12), 60, 200), rng.uniform(0.3, 0.8))
-        case "stripes":
-            step = rng.randint(6, 24)
-            upright = rng.random() < 0.5
-            tones = [muted(), muted()]
-            for i, start in enumerate(range(0, small, step)):
-                band = (start, 0, start + step, small) if upright else (0, start, small, start + step)
-                draw.rectangle(band, fill=tones[i % 2])
-        case "harbor":
-            shore = rng.randint(35, 70)
-            draw.rectangle((0, 0, small, shore), fill=muted(130, 190))
-            for _ in range(6):
-                x, across, top = rng.randint(-10, small), rng.randint(10, 40), rng.randint(shore - 30, shore - 6)
-                draw.polygon(
-                    [(x, shore), (x, top), (x + across // 2, top - 8), (x + across, top), (x + across, shore)],
-                    fill=muted(),
-                )
-            draw.rectangle((0, shore, small, small), fill=muted(80, 140, 12))
-            for y in range(shore + 3, small, 5):
-                x = rng.randint(-20, small)
-                draw.line((x, y, x + rng.randint(10, 60), y), fill=muted(110, 170, 10))
-        case "tiles":
-            step = rng.randint(8, 20)
-            for y in range(0, small, step):
-                for x in range(0, small, step):
-                    draw.rectangle((x, y, x + step - 2, y + step - 2), fill=muted(90, 170, 12))
-    return Image.blend(image, noise(rng.randint(16, 64), 60, 200), 0.12)
+
+def _bricks(ground: _Ground, rng: random.Random):
+    down, across = rng.randint(5, 12), rng.randint(10, 26)
+    for row, y in enumerate(range(0, SMALL, down)):
+        for x in range(-across * (row % 2) // 2, SMALL, across):
+            tone = ground.muted(95, 140, 14)
+            ground.draw.rectangle((x, y, x + across - 2, y + down - 2), fill=tone)
+
+
+def _hills(ground: _Ground, rng: random.Random):
+    for level in range(4):
+        base, tone = 25 + 28 * level, ground.muted()
+        waves = [(rng.uniform(2, 12), rng.uniform(0.02, 0.09), rng.uniform(0, 6)) for _ in range(3)]
+        ridge = [(x, base + sum(a * math.sin(f * x + p) for a, f, p in waves)) for x in range(0, SMALL + 4, 4)]
+        ground.draw.polygon([*ridge, (SMALL, SMALL), (0, SMALL)], fill=tone)
+
+
+def _clouds(ground: _Ground, rng: random.Random):
+    ground.image = Image.blend(ground.image, ground.noise(rng.randint(3, 12), 60, 200), rng.uniform(0.3, 0.8))
+
+
+def _stripes(ground: _Ground, rng: random.Random):
+    step = rng.randint(6, 24)
+    upright = rng.random() < 0.5
+    tones = [ground.muted(), ground.muted()]
+    for i, start in enumerate(range(0, SMALL, step)):
+        band = (start, 0, start + step, SMALL) if upright else (0, start, SMALL, start + step)
+        ground.draw.rectangle(band, fill=tones[i % 2])
+
+
+def _harbor(ground: _Ground, rng: random.Random):
+    shore = rng.randint(35, 70)
+    ground.draw.rectangle((0, 0, SMALL, shore), fill=ground.muted(130, 190))
+    for _ in range(6):
+        x, across, top = rng.randint(-10, SMALL), rng.randint(10, 40), rng.randint(shore - 30, shore - 6)
+        ground.draw.polygon(
+            [(x, shore), (x, top), (x + across // 2, top - 8), (x + across, top), (x + across, shore)],
+            fill=ground.muted(),
+        )
+    ground.draw.rectangle((0, shore, SMALL, SMALL), fill=ground.muted(80, 140, 12))
+    for y in range(shore + 3, SMALL, 5):
+        x = rng.randint(-20, SMALL)
+        ground.draw.line((x, y, x + rng.randint(10, 60), y), fill=ground.muted(110, 170, 10))
+
+
+def _tiles(ground: _Ground, rng: random.Random):
+    step = rng.randint(8, 20)
+    for y in range(0, SMALL, step):
+        for x in range(0, SMALL, step):
+            ground.draw.rectangle((x, y, x + step - 2, y + step - 2), fill=ground.muted(90, 170, 12))
+
+
+PAINTERS = {
+    "street": _street,
+    "bricks": _bricks,
+    "hills": _hills,
+    "clouds": _clouds,
+    "stripes": _stripes,
+    "harbor": _harbor,
+    "tiles": _tiles,
+}
