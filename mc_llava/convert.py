@@ -10,11 +10,8 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from . import ROOT, ROOT_FILES
-from .configuration_mc_llava import MCLlavaConfig
+from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
 from .loading import find_model
-from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import MCLlavaProcessor
 
 
 # Inference Endpoints run the one and install the other where they find them.

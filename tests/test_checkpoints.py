@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from mc_llava import (
+    CHAT_TEMPLATE,
     ROOT_FILES,
     MCLlavaConfig,
     MCLlavaForConditionalGeneration,
@@ -32,7 +33,6 @@ from mc_llava import (
 )
 from mc_llava import convert as convert_module
 from mc_llava.convert import convert
-from mc_llava.processing_mc_llava import CHAT_TEMPLATE
 
 
 CODE_FILES = [f"{name}.py" for name in ROOT_FILES]

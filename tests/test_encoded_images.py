@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-from mc_llava import EncodedImages, FeatureCache
-from mc_llava.encoded_images_mc_llava import hash_tensors
+from mc_llava import EncodedImages, FeatureCache, hash_tensors
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(300, 300, seed=3)]

@@ -7,7 +7,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
-from mc_llava.modeling_mc_llava import MCLlavaModel
+from mc_llava import MCLlavaModel
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2)]

@@ -15,8 +15,7 @@ import torch
 from conftest import ROOT, picture
 from PIL import Image
 
-from mc_llava import MCLlavaImageProcessor, image_loading_mc_llava
-from mc_llava.image_loading_mc_llava import flatten_images, load_image
+from mc_llava import MCLlavaImageProcessor, flatten_images, image_loading_mc_llava, load_image
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:

@@ -1,5 +1,6 @@
 """The package as a bare clone and as a wheel, and the commands in the README."""
 
+import configparser
 import json
 import os
 import re
@@ -80,6 +81,13 @@ def test_the_wheel_carries_code_configurations_and_templates_once(installed):
     assert not any("test" in name for name in files)
 
 
+def test_lmms_eval_finds_the_model(installed):
+    entry_points = configparser.ConfigParser()
+    entry_points.read(next(installed.glob("*.dist-info")) / "entry_points.txt")
+    module, _, function = entry_points["lmms_eval.models"]["mc_llava"].partition(":")
+    assert f"def {function}(" in (installed / module.replace(".", "/")).with_suffix(".py").read_text()
+
+
 def test_what_an_endpoint_installs_is_what_the_package_needs(installed):
     metadata = next(installed.glob("*.dist-info")).joinpath("METADATA").read_text()
     needed = {line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")}
@@ -117,7 +125,7 @@ class TestReadme:
         text = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
         blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
         lines = [line for block in blocks for line in block.splitlines() if line.startswith("mc-llava ")]
-        commands = {"ask", "batch", "chat", "convert", "crops", "estimate", "eval", "study", "train"}
+        commands = {"ask", "batch", "chat", "compare", "convert", "crops", "estimate", "eval", "study", "train"}
         assert {line.split()[1] for line in lines} == commands
         help_texts = {command: run("-m", "mc_llava", command, "--help", cwd=ROOT) for command in commands}
         for line in lines:
