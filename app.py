@@ -7,8 +7,8 @@ a Hub id (`tiny` by default); `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`, as 
 
 import json
 import os
-import threading
 import time
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -19,12 +19,12 @@ except ModuleNotFoundError as error:
     if error.name != "gradio":
         raise
     raise SystemExit('app.py needs Gradio: pip install "mc-llava[app]"') from None
-import torch
 from PIL import Image
-from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from mc_llava import FeatureCache, load_image
 from mc_llava.crop_grid import draw_crop_grid
+from mc_llava.engine import Engine, ask_about
+from mc_llava.estimate import Estimate, estimate
 from mc_llava.loading import load_model, load_processor
 
 
@@ -46,28 +46,25 @@ class Demo:
     """A model and what the page asks of it. Knows nothing of Gradio but its error."""
 
     def __init__(self, model: str):
-        self.processor, self.model = load_processor(model), load_model(model)
-        self.cache = FeatureCache()
-        self._measure_speed()
+        self.engine = Engine(load_model(model), load_processor(model))
+        self.planner = self.engine.processor.image_processor
+        self.flops_per_second = self._measure_speed()
 
-    def _measure_speed(self):
-        """Seconds of a crop and of a prompt's and an answer's token, from a grey picture without a grid."""
+    def _measure_speed(self) -> float:
+        """What the machine does of the FLOPs that `estimate` counts, from one question about a grey picture."""
         grey = Image.new("RGB", (64, 64), "grey")
-
-        def seconds(max_new_tokens: int, **inputs) -> float:
-            start = time.perf_counter()
-            self.model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None)
-            return time.perf_counter() - start
-
-        inputs = self.processor("What is it?", grey).to(self.model.device)
-        seconds(2, **inputs)  # warms up
+        conversation = ask_about([grey], "What is it?")
+        self.engine.answer([conversation], max_new_tokens=1)  # warms up
+        self.engine.feature_cache = FeatureCache()
         start = time.perf_counter()
-        encoded = self.model.encode_images(**inputs)
-        self.crop_seconds = time.perf_counter() - start
-        inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"image_features": encoded}
-        first = seconds(1, **inputs)
-        self.prompt_seconds = first / inputs["input_ids"].shape[1]
-        self.token_seconds = max(0.0, seconds(9, **inputs) - first) / 8
+        (reply,) = self.engine.answer([conversation], max_new_tokens=1)
+        seconds = time.perf_counter() - start
+        cost = self.cost(reply.crops, reply.image_tokens)
+        return (cost.tower_flops + cost.prefill_flops) / seconds
+
+    @lru_cache(maxsize=256)  # noqa: B019
+    def cost(self, crops: int, tokens: int) -> Estimate:
+        return estimate(self.engine.model.config, crops, tokens, new_tokens=1)
 
     def preview(self, path: str | None, max_crops: int, num_tokens: int):
         """The crop grid over the picture, and what a question costs in words; nothing without a picture."""
@@ -75,17 +72,18 @@ class Demo:
             return None, ""
         try:
             picture = load_upload(path)
-            plan = self.processor.image_processor.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
+            plan = self.planner.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
+            tokens = sum(crop.num_tokens for crop in plan)
+            cost = self.cost(len(plan), tokens)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         grid = draw_crop_grid(picture, plan)
         grid.thumbnail((GRID_SIDE, GRID_SIDE))
-        tokens = sum(crop.num_tokens for crop in plan)
-        first = len(plan) * self.crop_seconds + tokens * self.prompt_seconds
+        encoded = cost.prefill_flops / self.flops_per_second
         return grid, (
             f"**{len(plan)} crops** (the whole picture and a grid of {len(plan) - 1}), **{tokens} visual tokens**. "
-            f"The first word comes after about {first:.2f} s, or {tokens * self.prompt_seconds:.2f} s once it "
-            f"is encoded; each further one after {self.token_seconds:.2f} s."
+            f"The first word comes after about {encoded + cost.tower_flops / self.flops_per_second:.2f} s, or "
+            f"{encoded:.2f} s once the picture is encoded."
         )
 
     def answer(
@@ -105,60 +103,22 @@ class Demo:
                 raise ValueError("there is no picture yet: upload one or pick an example")
             if not (question := (question or "").strip()):
                 raise ValueError("there is no question yet: type one")
-            misses = self.cache.misses
+            misses = self.engine.feature_cache.misses
             start = time.perf_counter()
-            content = [{"type": "image", "image": load_upload(path)}, {"type": "text", "text": question}]
-            inputs = self.processor.apply_chat_template(
-                [{"role": "user", "content": content}],
-                add_generation_prompt=True,
-                tokenize=True,
-                return_dict=True,
-                processor_kwargs={
-                    "model": self.model,
-                    "feature_cache": self.cache,
-                    "max_crops": max_crops,
-                    "num_tokens": num_tokens,
-                },
-            )
+            encoded = self.engine.encode([load_upload(path)], max_crops=max_crops, num_tokens=num_tokens)
             status = "The picture was encoded before."
-            if self.cache.misses > misses:
+            if self.engine.feature_cache.misses > misses:
                 status = f"The picture was encoded in {time.perf_counter() - start:.2f} s."
             options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
             if temperature > 0:
                 options |= {"temperature": temperature, "top_p": top_p}
             text = ""
-            for piece in self._stream(inputs, **options):
+            for piece in self.engine.stream(ask_about(encoded, question), **options):
                 text += piece
                 yield text, status
             yield text, f"{status} The answer took {time.perf_counter() - start:.2f} s in all."
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-
-    def _stream(self, inputs: dict, **options):
-        """The pieces of an answer as they come. Whoever stops listening stops the generation."""
-        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        stopped, errors = threading.Event(), []
-
-        def is_stopped(input_ids, scores, **kwargs):
-            return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
-
-        def generate():
-            try:
-                criteria = StoppingCriteriaList([is_stopped])
-                self.model.generate(**inputs, **options, streamer=streamer, stopping_criteria=criteria)
-            except Exception as error:
-                errors.append(error)
-                streamer.end()
-
-        thread = threading.Thread(target=generate)
-        thread.start()
-        try:
-            yield from streamer
-        finally:
-            stopped.set()
-            thread.join()
-        if errors:
-            raise errors[0]
 
 
 def load_upload(path: str) -> Image.Image:
@@ -176,8 +136,8 @@ class Upload(gr.Image):
 
 
 def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
-    defaults = demo.processor.image_processor
-    context = demo.model.config.text_config.max_position_embeddings
+    defaults = demo.planner
+    context = demo.engine.model.config.text_config.max_position_embeddings
     with gr.Blocks(title="MC-LLaVA", analytics_enabled=False) as page:
         gr.Markdown("# MC-LLaVA\nAsk about a picture. The model looks at all of it and at a grid of crops.")
         with gr.Row():
@@ -201,7 +161,7 @@ def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
                 num_tokens = gr.Slider(1, most[1], defaults.num_tokens, step=1, label="num_tokens", elem_id="tokens")
                 with gr.Accordion("Sampling", open=False):
                     max_new_tokens = gr.Slider(1, 512, 200, step=1, label="Longest answer in tokens")
-                    temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: the likeliest word)")
+                    temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: always the most likely word)")
                     top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p")
         knobs = [max_crops, num_tokens]
         gr.Examples(examples, [picture, question], elem_id="examples")

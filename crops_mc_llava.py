@@ -116,7 +116,9 @@ def check_plan(plan, width: int, height: int, num_tokens: int, side: int, patch_
         ValueError: if the plan is empty or mixes the two forms, a number is no integer, a box is empty or reaches out
             of the image, or a crop can't give its number of tokens.
     """
-    entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in plan]
+    plan = plan.tolist() if hasattr(plan, "tolist") else plan
+    entries = list(plan) if isinstance(plan, (list, tuple)) else [plan]
+    entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in entries]
     lengths = {len(entry) if isinstance(entry, (list, tuple)) else 0 for entry in entries}
     if lengths not in ({2}, {4}):
         raise ValueError(

@@ -3,11 +3,14 @@
 The processor knows text; where crops lie and what they give is the image processor's business.
 """
 
+from dataclasses import fields, is_dataclass
+from typing import Any
+
 import numpy as np
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .crops_mc_llava import make_plans, refuse_unknown
 from .image_loading_mc_llava import flatten_images, load_image
@@ -46,6 +49,19 @@ CHAT_TEMPLATE = """\
 """
 
 ROLES = ("system", "user", "assistant")
+
+
+def to_plain(value):
+    """Message objects as dicts and lists, all other values unchanged and not copied."""
+    if isinstance(value, dict):
+        return {name: to_plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(entry) for entry in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    if callable(getattr(value, "model_dump", None)):  # pydantic's, without importing it
+        return to_plain(value.model_dump())
+    return value
 
 
 class MCLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -103,7 +119,14 @@ class MCLlavaProcessor(ProcessorMixin):
             raise ValueError(f"the text can't be encoded as UTF-8 ({error}): pass decoded text") from None
         return next((token for token in self.special_tokens if token in text), None)
 
-    def __call__(self, text=None, images=None, model=None, feature_cache=None, **kwargs) -> BatchFeature:
+    def __call__(
+        self,
+        text: str | list[str] | None = None,
+        images: Any = None,
+        model: PreTrainedModel | None = None,
+        feature_cache: Any = None,
+        **kwargs: Unpack[MCLlavaProcessorKwargs],
+    ) -> BatchFeature:
         r"""
         Args:
             text (`str` or `list[str]`): a question, or a raw prompt. Text that holds a special token is a raw prompt
@@ -115,7 +138,8 @@ class MCLlavaProcessor(ProcessorMixin):
             model (`MCLlavaForConditionalGeneration`, *optional*): encode the images here and now, as the published
                 processor did. `input_ids` then keep one `<image>` per image.
             feature_cache (`FeatureCache`, *optional*): with `model`, where images that were encoded before are kept.
-            kwargs: `max_crops`, `num_tokens`, and what transformers' processors take (`padding`, `return_tensors`,
+            kwargs: `max_crops`, `num_tokens`, `plans` (one for each image, in the order of the texts; see
+                `MCLlavaImageProcessorKwargs`), and what transformers' processors take (`padding`, `return_tensors`,
                 ...), flat or in `images_kwargs` and `text_kwargs`.
 
         Returns:
@@ -157,8 +181,8 @@ class MCLlavaProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
         """
-        As transformers' own, with knobs flat or in `processor_kwargs`. An image part may hold whatever `load_image`
-        reads.
+        transformers' own, with knobs flat or in `processor_kwargs`. An image part may hold whatever `load_image`
+        reads. Messages and their parts may be dicts, dataclasses or pydantic models, such as OpenAI's clients'.
 
         Raises:
             ValueError: if a role is not one of system, user and assistant, if the text of a message holds a special
@@ -169,7 +193,7 @@ class MCLlavaProcessor(ProcessorMixin):
             raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")
         is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
         checked = [
-            [self._check_message(message) for message in messages]
+            [self._check_message(to_plain(message)) for message in messages]
             for messages in (conversation if is_batched else [conversation])
         ]
         if not all(checked):
@@ -187,7 +211,9 @@ class MCLlavaProcessor(ProcessorMixin):
     def _check_message(self, message: dict) -> dict:
         """A copy of the message with string content or text and image parts, free of special tokens."""
         if not isinstance(message, dict):
-            raise ValueError(f"a message must be a dict with role and content, got {message!r:.200}")
+            raise ValueError(
+                f"a message must be a dict, dataclass or pydantic model with a role, got {message!r:.200}"
+            )
         role, content = message.get("role"), message.get("content") or ""
         if role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")

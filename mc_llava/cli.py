@@ -193,7 +193,8 @@ def estimate(
         processor, config = MCLlavaImageProcessor.from_pretrained(model), MCLlavaConfig.from_pretrained(model)
     plan = processor.plan(*read_image(image).size, max_crops=max_crops, num_tokens=num_tokens)
     precision = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    cost = estimate_cost(config, plan, text_tokens, max_new_tokens, precision)
+    tokens = sum(crop.num_tokens for crop in plan)
+    cost = estimate_cost(config, len(plan), tokens, text_tokens, max_new_tokens, precision)
     for name, value in (
         ("crops", cost.crops),
         ("image tokens", cost.image_tokens),

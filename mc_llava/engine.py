@@ -227,18 +227,16 @@ class Engine:
         held = [part["image"] for conversation in conversations for part in image_parts(conversation)]
         encoded = iter(self.encode([image for image in held if not isinstance(image, EncodedImages)]))
         values = iter([image if isinstance(image, EncodedImages) else next(encoded) for image in held])
-
-        def fill(content):
-            if isinstance(content, str):
-                return content
-            return [{**part, "image": next(values)} if part.get("type") == "image" else part for part in content]
-
-        return [[{**turn, "content": fill(turn["content"])} for turn in turns] for turns in conversations]
+        return [
+            map_image_parts(conversation, lambda part: {**part, "image": next(values)})
+            for conversation in conversations
+        ]
 
     def _write_prompt(self, conversation: list[dict], add_generation_prompt: bool) -> str:
         """The prompt of a conversation about encoded images, with one `<image>` per visual token."""
         image_token = self.processor.image_token
-        prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt)
+        bare = map_image_parts(conversation, lambda part: {"type": "image"})
+        prompt = self.processor.apply_chat_template(bare, add_generation_prompt=add_generation_prompt)
         first, *rest = prompt.split(image_token)
         images = images_of(conversation)
         return first + "".join(
@@ -249,6 +247,17 @@ class Engine:
 def image_parts(conversation: list[dict]) -> list[dict]:
     contents = [turn["content"] for turn in conversation if not isinstance(turn["content"], str)]
     return [part for content in contents for part in content if part.get("type") == "image"]
+
+
+def map_image_parts(conversation: list[dict], function: Callable[[dict], dict]) -> list[dict]:
+    """A copy of a conversation with the function's value in the place of each image part."""
+
+    def fill(content):
+        if isinstance(content, str):
+            return content
+        return [function(part) if part.get("type") == "image" else part for part in content]
+
+    return [{**turn, "content": fill(turn["content"])} for turn in conversation]
 
 
 def images_of(conversation: list[dict]) -> list[EncodedImages]:

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from . import CROPS_PER_PASS, Crop, MCLlavaConfig, MCLlavaForConditionalGeneration
+from . import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Estimate:
 @torch.no_grad()
 def estimate(
     config: MCLlavaConfig,
-    plan: list[Crop],
+    crops: int,
+    image_tokens: int,
     text_tokens: int = 27,
     new_tokens: int = 200,
     dtype: torch.dtype = torch.float16,
@@ -45,14 +46,13 @@ def estimate(
     4 hidden + 2 m numbers, one of Phi, whose `gelu_new` is made of several operations, 4 hidden + 4 m.
 
     Args:
-        plan: what `MCLlavaImageProcessor.plan` gives.
-        text_tokens: of the prompt beside the picture; 27 are the card's prompt with a question of four words.
+        crops, image_tokens: of the picture, as a plan or an `EncodedImages` tells.
+        text_tokens: of the prompt without the picture; 27 are the card's prompt with a question of four words.
         new_tokens: of the answer.
 
     Raises:
         ValueError: if prompt and answer don't fit into the context.
     """
-    image_tokens = sum(crop.num_tokens for crop in plan)
     length = image_tokens + text_tokens
     limit = config.text_config.max_position_embeddings
     if text_tokens < 1 or new_tokens < 1 or length + new_tokens > limit:
@@ -70,26 +70,26 @@ def estimate(
     tower = model.model.vision_tower
     crop_flops = _count_flops(lambda: tower.encoder(inputs_embeds=tower.embeddings(pixels)))
     token_flops = _count_flops(lambda: model.model.multi_modal_projector(selected))
-    coordinate_flops = _count_flops(lambda: model.model.coord_embed(torch.empty_like(selected[: len(plan), :2])))
+    coordinate_flops = _count_flops(lambda: model.model.coord_embed(torch.empty_like(selected[:crops, :2])))
     cache = DynamicCache(config=text)
-    prefill_flops = _count_flops(lambda: model(inputs_embeds=prompt, past_key_values=cache, logits_to_keep=1))
+    prefill_flops = _count_flops(lambda: model(inputs_embeds=prompt, cache=cache, logits_to_keep=1))
     prompt_bytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    flops_per_new_token = _count_flops(lambda: model(inputs_embeds=token, past_key_values=cache, logits_to_keep=1))
+    flops_per_new_token = _count_flops(lambda: model(inputs_embeds=token, cache=cache, logits_to_keep=1))
 
     tower_width = 4 * vision.hidden_size + 2 * vision.intermediate_size
     text_width = 4 * text.hidden_size + 4 * text.intermediate_size
     patches = tower.embeddings.num_patches
-    widest = max(min(len(plan), CROPS_PER_PASS) * patches * tower_width, length * text_width) * dtype.itemsize
+    widest = max(min(crops, CROPS_PER_PASS) * patches * tower_width, length * text_width) * dtype.itemsize
     copied = 0 if dtype == torch.float32 else dtype.itemsize
     return Estimate(
-        crops=len(plan),
+        crops=crops,
         image_tokens=image_tokens,
         prompt_tokens=length,
-        tower_flops=len(plan) * crop_flops + token_flops + coordinate_flops,
+        tower_flops=crops * crop_flops + token_flops + coordinate_flops,
         prefill_flops=prefill_flops,
         flops_per_new_token=flops_per_new_token,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        activation_bytes=len(plan) * pixels.numel() * (4 + copied) + widest,
+        activation_bytes=crops * pixels.numel() * (4 + copied) + widest,
         cache_bytes=prompt_bytes * (length + new_tokens) // length,
     )
 

@@ -330,15 +330,15 @@ def test_a_pipe_is_no_input(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, torch.OutOfMemoryError])
 def test_a_batch_that_fails_is_asked_one_by_one(folder, converted, monkeypatch, error):
     worker = batch.Worker(job(folder, converted))
-    generate, asked = worker.evaluator.generate, []
+    answer, asked = worker.engine.answer, []
 
-    def fail(questions, features):
-        asked.append(len(questions))
-        if any("number 1" in question for question in questions):
+    def fail(conversations, **options):
+        asked.append(len(conversations))
+        if any("number 1" in turn["content"][-1]["text"] for (turn,) in conversations):
             raise error("no answer")
-        return generate(questions, features)
+        return answer(conversations, **options)
 
-    monkeypatch.setattr(worker.evaluator, "generate", fail)
+    monkeypatch.setattr(worker.engine, "answer", fail)
     records = worker.answer_batch(0)
     assert asked == [2, 1, 1] and "no answer" in records[2]["error"]
     assert records[0]["tokens"] == 30

@@ -42,17 +42,17 @@ def inputs(processor):
     return processor("What is it?", picture(600, 500), max_crops=40, num_tokens=60)
 
 
-def estimate_of(inputs, processor, **options):
-    plan = processor.image_processor.plan(600, 500, max_crops=40, num_tokens=60)
-    assert len(plan) == len(inputs["pixel_values"]) > 16
+def estimate_of(inputs, **options):
+    crops, image_tokens = len(inputs["pixel_values"]), int(inputs["crop_num_tokens"].sum())
+    assert crops > 16, "more than one pass"
     text_tokens = int((inputs["input_ids"] != 50297).sum())
-    return estimate(small_config(), plan, text_tokens, new_tokens=8, dtype=torch.float32, **options)
+    return estimate(small_config(), crops, image_tokens, text_tokens, new_tokens=8, dtype=torch.float32, **options)
 
 
 @torch.no_grad()
 def test_flops_and_weights_are_those_of_the_model(processor, inputs):
     model = small_model(attn_implementation="eager")  # torch does not count its fused attention on a CPU
-    ours = estimate_of(inputs, processor)
+    ours = estimate_of(inputs)
     assert (ours.crops, ours.image_tokens) == (36, 50)
     assert ours.weight_bytes == sum(parameter.nbytes for parameter in model.parameters())
     images = {name: inputs[name] for name in processor.image_processor.model_input_names}
@@ -64,7 +64,7 @@ def test_flops_and_weights_are_those_of_the_model(processor, inputs):
         output = model(**text, image_features=features, logits_to_keep=1)
     assert ours.prefill_flops == counter.get_total_flops()
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=text["input_ids"][:, -1:], past_key_values=output.past_key_values)
+        model(input_ids=text["input_ids"][:, -1:], cache=output.cache)
     assert ours.flops_per_new_token == counter.get_total_flops()
 
 
@@ -73,8 +73,8 @@ def test_the_cache_is_that_of_prompt_and_answer(model, processor, inputs):
     output = model.generate(
         **inputs, max_new_tokens=9, do_sample=False, eos_token_id=None, return_dict_in_generate=True
     )  # the ninth token is not fed to the model any more
-    measured = sum(tensor.nbytes for layer in output.past_key_values.layers for tensor in (layer.keys, layer.values))
-    assert estimate_of(inputs, processor).cache_bytes == measured
+    measured = sum(tensor.nbytes for layer in output.cache.layers for tensor in (layer.keys, layer.values))
+    assert estimate_of(inputs).cache_bytes == measured
 
 
 @torch.no_grad()
@@ -85,13 +85,13 @@ def test_activations_are_what_is_alive_at_most(processor, inputs):
     with PeakMemory(*known) as memory:
         model.get_image_features(**images)
     pixels = images["pixel_values"].nbytes
-    assert estimate_of(inputs, processor).activation_bytes == pytest.approx(pixels + memory.peak, rel=0.1)
+    assert estimate_of(inputs).activation_bytes == pytest.approx(pixels + memory.peak, rel=0.1)
 
 
 def test_the_published_sizes():
     """FACTS of the published model: 0.67 TFLOP a crop, 4.0 TFLOP of prefill for 780 tokens, 6.4 GB in float16."""
     plan = MCLlavaImageProcessor().plan(4240, 2832)
-    ours = estimate(MCLlavaConfig(), plan, text_tokens=52)
+    ours = estimate(MCLlavaConfig(), len(plan), sum(crop.num_tokens for crop in plan), text_tokens=52)
     assert (ours.image_tokens, ours.prompt_tokens) == (728, 780)
     assert ours.tower_flops / len(plan) == pytest.approx(0.67e12, rel=0.02)
     assert ours.prefill_flops == pytest.approx(4.0e12, rel=0.04)
@@ -100,10 +100,9 @@ def test_the_published_sizes():
 
 
 def test_what_does_not_fit_is_refused():
-    plan = MCLlavaImageProcessor().plan(500, 500)
     for options in ({"text_tokens": 1300}, {"new_tokens": 1300}, {"new_tokens": 0}, {"text_tokens": 0}):
         with pytest.raises(ValueError, match="at least 1 and together at most 2048"):
-            estimate(MCLlavaConfig(), plan, **options)
+            estimate(MCLlavaConfig(), crops=1, image_tokens=728, **options)
 
 
 def test_the_command(converted):

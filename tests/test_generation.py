@@ -195,13 +195,13 @@ class TestConversationsInACache:
         second = processor(prompt("And here?", len(images)), images or None)
         ids = torch.cat([output.sequences, second.pop("input_ids")], dim=1)
         second.pop("attention_mask")
-        return output.past_key_values, ids, second
+        return output.cache, ids, second
 
     @pytest.mark.parametrize("images", [[], IMAGES[2:]], ids=["text", "another picture"])
     def test_a_second_turn(self, model, processor, images):
         cache, ids, second = self.turns(model, processor, images)
         options = {**GREEDY, "return_dict_in_generate": False}
-        cached = model.generate(ids, past_key_values=cache, **second, **options)
+        cached = model.generate(ids, cache=cache, **second, **options)
         both = processor(prompt("both", 1 + len(images)), [IMAGES[1], *images])
         pixels = {name: both[name] for name in processor.image_processor.model_input_names}
         assert torch.equal(cached, model.generate(ids, **pixels, **options))
@@ -209,7 +209,7 @@ class TestConversationsInACache:
     def test_a_place_without_an_image(self, model, processor):
         cache, ids, _ = self.turns(model, processor, IMAGES[2:])
         with pytest.raises(ValueError, match="<image> tokens but no image came"):
-            model.generate(ids, past_key_values=cache)
+            model.generate(ids, cache=cache)
 
 
 def test_the_image_token_is_never_generated(processor):

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT, picture, prompt
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
-from mc_llava.engine import Evaluator
+from mc_llava.engine import GREEDY, Engine, ask_about
 from mc_llava.evaluation.running import evaluate
 from mc_llava.evaluation.tasks import SHORT
 
@@ -91,9 +91,11 @@ dataset_kwargs:
 def textvqa(rows, model, processor, tmp_path_factory) -> Path:
     """A file in TextVQA's format; two people say what the model says to the first question, one to the second."""
     path = tmp_path_factory.mktemp("textvqa") / "rows.parquet"
-    evaluator = Evaluator(model, processor, **KNOBS)
-    features = [[one] for one in evaluator.encode([row["image"] for row in rows])]
-    said = evaluator.generate([row["question"] + SHORT for row in rows], features)
+    engine = Engine(model, processor, **KNOBS)
+    said = [
+        reply.text
+        for reply in engine.answer([ask_about([row["image"]], row["question"] + SHORT) for row in rows], **GREEDY)
+    ]
     entries = [
         {
             "question_id": index,
@@ -148,8 +150,8 @@ def test_the_command_line(output, rows):
 
 def test_textvqa_is_the_same_in_both(output, textvqa, model, processor, tmp_path):
     score, replies = results_of(output, "local_textvqa")
-    evaluator = Evaluator(model, processor, **KNOBS, batch_size=2)
-    ours = evaluate("textvqa", evaluator, tmp_path, model="", revision="", data=str(textvqa))
+    engine = Engine(model, processor, **KNOBS, batch_size=2)
+    ours = evaluate("textvqa", engine, tmp_path, model="", revision="", data=str(textvqa))
     assert [record["reply"] for record in ours["questions"]] == replies
     assert ours["scores"][0]["score"] == pytest.approx(100 * score, abs=0.01) and score == pytest.approx(0.3)
 

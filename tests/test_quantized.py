@@ -12,7 +12,7 @@ from make_published_checkpoint import write_published_checkpoint
 from torch import nn
 
 from mc_llava import MCLlavaProcessor
-from mc_llava.engine import Evaluator
+from mc_llava.engine import Engine
 from mc_llava.evaluation.running import evaluate
 from mc_llava.loading import find_device, load, load_model
 
@@ -119,7 +119,7 @@ def test_results_say_how_the_model_was_quantized(folder, tmp_path):
     knobs = {"max_crops": 0, "num_tokens": 20, "batch_size": 2, "max_new_tokens": 2}
     for quantize in ("int8", None):
         model, processor, revision = load(str(folder), dtype="float32", device="cpu", quantize=quantize)
-        arguments = ("scenes", Evaluator(model, processor, **knobs), tmp_path)
+        arguments = ("scenes", Engine(model, processor, **knobs), tmp_path)
         if quantize:
             results = evaluate(*arguments, model="model", revision=revision, limit=2)
             assert results["settings"]["quantization"]["quant_method"] == "quanto"

@@ -9,7 +9,7 @@ import torch
 from conftest import ROOT, write_untrained_tiny
 from PIL import Image
 
-from mc_llava import scenes
+from mc_llava import MCLlavaConfig, scenes
 from mc_llava.estimate import estimate
 from mc_llava.evaluation import running
 from mc_llava.scenes import study
@@ -57,14 +57,14 @@ def test_the_command_prints_the_table_of_all_settings(folder, tmp_path):
 def test_too_many_scenes_and_failed_questions_are_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_scenes must be at most 500, got 501"):
         study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=501)
-    generate, question = running.Evaluator.generate, scenes.benchmark_question(0, "hard").text
+    answer, question = running.Engine.answer, scenes.benchmark_question(0, "hard").text
 
-    def fail(engine, questions, features, **options):
-        if question in questions:
+    def fail(engine, conversations, **options):
+        if any(question == part.get("text") for (turn,) in conversations for part in turn["content"]):
             raise ValueError("no such luck")
-        return generate(engine, questions, features, **options)
+        return answer(engine, conversations, **options)
 
-    monkeypatch.setattr(running.Evaluator, "generate", fail)
+    monkeypatch.setattr(running.Engine, "answer", fail)
     with pytest.raises(ValueError, match="the question hard-0 failed: no such luck.*remove .*crops-0-tokens-128"):
         study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=1)
     assert not (tmp_path / "docs").exists()
@@ -80,14 +80,11 @@ def test_the_commonest_answer_and_the_accuracies():
     assert found == {"score": 75.0, "low": 30.1, "high": 95.4, "questions": 4}
 
 
-def test_flops_are_the_mean_over_the_scenes(folder):
-    from mc_llava import MCLlavaConfig, MCLlavaProcessor
-
-    config, processor = MCLlavaConfig.from_pretrained(folder), MCLlavaProcessor.from_pretrained(folder)
+def test_flops_are_the_mean_over_the_questions(folder):
+    config = MCLlavaConfig.from_pretrained(folder)
     costs = []
-    for seed in range(3):
-        scene = scenes.make_scene(seed, "test")
-        plan = processor.image_processor.plan(scene.width, scene.height, max_crops=8, num_tokens=64)
-        cost = estimate(config, plan, new_tokens=8, dtype=torch.bfloat16)
+    for crops, tokens in ((9, 64), (7, 60), (9, 64)):
+        cost = estimate(config, crops, tokens, new_tokens=8, dtype=torch.bfloat16)
         costs.append(cost.tower_flops + cost.prefill_flops + 8 * cost.flops_per_new_token)
-    assert study.mean_flops(config, processor, 8, 64, 3) == pytest.approx(sum(costs) / 3)
+    records = [{"crops": crops, "tokens": tokens} for crops, tokens in ((9, 64), (7, 60), (9, 64))]
+    assert study.mean_flops(config, records) == pytest.approx(sum(costs) / 3)

@@ -21,7 +21,7 @@ from ..evaluation.tasks import NUM_SCENES
 from ..journal import write_json
 from ..loading import load
 from .questions import DIRECTIONS, KINDS, is_correct
-from .scene import CROPS, make_scene
+from .scene import CROPS
 
 
 MAX_CROPS, NUM_TOKENS = CROPS, 128
@@ -70,7 +70,7 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
                 "num_tokens": num_tokens,
                 "crops": round(sum(record["crops"] for record in records) / len(records), 1),
                 "tokens": round(sum(record["tokens"] for record in records) / len(records), 1),
-                "gflops": round(mean_flops(model.config, processor, max_crops, num_tokens, num_scenes) / 1e9, 3),
+                "gflops": round(mean_flops(model.config, records) / 1e9, 3),
                 "accuracy": accuracies((record["part"], record["scores"]["accuracy"]) for record in records),
             }
         )
@@ -127,22 +127,15 @@ def majority(records: list[dict]) -> dict[str, dict]:
     return found
 
 
-def mean_flops(config, processor, max_crops: int, num_tokens: int, num_scenes: int) -> float:
-    """FLOPs of the tower, the prompt and an answer of 8 tokens, averaged over the scenes."""
+def mean_flops(config, records: list[dict]) -> float:
+    """FLOPs of the tower, the prompt and an answer of 8 tokens, averaged over the questions."""
 
     @cache
     def flops(crops: int, tokens: int) -> int:
-        cost = estimate(config, plans[crops, tokens], new_tokens=8, dtype=torch.bfloat16)
+        cost = estimate(config, crops, tokens, new_tokens=8, dtype=torch.bfloat16)
         return cost.tower_flops + cost.prefill_flops + 8 * cost.flops_per_new_token
 
-    plans, total = {}, 0
-    for seed in range(num_scenes):
-        scene = make_scene(seed, "test")
-        plan = processor.image_processor.plan(scene.width, scene.height, max_crops=max_crops, num_tokens=num_tokens)
-        size = len(plan), sum(crop.num_tokens for crop in plan)
-        plans[size] = plan
-        total += flops(*size)
-    return total / num_scenes
+    return sum(flops(record["crops"], record["tokens"]) for record in records) / len(records)
 
 
 def markdown(study: dict) -> str:
