@@ -23,9 +23,8 @@ import torch
 from PIL import Image
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from mc_llava import FeatureCache
+from mc_llava import FeatureCache, load_image
 from mc_llava.crop_grid import draw_crop_grid
-from mc_llava.image_processing_mc_llava import load_image
 from mc_llava.loading import load_model, load_processor
 
 

@@ -5,32 +5,21 @@ For Hugging Face's Inference Endpoints, which find this file in a model folder a
     {"inputs": {"question": "What is it?", "image": ...}} -> [{"answer": "...", "score": 0.9}]
     {"inputs": {"messages": [...]}}                       -> {"object": "chat.completion", "choices": [...], ...}
 
-What stands in `inputs` may also stand beside or without it, though endpoints themselves pass on only what has
-`inputs`, and only with the task "custom" leave the image to this file. An image is base64 text, a data URI or a URL;
-`parameters` may hold `OPTIONS`. Anything else is a ValueError, which an endpoint answers with status 400 and
-`{"error": "..."}`.
-
-URLs are fetched only with the environment variable `ALLOW_IMAGE_URLS=1`, and never from addresses that are not public.
+The contents of `inputs` may also be given at the top level, with `inputs` or without it, though endpoints themselves
+pass on only what has `inputs`, and only with the task "custom" leave the image to this file. An image is base64 text
+or a data URI; `parameters` may hold `OPTIONS`. Anything else is a ValueError, which an endpoint answers with status
+400 and `{"error": "..."}`. URLs are not fetched: a model repository is no place for an HTTP client that must be safe.
 """
 
 import base64
-import contextlib
-import http.client
-import importlib
 import io
-import ipaddress
-import os
-import socket
-import ssl
-import string
-import threading
 import time
 import uuid
-from urllib.parse import quote, urljoin, urlsplit
 
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 KNOBS = ("max_crops", "num_tokens")
@@ -52,10 +41,7 @@ MAX_TEXT = 100_000  # characters
 MAX_IMAGES = 16
 MAX_PIXELS = 100_000_000  # of all images together
 MAX_IMAGE_BYTES = 32 * 2**20  # of each
-FETCH_SECONDS = 20  # of an image, all redirects together
-MAX_REDIRECTS = 5
 CACHE_BYTES = 256 * 2**20
-NAT64 = ipaddress.ip_network("64:ff9b::/96")  # IPv4 addresses, seen through a translator
 
 
 class EndpointHandler:
@@ -65,9 +51,11 @@ class EndpointHandler:
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         options = {"trust_remote_code": True, "dtype": "auto", "use_safetensors": True}
         self.model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device).eval()
-        self.cache = importlib.import_module(type(self.processor).__module__).FeatureCache(CACHE_BYTES)
-        images = importlib.import_module(type(self.processor.image_processor).__module__)
-        self.load_image, self.open_image = images.load_image, images.open_image
+        self.cache = get_class_from_dynamic_module("encoded_images_mc_llava.FeatureCache", path)(CACHE_BYTES)
+        self.load_image, self.open_image = (
+            get_class_from_dynamic_module(f"image_loading_mc_llava.{name}", path)
+            for name in ("load_image", "open_image")
+        )
 
     def __call__(self, data: dict) -> list[dict] | dict:
         """
@@ -75,7 +63,7 @@ class EndpointHandler:
 
         Raises:
             ValueError: if the request is none of those above, a name or an option is unknown or out of range, it holds
-                too much, or an image can't be read or may not be fetched.
+                too much, or an image can't be read.
         """
         if not isinstance(data, dict):
             raise ValueError(f"a request must be an object, got {type(data).__name__}")
@@ -193,17 +181,15 @@ class EndpointHandler:
         return [part["image"] for part in parts]
 
     def _open(self, image) -> Image.Image:
-        """An image of base64 text, a data URI, a URL, or what the endpoint decoded. Only its header is read."""
+        """An image of base64 text, a data URI, or what the endpoint decoded. Only its header is read."""
         if hasattr(image, "getpixel"):
             return image
         if isinstance(image, bytes):
             content = image
         elif not isinstance(image, str):
-            raise ValueError(f"an image must be base64 text, a data URI or a URL, got {type(image).__name__}")
+            raise ValueError(f"an image must be base64 text or a data URI, got {type(image).__name__}")
         elif image.lower().startswith(("http://", "https://")):
-            if os.environ.get("ALLOW_IMAGE_URLS") != "1":
-                raise ValueError("this endpoint fetches no URLs (ALLOW_IMAGE_URLS=1 would): send the image as base64")
-            content = fetch(image)
+            raise ValueError("this endpoint fetches no URLs: send the picture's bytes as base64")
         else:
             if len(image) > MAX_IMAGE_BYTES * 4 // 3 + 100:
                 raise ValueError(f"an image may have {MAX_IMAGE_BYTES} bytes, got {len(image) * 3 // 4}: resize it")
@@ -246,20 +232,22 @@ class EndpointHandler:
                 f"{len(images)} images have {tokens} tokens, the context {limit}: pass fewer, or num_tokens="
                 f"{limit // (len(images) + 1)}"
             )
-        inputs = self.processor.apply_chat_template(
-            conversation,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            processor_kwargs={"model": self.model, "feature_cache": self.cache, **knobs},
-        )
+        encoded = self.cache.encode(self.model, self.processor.image_processor, images, plans=plans)
+        prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
+        inputs = self.processor.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         prompt_length = inputs["input_ids"].shape[1]
-        output = self.model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
+        output = self.model.generate(
+            **inputs,
+            image_features=[image.features for image in encoded],
+            **options,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         new_ids = output.sequences[0, prompt_length:]
         logprobs = [logits[0].float().log_softmax(-1)[id].item() for logits, id in zip(output.logits, new_ids)]
         eos = self.model.generation_config.eos_token_id  # one id, or several
         stopped = bool(len(new_ids)) and new_ids[-1].item() in (eos if isinstance(eos, list) else [eos])
-        prompt_tokens = prompt_length - len(images) + tokens
+        prompt_tokens = prompt_length - len(encoded) + sum(len(image.features) for image in encoded)
         return self.processor.decode(new_ids, skip_special_tokens=True).strip(), {
             "probability": float(torch.tensor(logprobs).sum().exp()),
             "finish_reason": "stop" if stopped else "length",
@@ -275,79 +263,3 @@ def check_names(given, known: set[str]):
     """ValueError for what nobody reads."""
     if unknown := sorted(str(name) for name in set(given) - known):
         raise ValueError(f"unknown {', '.join(unknown)}: there are {', '.join(sorted(known))}")
-
-
-def fetch(url: str) -> bytes:
-    """
-    The bytes behind a URL of a public address, which is looked up once and then connected to as it was checked.
-
-    Raises:
-        ValueError: if an address is not public, redirects or seconds are too many, or it holds too many bytes.
-    """
-    deadline = time.monotonic() + FETCH_SECONDS
-    for _ in range(MAX_REDIRECTS + 1):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(f"{url[:200]} is no http(s) URL")
-        try:
-            port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-            connection = http.client.HTTPConnection(parts.hostname, port)
-            stream = connection.sock = _connect(parts.hostname, port, parts.scheme == "https", deadline)
-            # A socket's own timeout begins anew with each byte: whoever sends drop by drop is hung up on.
-            timer = threading.Timer(_seconds_left(deadline), _hang_up, [stream])
-            timer.start()
-            try:
-                target = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), string.punctuation)
-                connection.request("GET", target, headers={"User-Agent": "mc-llava"})
-                response = connection.getresponse()
-                if response.status in (301, 302, 303, 307, 308):
-                    location = quote(response.headers.get("Location", ""), string.punctuation, encoding="latin-1")
-                    url = urljoin(url, location)
-                    continue
-                if response.status != 200:
-                    raise ValueError(f"it answered {response.status} {response.reason}")
-                content = io.BytesIO()
-                while chunk := response.read1(2**16):
-                    content.write(chunk)
-                    if content.tell() > MAX_IMAGE_BYTES:
-                        raise ValueError(f"it holds more than {MAX_IMAGE_BYTES} bytes: resize the image")
-                _seconds_left(deadline)  # who was hung up on looks as if that were all
-                return content.getvalue()
-            finally:
-                timer.cancel()
-                connection.close()
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            _seconds_left(deadline)
-            raise ValueError(f"{url[:200]} can't be fetched: {error}") from error
-    raise ValueError(f"{url[:200]} was redirected more than {MAX_REDIRECTS} times")
-
-
-def _hang_up(stream: socket.socket):
-    with contextlib.suppress(OSError):  # it may be closed by now
-        socket.socket.shutdown(stream, socket.SHUT_RDWR)  # TLS's own would change what another thread reads from
-
-
-def _connect(host: str, port: int, is_encrypted: bool, deadline: float) -> socket.socket:
-    addresses = [entry[4][0] for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
-    for address in addresses:
-        if not _is_public(address):
-            raise ValueError(f"{host} is {address}, which is not a public address: images come from public ones only")
-    connection = socket.create_connection((addresses[0], port), timeout=_seconds_left(deadline))
-    if not is_encrypted:
-        return connection
-    return ssl.create_default_context().wrap_socket(connection, server_hostname=host)
-
-
-def _is_public(address: str) -> bool:
-    ip = ipaddress.ip_address(address.partition("%")[0])
-    if ip.version == 6:  # may stand for an address of version 4
-        inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF) if ip in NAT64 else ip.ipv4_mapped or ip.sixtofour
-        ip = inner or ip
-    is_special = ip.is_multicast or ip.is_reserved or getattr(ip, "is_site_local", False)
-    return ip.is_global and not is_special
-
-
-def _seconds_left(deadline: float) -> float:
-    if (left := deadline - time.monotonic()) <= 0:
-        raise ValueError(f"fetching took longer than {FETCH_SECONDS} s")
-    return left

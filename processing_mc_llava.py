@@ -3,25 +3,15 @@
 The processor knows text; where crops lie and what they give is the image processor's business.
 """
 
-import hashlib
-import json
-from collections import OrderedDict
-from threading import Lock
-
 import numpy as np
 import torch
-from PIL import Image
 from transformers import AutoTokenizer, PreTrainedConfig
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .image_processing_mc_llava import (
-    MCLlavaImageProcessor,
-    MCLlavaImageProcessorKwargs,
-    flatten_images,
-    load_image,
-    refuse_unknown,
-)
+from .crops_mc_llava import make_plans, refuse_unknown
+from .image_loading_mc_llava import flatten_images, load_image
+from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs
 
 
 # ChatML as Phi-2 was fine-tuned with it: no turn is added, and an image stands before what follows it.
@@ -56,63 +46,6 @@ CHAT_TEMPLATE = """\
 """
 
 ROLES = ("system", "user", "assistant")
-
-
-class FeatureCache:
-    """
-    Keeps the features of the images used last: the processor's `feature_cache`.
-
-    An image is known by its pixels, the image processor's options (`max_crops` and `num_tokens` among them), the
-    weights that encode it and the dtype that they encode it in. Each image is encoded by itself, so that what it gives
-    does not depend on the others. Threads may share a cache.
-
-    Args:
-        max_bytes: upper bound of the features kept, on whatever device they were made. Those unused for longest go.
-
-    Raises:
-        ValueError: if `max_bytes` is negative.
-    """
-
-    def __init__(self, max_bytes: int = 256 * 2**20):
-        if max_bytes < 0:
-            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
-        self.max_bytes = max_bytes
-        self.nbytes = self.hits = self.misses = 0
-        self._entries = OrderedDict()
-        self._lock = Lock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def encode(self, model, image_processor: MCLlavaImageProcessor, images: list, **options) -> list[torch.Tensor]:
-        """A float[tokens, hidden] of each image that `load_image` reads: a copy of what is kept, or encoded now."""
-        settings = json.dumps({**image_processor.to_dict(), **options}, sort_keys=True, default=str)
-        encoder, device = model.hash_encoder(), model.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-        return [
-            self._encode(model, image_processor, load_image(image), options, (settings, encoder, dtype))
-            for image in images
-        ]
-
-    def _encode(self, model, image_processor, image: Image.Image, options: dict, made_by: tuple) -> torch.Tensor:
-        key = (hashlib.sha256(image.tobytes()).hexdigest(), image.size, *made_by)
-        with self._lock:
-            if key in self._entries:
-                self.hits += 1
-                self._entries.move_to_end(key)
-                return self._entries[key].clone()
-            self.misses += 1
-        inputs = image_processor(image, **{**options, "return_tensors": "pt"}).to(model.device)
-        with torch.no_grad():
-            (features,) = model.get_image_features(**inputs, return_dict=True).pooler_output
-        with self._lock:
-            # Another thread may have been faster, and an image that is too large for the cache must not empty it.
-            if key not in self._entries and features.nbytes <= self.max_bytes:
-                self._entries[key] = features
-                self.nbytes += features.nbytes
-                while self.nbytes > self.max_bytes:
-                    self.nbytes -= self._entries.popitem(last=False)[1].nbytes
-        return features.clone()
 
 
 class MCLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -214,7 +147,8 @@ class MCLlavaProcessor(ProcessorMixin):
         if images:
             options = kwargs["images_kwargs"]
             if feature_cache is not None:
-                inputs["image_features"] = feature_cache.encode(model, self.image_processor, images, **options)
+                encoded = feature_cache.encode(model, self.image_processor, images, **options)
+                inputs["image_features"] = [one.features for one in encoded]
                 return inputs
             image_inputs = self.image_processor(images, **{**options, "return_tensors": "pt"})
             with torch.no_grad():
@@ -371,8 +305,12 @@ class MCLlavaProcessor(ProcessorMixin):
         """Crops and tokens for images of the sizes (height, width), as serving engines ask for them."""
         if image_sizes is None:
             return MultiModalData()
-        knobs = {name: kwargs.get(name) for name in ("max_crops", "num_tokens")}
-        plans = [self.image_processor.plan(width, height, **knobs) for height, width in image_sizes]
+        saved = self.image_processor
+        knobs = (
+            getattr(saved, name) if kwargs.get(name) is None else kwargs[name] for name in ("max_crops", "num_tokens")
+        )
+        sizes = [(width, height) for height, width in image_sizes]
+        plans = make_plans(sizes, kwargs.get("plans"), *knobs, saved.size["height"], saved.patch_size)
         return MultiModalData(
             num_image_tokens=[sum(crop.num_tokens for crop in plan) for plan in plans],
             num_image_patches=[len(plan) for plan in plans],
@@ -381,4 +319,4 @@ class MCLlavaProcessor(ProcessorMixin):
 
 MCLlavaProcessor.register_for_auto_class()
 
-__all__ = ["FeatureCache", "MCLlavaProcessor", "MCLlavaProcessorKwargs"]
+__all__ = ["MCLlavaProcessor", "MCLlavaProcessorKwargs"]

@@ -1,24 +1,67 @@
-"""The toolbox around MC-LLaVA's four files of remote code, which it offers as they are."""
+"""
+The toolbox around MC-LLaVA's remote code, and the names of that code.
 
+The remote code lies once, in the root of the repository, where the Hub wants it; a wheel carries it inside of this
+package. Either way its files are modules of this package, `mc_llava.modeling_mc_llava` and so on, and what they export
+can be imported from here. Nothing is loaded before it is asked for: `mc-llava --help` needs no torch.
+"""
+
+import sys
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 
-# The remote code stands once, in the root of the repository, as the Hub wants it. A wheel carries it inside of this
-# package; in a checkout it lies one folder up.
-if not (Path(__file__).parent / "modeling_mc_llava.py").exists():
-    __path__.append(str(Path(__file__).parent.parent))
+if TYPE_CHECKING:
+    from ..configuration_mc_llava import *  # noqa: F403
+    from ..crops_mc_llava import *  # noqa: F403
+    from ..encoded_images_mc_llava import *  # noqa: F403
+    from ..generation_mc_llava import *  # noqa: F403
+    from ..image_loading_mc_llava import *  # noqa: F403
+    from ..image_processing_mc_llava import *  # noqa: F403
+    from ..modeling_mc_llava import *  # noqa: F403
+    from ..processing_mc_llava import *  # noqa: F403
 
-from .configuration_mc_llava import MCLlavaConfig
-from .image_processing_mc_llava import MCLlavaImageProcessor
-from .modeling_mc_llava import EncodedImages, MCLlavaForConditionalGeneration
-from .processing_mc_llava import FeatureCache, MCLlavaProcessor
+# The remote code, each file after those that it imports: the first two need neither torch nor transformers.
+ROOT_FILES = (
+    "crops_mc_llava",
+    "image_loading_mc_llava",
+    "configuration_mc_llava",
+    "image_processing_mc_llava",
+    "encoded_images_mc_llava",
+    "processing_mc_llava",
+    "generation_mc_llava",
+    "modeling_mc_llava",
+)
+# Where they lie, and `tiny` and the endpoint's handler with them.
+_here = Path(__file__).parent
+ROOT = _here if (_here / f"{ROOT_FILES[0]}.py").exists() else _here.parent
 
 
-__all__ = [
-    "EncodedImages",
-    "FeatureCache",
-    "MCLlavaConfig",
-    "MCLlavaForConditionalGeneration",
-    "MCLlavaImageProcessor",
-    "MCLlavaProcessor",
-]
+class _RootFinder:
+    """Finds the root's files, and nothing else of the root, as modules of this package."""
+
+    @staticmethod
+    def find_spec(name: str, path=None, target=None) -> ModuleSpec | None:
+        package, _, module = name.rpartition(".")
+        if package == __name__ and module in ROOT_FILES:
+            return spec_from_file_location(name, ROOT / f"{module}.py")
+        return None
+
+
+if ROOT != _here:
+    sys.meta_path.append(_RootFinder)
+
+
+def __getattr__(name: str):
+    if name in ROOT_FILES:
+        return import_module(f"{__name__}.{name}")
+    # The toolbox's modules are imported by Python itself once this has failed.
+    if not name.startswith("_") and not any((_here / found).exists() for found in (name, f"{name}.py")):
+        for file in ROOT_FILES:
+            module = import_module(f"{__name__}.{file}")
+            if name in module.__all__:
+                return getattr(module, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

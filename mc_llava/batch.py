@@ -14,7 +14,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import accumulate, islice
 from pathlib import Path
 
@@ -22,12 +22,14 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .evaluation import Evaluator, answer_all, append, fill_knobs, lock, resume, versions
-from .image_processing_mc_llava import FORMATS, check_knob, load_image
-from .loading import find_device, find_model, identify, load_model, load_processor
+from . import FORMATS, check_knob, load_image
+from .engine import Evaluator, answer_all, fill_knobs
+from .journal import append, hash_file, lock, replacing, resume, versions
+from .loading import find_device, find_model, identify, identify_code, load_model, load_processor
 
 
 COLUMNS = ("id", "question", "image", "images")
+CODE = ("engine.py", "batch.py")  # that answers depend on, in addition to the model's
 MAX_BLOCKS = 10_000  # that Ray Data keeps track of
 MAX_RESTARTS = 10  # of one of Ray's workers
 GPU_TIMEOUT = 1800  # seconds for a cluster without a GPU to start a node that has one
@@ -84,13 +86,9 @@ class Parquet:
     @cached_property
     def digest(self) -> str:  # only the run asks for it, its workers need not read the whole file
         digest, size = hashlib.sha256(), self.path.stat().st_size
-        with (
-            open(self.path, "rb") as file,
-            tqdm(total=size, unit="B", unit_scale=True, desc=f"Reading {self.path.name}", leave=False) as progress,
-        ):
-            for block in iter(partial(file.read, 2**20), b""):
-                digest.update(block)
-                progress.update(len(block))
+        name = f"Reading {self.path.name}"
+        with tqdm(total=size, unit="B", unit_scale=True, desc=name, leave=False) as progress:
+            hash_file(digest, self.path, progress.update)
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -215,12 +213,12 @@ class Worker:
         model = load_model(job.model, job.dtype, job.device, job.revision, job.quantize)
         self.evaluator = Evaluator(model, processor, job.max_crops, job.num_tokens, job.batch_size, job.max_new_tokens)
 
-    def answer(self, start: int) -> list[dict]:
+    def answer_batch(self, start: int) -> list[dict]:
         """Records of the batch that starts at a row, in the order of the rows. A row that fails has its error."""
         begin = time.perf_counter()
         read = [self.read(index) for index in range(start, min(start + self.job.batch_size, len(self.rows)))]
         asked = [row for row in read if "error" not in row[0]]
-        answered = answer_all(self._answer, asked, lambda row, reason: {**row[0], "error": reason}) if asked else []
+        answered = answer_all(self._answer_rows, asked, lambda row, reason: {**row[0], "error": reason})
         records = {record["row"]: record for record in answered}
         seconds = round((time.perf_counter() - begin) / len(read), 4)
         return [{**records.get(record["row"], record), "seconds": seconds} for record, _ in read]
@@ -241,7 +239,7 @@ class Worker:
             record["error"] = str(error)
         return record, images
 
-    def _answer(self, rows: list[tuple[dict, list[Image.Image]]]) -> list[dict]:
+    def _answer_rows(self, rows: list[tuple[dict, list[Image.Image]]]) -> list[dict]:
         try:
             # In one call: each reads the encoder's weights to know the features by.
             encoded = iter(self.evaluator.encode([image for _, images in rows for image in images]))
@@ -267,7 +265,7 @@ class RayWorker(Worker):
     """A worker as Ray Data calls it: with columns of numbers, for columns of what Arrow need not understand."""
 
     def __call__(self, batch: dict) -> dict:
-        return {"records": [json.dumps(self.answer(int(start))) for start in batch["start"]]}
+        return {"records": [json.dumps(self.answer_batch(int(start))) for start in batch["start"]]}
 
 
 def answer_with_ray(
@@ -361,6 +359,7 @@ def _run(
         "rows": len(rows),
         "digest": rows.digest,
         "versions": versions(),
+        "code": identify_code(*CODE),
     }
     records = resume(unfinished, settings, job.batch_size)
     if not os.path.isdir(find_model(job.model)) and commit != "unknown":
@@ -371,7 +370,7 @@ def _run(
     if use_ray:
         batches = answer_with_ray(job, starts, workers, digest)
     else:
-        batches = map(Worker(job, digest).answer, starts) if starts else ()
+        batches = map(Worker(job, digest).answer_batch, starts) if starts else ()
     with (
         tqdm(total=total, initial=done, unit="row", desc=output.name) as progress,
         open(unfinished, "ab") as journal,
@@ -386,12 +385,8 @@ def _run(
         raise RuntimeError(f"{total - done} of {total} rows were not answered: start the command again")
 
     # Without the settings, and all of it or nothing.
-    draft = unfinished.with_name(unfinished.name + ".draft")
-    with open(unfinished, "rb") as journal, open(draft, "wb") as final:
+    with open(unfinished, "rb") as journal, replacing(output) as final:
         next(journal)
         final.writelines(journal)
-        final.flush()
-        os.fsync(final.fileno())
-    os.replace(draft, output)
     unfinished.unlink()
     return done, failed

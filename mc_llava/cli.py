@@ -14,18 +14,18 @@ import typer
 from tqdm import tqdm
 from transformers import TextStreamer
 
+from . import Crop, FeatureCache, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, load_image
 from .batch import Job
 from .batch import run as run_job
-from .configuration_mc_llava import MCLlavaConfig
 from .convert import convert as convert_checkpoint
 from .crop_grid import draw_crop_grid
+from .engine import Evaluator
 from .estimate import estimate as estimate_cost
-from .evaluation import Evaluator, compare, evaluate, score_table
-from .image_processing_mc_llava import Crop, MCLlavaImageProcessor, load_image
+from .evaluation.comparison import compare
+from .evaluation.results import score_table
+from .evaluation.running import evaluate
+from .evaluation.tasks import TASKS
 from .loading import find_model, load, load_model, load_processor
-from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import FeatureCache
-from .tasks import TASKS
 
 
 DEFAULT_MODEL = "tiny"
@@ -244,7 +244,8 @@ def train(
 ):
     """Fine-tune a model on data in LLaVA's format, or make `tiny`, as a recipe says."""
     with extra("train"):
-        from . import train_tiny, training
+        from . import training
+        from .scenes import language_model
     values = training.read_recipe(recipe, overrides or ())
     kind = values.pop("kind", "finetune")
     if kind == "finetune":
@@ -261,7 +262,7 @@ def train(
             raise ValueError("a recipe of kind tiny has no data to check: leave --check out")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("a recipe of kind tiny trains in one process: start it without torchrun or accelerate")
-        say(f"wrote {train_tiny.train_tiny(training.build_recipe(train_tiny.TinyRecipe, values))}")
+        say(f"wrote {language_model.train_tiny(training.build_recipe(language_model.TinyRecipe, values))}")
     else:
         raise ValueError(f"a recipe's kind must be finetune or tiny, got {kind!r}")
 
@@ -285,16 +286,8 @@ def evaluate_tasks(
     device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; an accelerator where there is one.")] = None,
     quantize: QuantizeOption = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
-    results: Annotated[
-        tuple[Path, Path] | None, typer.Option("--compare", metavar="A B", help="Two results files; asks nothing.")
-    ] = None,
 ):
-    """Measure a model on benchmarks, or compare two results."""
-    if results:
-        if tasks:
-            raise ValueError(f"--compare asks nothing: leave --tasks {tasks} out")
-        print(compare(*results))
-        return
+    """Measure a model on benchmarks."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if len(set(names)) < len(names):
         raise ValueError(f"--tasks names a task twice: {tasks}")
@@ -328,6 +321,15 @@ def evaluate_tasks(
         raise ValueError(f"all of {asked} questions failed: see the reasons above")
 
 
+@app.command(name="compare")
+def compare_results(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A results file of mc-llava eval.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same task.")],
+):
+    """Compare two results: their scores, whether they differ by more than chance, and the questions that changed."""
+    print(compare(first, second))
+
+
 @app.command()
 def study(
     model: ModelOption = DEFAULT_MODEL,
@@ -339,7 +341,7 @@ def study(
 ):
     """Measure what crops and tokens bring on drawn scenes, and print the README's table."""
     with extra("eval"):
-        from .study import markdown, run_study
+        from .scenes.study import markdown, run_study
     print(markdown(run_study(model, work, output, num_scenes)))
 
 

@@ -10,19 +10,10 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from . import modeling_mc_llava
-from .configuration_mc_llava import MCLlavaConfig
+from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
 from .loading import find_model
-from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import MCLlavaProcessor
 
 
-REMOTE_CODE = (
-    "configuration_mc_llava.py",
-    "image_processing_mc_llava.py",
-    "processing_mc_llava.py",
-    "modeling_mc_llava.py",
-)
 # Inference Endpoints run the one and install the other where they find them.
 ENDPOINT = ("handler.py", "requirements.txt")
 
@@ -60,9 +51,8 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
     try:
         _copy_weights(folder, unfinished)
         _load_and_save(folder, unfinished)
-        code = Path(modeling_mc_llava.__file__).parent
-        for name in (*REMOTE_CODE, *ENDPOINT):
-            shutil.copyfile(code / name, unfinished / name)
+        for name in (*(f"{module}.py" for module in ROOT_FILES), *ENDPOINT):
+            shutil.copyfile(ROOT / name, unfinished / name)
         target.mkdir(parents=True, exist_ok=True)
         for path in unfinished.iterdir():
             path.replace(target / path.name)

@@ -4,7 +4,7 @@ import colorsys
 
 from PIL import Image, ImageDraw, ImageFont
 
-from .image_processing_mc_llava import Crop
+from . import Crop
 
 
 def draw_crop_grid(image: Image.Image, plan: list[Crop]) -> Image.Image:

@@ -6,9 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from .configuration_mc_llava import MCLlavaConfig
-from .image_processing_mc_llava import Crop
-from .modeling_mc_llava import CROPS_PER_PASS, MCLlavaForConditionalGeneration
+from . import CROPS_PER_PASS, Crop, MCLlavaConfig, MCLlavaForConditionalGeneration
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,19 @@
 """A model by its name: where it lies, how it is loaded, and what its results are known by."""
 
 import hashlib
-from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import configuration_mc_llava
-from .configuration_mc_llava import MCLlavaConfig
-from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import MCLlavaProcessor
+from . import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, configuration_mc_llava
+from .journal import hash_file
 
 
-# The checkpoint that comes along lies beside the remote code.
-TINY = Path(configuration_mc_llava.__file__).parent / "tiny"
+ROOT = Path(configuration_mc_llava.__file__).parent  # of the remote code and of what is bundled with it
+PACKAGE = Path(__file__).parent
+TINY = ROOT / "tiny"
 LOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # from a folder
 QUANTIZED = ("nf4", "int8", "int4")
 # The image's way into the language model and the answer's way out: few of the weights, and all answers pass them.
@@ -112,9 +110,20 @@ def identify(path: str, revision: str | None = None) -> str:
     digest = hashlib.sha256()
     for file in sorted(file for suffix in LOADED for file in Path(path).glob(suffix)):
         digest.update(file.name.encode())
-        with open(file, "rb") as opened:
-            for block in iter(partial(opened.read, 2**20), b""):
-                digest.update(block)
+        hash_file(digest, file)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def identify_code(*names: str) -> str:
+    """
+    What the code behind results is known by: a digest of the remote code, of this file and of the package's files
+    `names`. Results of a stopped run are not added to when it has changed.
+    """
+    digest = hashlib.sha256()
+    files = [*sorted(ROOT.glob("*_mc_llava.py")), *(PACKAGE / name for name in ("loading.py", *names))]
+    for file in files:
+        digest.update(file.name.encode())
+        hash_file(digest, file)
     return f"sha256:{digest.hexdigest()}"
 
 

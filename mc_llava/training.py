@@ -34,11 +34,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 from tqdm import tqdm
 
-from .configuration_mc_llava import MCLlavaConfig
-from .image_processing_mc_llava import load_image
+from . import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
+from .journal import replacing, to_line
 from .loading import find_model, load_model, load_processor
-from .modeling_mc_llava import MCLlavaForConditionalGeneration
-from .processing_mc_llava import MCLlavaProcessor
 
 
 IMAGE = "<image>"
@@ -171,11 +169,6 @@ def build_recipe(kind: type, values: dict):
     except ValidationError as error:
         reasons = (f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
         raise ValueError(f"the recipe can't be: {'; '.join(reasons)}") from None
-
-
-def load_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """A `Recipe` from a YAML file; see `read_recipe`. Raises ValueError, for unknown and missing names too."""
-    return build_recipe(Recipe, read_recipe(path, overrides))
 
 
 # Rows
@@ -311,8 +304,8 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     rows.report = report = Path(recipe.output, BROKEN_FILE)
     report.parent.mkdir(parents=True, exist_ok=True)
     if is_main_process():
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows.broken)
-        report.write_text("".join(lines), encoding="utf-8")
+        with replacing(report) as file:
+            file.writelines(map(to_line, rows.broken))
     if len(rows.broken) > recipe.max_broken:
         first = rows.broken[0]
         raise ValueError(

@@ -118,7 +118,7 @@ with tqdm(total=len(MAX_CROPS) * len(scenes.KINDS) * NUM_SCENES, unit="question"
             flops += cost.tower_flops + cost.prefill_flops
             for kind in scenes.KINDS:
                 asked = scenes.ask(scene, kind, random.Random(seed))
-                right[kind] += scenes.is_correct(asked, ask(picture, asked.text, max_crops=max_crops))
+                right[kind] += scenes.is_correct(asked.key, ask(picture, asked.text, max_crops=max_crops))
                 progress.update()
         costs.append(flops / NUM_SCENES / 1e9)
         for kind in scenes.KINDS:

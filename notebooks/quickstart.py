@@ -54,7 +54,7 @@ output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
 reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 print("Question:", question.text)
 print("Answer:", reply)
-print("Right:", scenes.is_correct(question, reply), f"({question.key})")
+print("Right:", scenes.is_correct(question.key, reply), f"({question.key})")
 
 # %% [markdown]
 # ## Look at the crops

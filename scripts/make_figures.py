@@ -82,13 +82,13 @@ def view(box: Box, boxes: list[Box], pixels) -> Image.Image:
 
 def draw_column(picture: Image.Image, max_crops: int, processor, sign: Box) -> Image.Image:
     reply = ask(max_crops)
-    boxes = [crop.box for crop in processor.plan(*picture.size, max_crops=max_crops)]
-    pixels = processor(picture, max_crops=max_crops, return_tensors="pt")["pixel_values"]
+    inputs = processor(picture, max_crops=max_crops, return_tensors="pt")
+    boxes = inputs["crop_boxes"].tolist()
     grid = draw_frames(picture, boxes)
 
     column = Image.new("RGB", (WIDTH, TITLE + grid.height + GAP + VIEW + REPLY), "white")
     column.paste(grid, (0, TITLE))
-    column.paste(view(sign, boxes, pixels), (0, TITLE + grid.height + GAP))
+    column.paste(view(sign, boxes, inputs["pixel_values"]), (0, TITLE + grid.height + GAP))
     draw = ImageDraw.Draw(column)
     large, small = ImageFont.load_default(size=34), ImageFont.load_default(size=26)
     below = column.height - REPLY

@@ -48,14 +48,11 @@ class Trial(NamedTuple):
 
     folder: Path
     pictures: list[Path]
-    asked: list[scenes.Question]
-
-    @property
-    def questions(self) -> list[str]:
-        return [question.text for question in self.asked]
+    questions: list[str]
+    keys: list[str]
 
     def is_right(self, index: int, reply: str) -> bool:
-        return scenes.is_correct(self.asked[index], reply)
+        return scenes.is_correct(self.keys[index], reply)
 
 
 EXAMPLES = json.loads((ROOT / "examples" / "questions.json").read_text())
@@ -70,7 +67,8 @@ def trial(tmp_path_factory) -> Trial:
     return Trial(
         convert("tiny", str(tmp_path_factory.mktemp("trial") / "model")),
         [ROOT / "examples" / example["image"] for example in examples],
-        [scenes.Question(example["kind"], example["question"], "", example["key"]) for example in examples],
+        [example["question"] for example in examples],
+        [example["key"] for example in examples],
     )
 
 
@@ -85,12 +83,12 @@ def plain_reply(folder: Path, image, question: str, options: dict | None = None,
 
 def write_untrained_tiny(folder: Path, layers: int):
     """A random model of `tiny`'s kind with its processor, for what trains one."""
-    from mc_llava import train_tiny  # needs the extra train, which vLLM's environment lacks
+    from mc_llava.scenes import language_model  # needs the extra train, which vLLM's environment lacks
 
     torch.manual_seed(0)
-    processor = train_tiny.build_processor()
-    vision = train_tiny.vision_config(width=32, layers=layers)
-    train_tiny.build_model(processor, vision, width=32, layers=layers).save_pretrained(folder)
+    processor = language_model.build_processor()
+    vision = language_model.vision_config(width=32, layers=layers)
+    language_model.build_model(processor, vision, width=32, layers=layers).save_pretrained(folder)
     processor.save_pretrained(folder)
 
 

@@ -267,8 +267,8 @@ def test_two_runs_on_one_output(folder, converted, tmp_path):
 
 def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
-    answer = batch.Worker.answer
-    monkeypatch.setattr(batch.Worker, "answer", lambda self, start: 1 / 0 if start else answer(self, start))
+    answer = batch.Worker.answer_batch
+    monkeypatch.setattr(batch.Worker, "answer_batch", lambda self, start: 1 / 0 if start else answer(self, start))
     with pytest.raises(ZeroDivisionError):
         run(job(folder, converted), output)
     for changes, message in (
@@ -278,6 +278,10 @@ def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypat
     ):
         with pytest.raises((ValueError, ZeroDivisionError), match=message):
             run(job(folder, converted, **changes), output)
+    with monkeypatch.context() as patch:
+        patch.setattr(batch, "identify_code", lambda *names: "another")
+        with pytest.raises(ValueError, match="has code 'sha256:.*', this run 'another'"):
+            run(job(folder, converted), output)
     output.write_text("mine")
     with pytest.raises(ValueError, match="is there already: choose another output"):
         run(job(folder, converted), output)
@@ -306,7 +310,7 @@ def test_a_row_that_kills_its_worker_ends_the_run(folder, converted, monkeypatch
         def __init__(self, job, digest):
             pass
 
-        def answer(self, start):
+        def answer_batch(self, start):
             if start == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             return [{"row": start}]
@@ -335,6 +339,6 @@ def test_a_batch_that_fails_is_asked_one_by_one(folder, converted, monkeypatch, 
         return generate(questions, features)
 
     monkeypatch.setattr(worker.evaluator, "generate", fail)
-    records = worker.answer(0)
+    records = worker.answer_batch(0)
     assert asked == [2, 1, 1] and "no answer" in records[2]["error"]
     assert records[0]["tokens"] == 30

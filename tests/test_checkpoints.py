@@ -23,12 +23,19 @@ from transformers import (
     AutoTokenizer,
 )
 
-from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
+from mc_llava import (
+    CHAT_TEMPLATE,
+    ROOT_FILES,
+    MCLlavaConfig,
+    MCLlavaForConditionalGeneration,
+    MCLlavaImageProcessor,
+    MCLlavaProcessor,
+)
 from mc_llava import convert as convert_module
-from mc_llava.convert import REMOTE_CODE, convert
-from mc_llava.processing_mc_llava import CHAT_TEMPLATE
+from mc_llava.convert import convert
 
 
+CODE_FILES = [f"{name}.py" for name in ROOT_FILES]
 PHOTOGRAPH = ROOT / "examples" / "coffee.jpg"
 KINDS = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
 
@@ -142,9 +149,9 @@ class TestConversion:
 
         assert digests(checkpoint) == digests(converted)
         files = {path.name for path in converted.iterdir()}
-        assert {*REMOTE_CODE, "config.json", "generation_config.json", "chat_template.jinja"} <= files
+        assert {*CODE_FILES, "config.json", "generation_config.json", "chat_template.jinja"} <= files
         assert {"processor_config.json", "tokenizer.json", "tokenizer_config.json"} <= files
-        for name in REMOTE_CODE:
+        for name in CODE_FILES:
             assert (converted / name).read_bytes() == (ROOT / name).read_bytes()
         assert json.loads((converted / "tokenizer_config.json").read_text())["padding_side"] == "left"
         assert converted.stat().st_mode & 0o777 == 0o755
@@ -322,7 +329,7 @@ class TestAutoClasses:
         for source, target in ((converted, first), (first, second), (second, third)):
             AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.float32).save_pretrained(target)
             AutoProcessor.from_pretrained(source, trust_remote_code=True).save_pretrained(target)
-        assert {path.name for path in third.iterdir()} == {path.name for path in first.iterdir()} > set(REMOTE_CODE)
+        assert {path.name for path in third.iterdir()} == {path.name for path in first.iterdir()} > set(CODE_FILES)
         for name in ("config.json", "processor_config.json", "tokenizer_config.json", "generation_config.json"):
             assert (second / name).read_text() == (third / name).read_text()
         reloaded = AutoModel.from_pretrained(third, trust_remote_code=True)
@@ -356,8 +363,8 @@ class TestAutoClasses:
 
     def test_a_subfolder_takes_its_code_from_the_root(self, converted, tmp_path):
         repository, tiny = tmp_path / "repository", tmp_path / "repository" / "tiny"
-        shutil.copytree(converted, tiny, ignore=lambda folder, names: REMOTE_CODE)
-        for name in (*REMOTE_CODE, "config.json"):
+        shutil.copytree(converted, tiny, ignore=lambda folder, names: CODE_FILES)
+        for name in (*CODE_FILES, "config.json"):
             shutil.copyfile(ROOT / name, repository / name)
         options = {"subfolder": "tiny", "trust_remote_code": True}
         model = AutoModel.from_pretrained(repository, dtype=torch.float32, **options)
@@ -407,7 +414,7 @@ class TestTheRootOfTheRepository:
         import ast
 
         allowed = {"torch", "transformers", "safetensors", "PIL", "numpy", "huggingface_hub", *sys.stdlib_module_names}
-        for name in REMOTE_CODE:
+        for name in CODE_FILES:
             for node in ast.walk(ast.parse((ROOT / name).read_text())):
                 modules = []
                 if isinstance(node, ast.Import):

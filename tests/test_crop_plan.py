@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc_llava.image_processing_mc_llava import plan_crops
+from mc_llava import plan_crops
 
 
 sizes = st.one_of(st.integers(1, 3000), st.integers(1, 20_000))

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-from mc_llava import EncodedImages, FeatureCache
-from mc_llava.modeling_mc_llava import hash_tensors
+from mc_llava import EncodedImages, FeatureCache, hash_tensors
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(300, 300, seed=3)]
@@ -176,13 +175,15 @@ class TestFiles:
             ({"features": torch.ones(20, 48, dtype=torch.int64)}, "features must be finite floats"),
             ({"features": torch.ones(20, 48, dtype=torch.complex64)}, "features must be finite floats"),
             ({"features": torch.full((20, 48), float("nan"))}, "features must be finite floats"),
-            ({"features": torch.tensor(1.0)}, "don't fit features"),
+            ({"features": torch.tensor(1.0)}, "1 crops with 20 tokens don't fit"),
+            ({"crop_boxes": torch.zeros(2, 4, dtype=torch.int64)}, "1 crops with 20 tokens don't fit"),
         ],
         ids=str,
     )
     def test_what_fits_no_image_is_refused(self, tmp_path, changes, message):
         tensors = {
             "features": torch.ones(20, 48),
+            "crop_boxes": torch.tensor([[0, 0, 40, 30]]),
             "crop_coords": torch.zeros(1, 2),
             "crop_num_tokens": torch.tensor([20]),
             "image_grid_thw": torch.tensor([[1, 1, 1]]),
@@ -215,7 +216,7 @@ class TestFiles:
             with pytest.raises(ValueError, match="holds no encoded images"):
                 EncodedImages.load(path)
         save_file({**tensors, "features": encoded.features[1:].clone()}, path, metadata={"weights_hash": "a"})
-        with pytest.raises(ValueError, match="don't fit features"):
+        with pytest.raises(ValueError, match="13 crops with 55 tokens don't fit"):
             EncodedImages.load(path)
 
 
@@ -235,7 +236,7 @@ class TestFeatureCache:
             assert torch.equal(cached["input_ids"], uncached["input_ids"])
             for ours, theirs in zip(cached["image_features"], uncached["image_features"], strict=True):
                 assert torch.allclose(ours, theirs, atol=1e-5)
-            assert cache.nbytes == sum(entry.nbytes for entry in cache._entries.values()) <= cache.max_bytes
+            assert cache.nbytes == sum(entry.features.nbytes for entry in cache._entries.values()) <= cache.max_bytes
 
     def test_hits_and_what_makes_a_miss(self, processor):
         model, cache = small_model(), FeatureCache()
@@ -275,7 +276,7 @@ class TestFeatureCache:
         inverted.putpalette([255 - value for value in image.getpalette()])
         cache = FeatureCache()
         first, second = (cache.encode(model, processor.image_processor, [entry])[0] for entry in (image, inverted))
-        assert cache.misses == 2 and not torch.equal(first, second)
+        assert cache.misses == 2 and not torch.equal(first.features, second.features)
 
     def test_what_it_gives_may_be_changed(self, model, processor):
         cache, expected = FeatureCache(), processor("What?", IMAGES[1], model)["image_features"][0]

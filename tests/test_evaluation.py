@@ -5,6 +5,7 @@ Its replies are gibberish. Where a score must not be 0, the data's answers are m
 when it is asked without the evaluation's code.
 """
 
+import contextlib
 import io
 import json
 import os
@@ -24,11 +25,15 @@ from conftest import ROOT, picture, prompt
 from filelock import FileLock
 from PIL import Image
 
-from mc_llava import MCLlavaForConditionalGeneration, cli, evaluation, scenes, tasks
-from mc_llava.evaluation import Evaluator, compare, evaluate, read_results, summarize
+from mc_llava import MCLlavaForConditionalGeneration, cli, scenes
+from mc_llava.engine import Evaluator
+from mc_llava.evaluation import running, tasks
+from mc_llava.evaluation.comparison import compare
+from mc_llava.evaluation.metrics import wilson_interval
+from mc_llava.evaluation.results import read_results, summarize
+from mc_llava.evaluation.running import evaluate
+from mc_llava.evaluation.tasks import LETTER, SHORT, TASKS, UNANSWERABLE, Question
 from mc_llava.loading import identify, load
-from mc_llava.metrics import wilson_interval
-from mc_llava.tasks import LETTER, SHORT, TASKS, UNANSWERABLE, Question
 
 
 datasets = pytest.importorskip("datasets", reason='the package datasets is not here: pip install "mc-llava[eval]"')
@@ -490,8 +495,8 @@ class TestVstar:
             TASKS["vstar"].read(str(tmp_path))
 
     def test_a_tie_is_wrong(self):
-        assert evaluation.is_best([-1.0, -1.0], 0) == evaluation.is_best([float("nan")] * 2, 0) == 0
-        assert evaluation.is_best([-1.0, -2.0], 0) == 1
+        assert running.is_best([-1.0, -1.0], 0) == running.is_best([float("nan")] * 2, 0) == 0
+        assert running.is_best([-1.0, -2.0], 0) == 1
 
     def test_likelihoods_that_are_no_numbers(self, data, evaluator, tmp_path, monkeypatch):
         bias = evaluator.model.lm_head.bias
@@ -765,6 +770,18 @@ class TestResuming:
             run("scenes", evaluator, tmp_path, limit=3)
         assert (tmp_path / "scenes.json").read_bytes() == before
 
+    @pytest.mark.parametrize("finished", [False, True])
+    def test_other_code_is_refused(self, evaluator, tmp_path, monkeypatch, finished):
+        with monkeypatch.context() as patch:
+            if not finished:
+                patch.setattr(running, "summarize", None)  # ends the run before its file is written
+            with contextlib.nullcontext() if finished else pytest.raises(TypeError):
+                run("scenes", evaluator, tmp_path, limit=2)
+        monkeypatch.setattr(running, "identify_code", lambda *names: "another")
+        with pytest.raises(ValueError, match="has code 'sha256:.*', this run 'another': choose another output"):
+            run("scenes", evaluator, tmp_path, limit=2)
+        assert len(run("scenes", evaluator, tmp_path / "other", limit=2)["questions"]) == 2
+
     def test_two_runs_on_one_folder(self, evaluator, tmp_path):
         with FileLock(tmp_path / "scenes.json.lock"), pytest.raises(ValueError, match="another run writes"):
             run("scenes", evaluator, tmp_path, limit=2)
@@ -772,14 +789,14 @@ class TestResuming:
 
     def test_a_finished_run_asks_nothing(self, evaluator, tmp_path, monkeypatch):
         first = run("scenes", evaluator, tmp_path, limit=2)
-        monkeypatch.setattr(Evaluator, "answer", None)
+        monkeypatch.setattr(running, "answer_questions", None)
         left = tmp_path / "scenes.partial.jsonl"
         left.touch()  # by a kill just before it would have been removed
         assert run("scenes", evaluator, tmp_path, limit=2) == first and not left.exists()
 
     def test_other_data_are_refused(self, evaluator, images, tmp_path, monkeypatch):
         data = write_vqa("textvqa", tmp_path, images[:4], [["x"] * 10] * 4)
-        monkeypatch.setattr(evaluation, "summarize", None)  # ends the run before its file is written
+        monkeypatch.setattr(running, "summarize", None)  # ends the run before its file is written
         with pytest.raises(TypeError):
             run("textvqa", evaluator, tmp_path / "results", data)
         monkeypatch.undo()
@@ -794,7 +811,7 @@ class TestResuming:
     def test_finished_results_are_not_taken_for_other_scenes(self, evaluator, tmp_path, monkeypatch):
         first = run("scenes", evaluator, tmp_path, limit=2)
         assert run("scenes", evaluator, tmp_path, limit=2) == first
-        monkeypatch.setattr(scenes, "READ_QUESTIONS", ("Say what the {0} sign says.",))
+        monkeypatch.setattr(scenes.questions, "READ_QUESTIONS", ("Say what the {0} sign says.",))
         with pytest.raises(ValueError, match="scenes.json was made of other data"):
             run("scenes", evaluator, tmp_path, limit=2)
 
@@ -876,8 +893,8 @@ class TestCompare:
 class TestCommandLine:
     """In this process; `TestResuming` starts it as its users do."""
 
-    def call(self, *arguments):
-        cli.app(["eval", *map(str, arguments)], standalone_mode=False)
+    def call(self, *arguments, command="eval"):
+        cli.app([command, *map(str, arguments)], standalone_mode=False)
 
     @pytest.mark.parametrize(
         "arguments, message",
@@ -888,7 +905,6 @@ class TestCommandLine:
             (("--tasks", "gqa", "--data", "vqav2=x"), "got 'vqav2=x'"),
             (("--tasks", "gqa,vqav2,gqa"), "names a task twice: gqa,vqav2,gqa"),
             (("--tasks", "gqa", "--model", ROOT, "--revision", "v1"), "has no revisions: leave --revision v1 out"),
-            (("--tasks", "gqa", "--compare", "a.json", "b.json"), "leave --tasks gqa out"),
         ],
     )
     def test_what_makes_no_sense(self, arguments, message):
@@ -913,7 +929,7 @@ class TestCommandLine:
             assert "overall  vqa_accuracy  0.00   0.00 to 0.00   2" in shown.out
             settings = read_results(tmp_path / name / "textvqa.json")["settings"]
             assert settings["max_crops"] == crops and settings["revision"].startswith("sha256:")
-        self.call("--compare", tmp_path / "a" / "textvqa.json", tmp_path / "b" / "textvqa.json")
+        self.call(tmp_path / "a" / "textvqa.json", tmp_path / "b" / "textvqa.json", command="compare")
         shown = capsys.readouterr().out
         assert "max_crops: 0 -> 2" in shown and "changed: 0 of 2" in shown
 

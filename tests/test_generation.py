@@ -7,7 +7,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
-from mc_llava.modeling_mc_llava import MCLlavaModel
+from mc_llava import MCLlavaModel
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2)]
@@ -173,7 +173,7 @@ def test_length_limits_of_the_short_form(model, processor, name, monkeypatch):
 def test_assisted_decoding_is_for_text_alone(model, processor, name):
     option = {name: small_model(5) if name == "assistant_model" else 5}
     for inputs in (processor(TEXTS[1], IMAGES[1]), processor(TEXTS[1], IMAGES[1], model)):
-        with pytest.raises(ValueError, match=f"{name} can't go with images"):
+        with pytest.raises(ValueError, match=f"{name} can't be combined with images"):
             model.generate(**inputs, **option)
     inputs = processor("Why?")
     assert new_tokens(model, inputs, **option) == new_tokens(model, inputs)

@@ -15,8 +15,7 @@ import torch
 from conftest import ROOT, picture
 from PIL import Image
 
-from mc_llava import MCLlavaImageProcessor, image_processing_mc_llava
-from mc_llava.image_processing_mc_llava import flatten_images, load_image
+from mc_llava import MCLlavaImageProcessor, flatten_images, image_loading_mc_llava, load_image
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -144,7 +143,7 @@ def test_a_url_is_read_up_to_a_limit(monkeypatch):
         assert same(f"{url}/image.png".replace("http", "HTTP"), image)
         with pytest.raises(ValueError, match="404"):
             load_image(f"{url}/other.png")
-        monkeypatch.setattr(image_processing_mc_llava, "MAX_DOWNLOAD_BYTES", 10)
+        monkeypatch.setattr(image_loading_mc_llava, "MAX_DOWNLOAD_BYTES", 10)
         with pytest.raises(ValueError, match="more than 10 bytes"):
             load_image(f"{url}/image.png")
         server.shutdown()
@@ -245,7 +244,7 @@ class TestImageProcessor:
         assert out["crop_coords"].shape == (sum(crops), 2)
         assert out["crop_num_tokens"].shape == (sum(crops),)
         dtypes = [out[name].dtype for name in self.processor.model_input_names]
-        assert dtypes == [torch.float32, torch.float32, torch.int64, torch.int64]
+        assert dtypes == [torch.float32, torch.int64, torch.float32, torch.int64, torch.int64]
         assert out["crop_coords"][0].tolist() == [0.5, 0.5]
         for image, count in zip(images, crops):
             assert len(self.processor.plan(*image.size, max_crops=4, num_tokens=50)) == count

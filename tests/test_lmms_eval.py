@@ -11,8 +11,9 @@ import torch
 from conftest import ROOT, picture, prompt
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
-from mc_llava.evaluation import Evaluator, evaluate
-from mc_llava.tasks import SHORT
+from mc_llava.engine import Evaluator
+from mc_llava.evaluation.running import evaluate
+from mc_llava.evaluation.tasks import SHORT
 
 
 pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see scripts/test.sh")
@@ -159,7 +160,7 @@ class TestRequests:
     @pytest.fixture(scope="class")
     @classmethod
     def plugin(cls, converted, rows):
-        from mc_llava.lmms_eval_model import MCLlavaForLmmsEval
+        from mc_llava.evaluation.lmms_eval_model import MCLlavaForLmmsEval
 
         arguments = ",".join(f"{name}={value}" for name, value in KNOBS.items())
         plugin = MCLlavaForLmmsEval.create_from_arg_string(
@@ -234,7 +235,7 @@ class TestRequests:
 
 
 def test_bad_arguments():
-    from mc_llava.lmms_eval_model import MCLlavaForLmmsEval
+    from mc_llava.evaluation.lmms_eval_model import MCLlavaForLmmsEval
 
     with pytest.raises(ValueError, match="batch_size must be a number, got 'auto'"):
         MCLlavaForLmmsEval(batch_size="auto")

@@ -7,8 +7,8 @@ import string
 import numpy as np
 import pytest
 
-from mc_llava import metrics
-from mc_llava.metrics import (
+from mc_llava.evaluation import metrics
+from mc_llava.evaluation.metrics import (
     bootstrap_interval,
     find_letter,
     gqa_accuracy,

@@ -5,10 +5,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import picture, prompt, small_model
+from conftest import PATCH, SIDE, picture, prompt, small_model
 from transformers import SiglipVisionConfig
 
-from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration
+from mc_llava import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration, count_image_tokens
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2)]
@@ -146,9 +146,36 @@ def test_tuples_and_hidden_states(model, processor):
     inputs = processor(QUESTIONS, IMAGES)
     with torch.no_grad():
         output = model(**inputs, output_hidden_states=True, use_cache=False)
-        logits, hidden_states = model(**inputs, output_hidden_states=True, use_cache=False, return_dict=False)
+        flags = {"output_hidden_states": True, "use_cache": False, "return_dict": False}
+        logits, hidden_states, image_outputs = model(**inputs, **flags)
     assert torch.equal(output.logits, logits)
     assert len(output.hidden_states) == len(hidden_states) == 3
+    assert torch.equal(output.image_outputs.last_hidden_state, image_outputs.last_hidden_state)
+
+
+def test_outputs_hold_those_of_the_tower(model, processor):
+    inputs = processor(QUESTIONS * 2, IMAGES * 2)
+    fields = image_fields(inputs)
+    crops, patches = len(inputs["pixel_values"]), (SIDE // PATCH) ** 2
+    with torch.no_grad():
+        output = model(**inputs, output_hidden_states=True)
+        plain = model(**inputs)
+        eager = small_model(attn_implementation="eager")
+        features = eager.get_image_features(**fields, output_hidden_states=True, output_attentions=True)
+        patches_before_norm = torch.cat([eager.model.encode_crops(pixels[None]) for pixels in inputs["pixel_values"]])
+    assert crops > CROPS_PER_PASS, "more than one pass"
+    for outputs in (output.image_outputs, features):
+        assert [tuple(state.shape) for state in outputs.hidden_states] == [(crops, patches, 32)] * 3
+    assert [tuple(weights.shape) for weights in features.attentions] == [(crops, 2, patches, patches)] * 2
+    assert torch.allclose(features.attentions[0].sum(-1), torch.ones(()), atol=1e-5)
+    kept = eager.model.keep_last(patches_before_norm, inputs["crop_num_tokens"])
+    positions = eager.model.coord_embed(inputs["crop_coords"]).repeat_interleave(inputs["crop_num_tokens"], 0)
+    assert torch.allclose(features.last_hidden_state, kept + positions, atol=1e-5)
+    assert plain.image_outputs.hidden_states is None and plain.image_outputs.attentions is None
+    assert [len(tokens) for tokens in plain.image_outputs.pooler_output] == count_image_tokens(
+        inputs["crop_num_tokens"], inputs["image_grid_thw"]
+    )
+    assert model(**processor("Why?")).image_outputs is None
 
 
 def test_pickle_and_copies(processor):

@@ -1,5 +1,6 @@
 """The package as a bare clone and as a wheel, and the card at the README's top."""
 
+import configparser
 import json
 import os
 import shutil
@@ -15,7 +16,10 @@ from conftest import ROOT
 from huggingface_hub import ModelCard, constants
 from packaging.requirements import Requirement
 
-from mc_llava.convert import REMOTE_CODE
+from mc_llava import ROOT_FILES
+
+
+CODE_FILES = [f"{name}.py" for name in ROOT_FILES]
 
 
 def run(*arguments, cwd, python_path="") -> str:
@@ -62,18 +66,25 @@ def test_an_installed_wheel_works_away_from_the_checkout(installed, trial, tmp_p
     command = ("-m", "mc_llava", "ask", trial.pictures[0], trial.questions[0])
     assert trial.is_right(0, run(*command, cwd=tmp_path, python_path=installed))
     run("-m", "mc_llava", "convert", "tiny", "model", cwd=tmp_path, python_path=installed)
-    assert {path.name for path in (tmp_path / "model").iterdir()} > set(REMOTE_CODE)
+    assert {path.name for path in (tmp_path / "model").iterdir()} > set(CODE_FILES)
 
 
 def test_the_wheel_carries_code_configurations_and_templates_once(installed):
     files = [path.relative_to(installed).as_posix() for path in installed.rglob("*") if path.is_file()]
     names = [name.rsplit("/", 1)[-1] for name in files]
-    for name in REMOTE_CODE:
+    for name in CODE_FILES:
         assert names.count(name) == 1, name
     for folder in ("mc_llava", "mc_llava/tiny"):
         for name in ("config.json", "generation_config.json", "processor_config.json", "chat_template.jinja"):
             assert f"{folder}/{name}" in files
     assert not any("test" in name for name in files)
+
+
+def test_lmms_eval_finds_the_model(installed):
+    entry_points = configparser.ConfigParser()
+    entry_points.read(next(installed.glob("*.dist-info")) / "entry_points.txt")
+    module, _, function = entry_points["lmms_eval.models"]["mc_llava"].partition(":")
+    assert f"def {function}(" in (installed / module.replace(".", "/")).with_suffix(".py").read_text()
 
 
 def test_what_an_endpoint_installs_is_what_the_package_needs(installed):
@@ -84,7 +95,7 @@ def test_what_an_endpoint_installs_is_what_the_package_needs(installed):
 
 
 def test_no_file_of_the_remote_code_is_twice_in_the_tree(clone):
-    for name in REMOTE_CODE:
+    for name in CODE_FILES:
         assert list(clone.rglob(name)) == [clone / name]
 
 

@@ -12,7 +12,8 @@ from make_published_checkpoint import write_published_checkpoint
 from torch import nn
 
 from mc_llava import MCLlavaProcessor
-from mc_llava.evaluation import Evaluator, evaluate
+from mc_llava.engine import Evaluator
+from mc_llava.evaluation.running import evaluate
 from mc_llava.loading import find_device, load, load_model
 
 

@@ -6,10 +6,22 @@ import re
 import numpy as np
 import pytest
 
-from mc_llava import scenes
-from mc_llava.image_processing_mc_llava import plan_crops
-from mc_llava.pretraining import IGNORED, CropDataset, label_crop, make_crop
-from mc_llava.scenes import CHARACTERS, COLORS, KINDS, Question, ask, caption, draw_scene, is_correct, make_scene
+from mc_llava import plan_crops, scenes
+from mc_llava.scenes import KINDS, ask, caption, draw_scene, is_correct, make_scene
+from mc_llava.scenes import questions as asking
+from mc_llava.scenes.scene import (
+    CHARACTERS,
+    COLORS,
+    OBJECTS,
+    SHAPES,
+    Scene,
+    character_centers,
+    legible_height,
+    load_font,
+    make_group,
+    move,
+)
+from mc_llava.scenes.tower import IGNORED, CropDataset, label_crop, make_crop
 
 
 SEEDS = range(60)
@@ -28,14 +40,14 @@ def test_glyphs_are_illegible_in_the_whole_image_and_legible_in_a_crop(split):
             if thing.text:
                 assert thing.glyph * 96 / scene.height < 3
             # Up to the rounding of a font to whole pixels.
-            assert scenes.legible_height(thing.box, thing.glyph, crop_boxes(scene)) >= 7.5
+            assert legible_height(thing.box, thing.glyph, crop_boxes(scene)) >= 7.5
 
 
 def test_legible_height_takes_the_best_crop_that_holds_all_and_its_smaller_scale():
     crops = [(0, 0, 192, 192), (96, 0, 192, 384), (500, 500, 510, 510)]
-    assert scenes.legible_height((100, 10, 120, 20), 20, crops) == 10
-    assert scenes.legible_height((100, 300, 120, 320), 20, crops) == 5
-    assert scenes.legible_height((90, 300, 120, 320), 20, crops) == 0
+    assert legible_height((100, 10, 120, 20), 20, crops) == 10
+    assert legible_height((100, 300, 120, 320), 20, crops) == 5
+    assert legible_height((90, 300, 120, 320), 20, crops) == 0
 
 
 def test_the_drawn_glyph_is_as_high_as_it_says():
@@ -69,9 +81,9 @@ def test_the_splits_share_no_background_font_or_scene():
 def test_drawing_the_test_split_needs_no_matplotlib(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     draw_scene(make_scene(0, "test"))
-    scenes.load_font.cache_clear()
+    load_font.cache_clear()
     with pytest.raises(ValueError, match="pip install matplotlib"):
-        scenes.load_font("DejaVuSans.ttf", 30)
+        load_font("DejaVuSans.ttf", 30)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -81,8 +93,8 @@ def test_questions_are_answered_from_the_description(kind):
     for seed in SEEDS:
         scene = make_scene(seed)
         question = ask(scene, kind, rng)
-        seen.add(re.sub("|".join((*COLORS, *scenes.SHAPES, *scenes.OBJECTS)), "*", question.text))
-        assert question.kind == kind and is_correct(question, question.answer)
+        seen.add(re.sub("|".join((*COLORS, *SHAPES, *OBJECTS)), "*", question.text))
+        assert question.kind == kind and is_correct(question.key, question.answer)
         signs = {thing.text: thing for thing in scene.things if thing.text}
         if kind == "ocr":
             assert f"{signs[question.key].color} sign" in question.text
@@ -112,11 +124,11 @@ def test_positions_follow_from_the_coordinates():
         axis = 0 if question.key in ("left", "right") else 1
         size = (scene.width, scene.height)[axis]
         distance = (first.center[axis] - last.center[axis]) / size
-        assert abs(distance) >= scenes.MIN_DISTANCE
+        assert abs(distance) >= asking.MIN_DISTANCE
         assert question.key == (("left", "right"), ("above", "below"))[axis][distance > 0]
 
 
-@pytest.mark.parametrize("kind", scenes.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_questions_tell_what_they_name(kind):
     rng = random.Random(2)
     for seed in SEEDS:
@@ -136,54 +148,54 @@ def test_captions_name_all_things():
 
 
 @pytest.mark.parametrize(
-    ("kind", "key", "reply", "right"),
+    ("key", "reply", "right"),
     [
-        ("ocr", "K7", "It says K7.", True),
-        ("ocr", "K7", "k7", False),
-        ("ocr", "K7", "It says K7 or K9.", False),
-        ("ocr", "K7", "It says K77.", False),
-        ("ocr", "K7", "It says K7 Z.", False),
-        ("ocr", "K7", "It says K7 or k9.", False),
-        ("ocr", "K7", "It says K7/IO5.", False),
-        ("ocr", "K7", "A red sign. I read: K7!", True),
-        ("ocr", "42", "It says 42.", True),
-        ("attribute", "red", "Red.", True),
-        ("attribute", "red", "It is red or blue.", False),
-        ("attribute", "red", "The star is red.", True),
-        ("attribute", "red", "The star is blue.", False),
-        ("hard", "red", "The sign next to the green star is red.", False),
-        ("hard", "red", "The sign next to the star is red.", True),
-        ("hard", "K7", "It says K7.", True),
-        ("position", "left", "It is left of the sign.", True),
-        ("position", "left", "It is right of the sign.", False),
-        ("position", "left", "It is left and right.", False),
-        ("position", "left", "To the left-hand side of the red tree.", True),
-        ("position", "above", "It is above the sign K7.", True),
-        ("hard", "green star", "It is a green star.", True),
-        ("hard", "green star", "It is a star.", False),
-        ("hard", "green star", "It is a green circle.", False),
+        ("K7", "It says K7.", True),
+        ("K7", "k7", False),
+        ("K7", "It says K7 or K9.", False),
+        ("K7", "It says K77.", False),
+        ("K7", "It says K7 Z.", False),
+        ("K7", "It says K7 or k9.", False),
+        ("K7", "It says K7/IO5.", False),
+        ("K7", "A red sign. I read: K7!", True),
+        ("42", "It says 42.", True),
+        ("red", "Red.", True),
+        ("red", "It is red or blue.", False),
+        ("red", "The star is red.", True),
+        ("red", "The star is blue.", False),
+        ("red", "The sign next to the green star is red.", False),
+        ("red", "The sign next to the star is red.", True),
+        ("K7", "It says K7.", True),
+        ("left", "It is left of the sign.", True),
+        ("left", "It is right of the sign.", False),
+        ("left", "It is left and right.", False),
+        ("left", "To the left-hand side of the red tree.", True),
+        ("above", "It is above the sign K7.", True),
+        ("green star", "It is a green star.", True),
+        ("green star", "It is a star.", False),
+        ("green star", "It is a green circle.", False),
     ],
 )
-def test_a_reply_is_right_if_it_holds_the_key_alone(kind, key, reply, right):
-    assert is_correct(Question(kind, "", "", key), reply) is right
+def test_a_reply_is_right_if_it_holds_the_key_alone(key, reply, right):
+    assert is_correct(key, reply) is right
 
 
 def test_labels_say_what_a_crop_shows():
     glyph = 16
-    (sign, star) = scenes.make_group(random.Random(0), glyph, [("red", "K7")], [("star", "blue")], ("DejaVuSans.ttf",))
+    (sign, star) = make_group(random.Random(0), glyph, [("red", "K7")], [("star", "blue")], ("DejaVuSans.ttf",))
     if not sign.text:
         sign, star = star, sign
-    group = scenes.move((sign, star), 40, 60)
+    group = move((sign, star), 40, 60)
     sign = group[0]
-    scene = scenes.Scene(400, 400, "clouds", 0, (group,))
+    scene = Scene(400, 400, "clouds", 0, (group,))
     red, blue = list(COLORS).index("red"), list(COLORS).index("blue")
 
     labels = label_crop(scene, (0, 0, 192, 192), side=96, patch_size=8)
     assert labels["sign_texts"][red].tolist() == [1 + CHARACTERS.index("K"), 1 + CHARACTERS.index("7"), 0, 0]
     assert (labels["sign_texts"][[color for color in range(len(COLORS)) if color != red]] == 0).all()
-    star_id = scenes.SHAPES.index("star")
+    star_id = SHAPES.index("star")
     assert labels["shape_colors"][star_id] == 1 + blue and labels["sign_neighbors"][red] == 1 + star_id
-    for order, (character, (x, y)) in enumerate(zip("K7", scenes.character_centers(sign)), start=1):
+    for order, (character, (x, y)) in enumerate(zip("K7", character_centers(sign)), start=1):
         patch = int(y / 192 * 12) * 12 + int(x / 192 * 12)
         assert labels["patch_names"][patch] == 1 + CHARACTERS.index(character)
         assert labels["patch_colors"][patch] == 1 + red and labels["patch_orders"][patch] == order

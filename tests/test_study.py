@@ -6,21 +6,19 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, write_untrained_tiny
 from PIL import Image
 
-from mc_llava import scenes, study, train_tiny
+from mc_llava import scenes
 from mc_llava.estimate import estimate
+from mc_llava.evaluation import running
+from mc_llava.scenes import study
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "model"
-    torch.manual_seed(0)
-    processor = train_tiny.build_processor()
-    vision = train_tiny.vision_config(width=32, layers=1)
-    train_tiny.build_model(processor, vision, width=32, layers=1).save_pretrained(folder)
-    processor.save_pretrained(folder)
+    write_untrained_tiny(folder, layers=1)
     return folder
 
 
@@ -43,7 +41,7 @@ def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monke
     def refuse(*args, **kwargs):
         raise AssertionError("what was asked before is asked again")
 
-    monkeypatch.setattr(study.Evaluator, "answer", refuse)
+    monkeypatch.setattr(running, "answer_questions", refuse)
     assert study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=2) == found
 
 
@@ -59,14 +57,14 @@ def test_the_command_prints_the_table_of_all_settings(folder, tmp_path):
 def test_too_many_scenes_and_failed_questions_are_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_scenes must be at most 500, got 501"):
         study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=501)
-    answer = study.Evaluator._answer
+    generate, question = running.Evaluator.generate, scenes.benchmark_question(0, "hard").text
 
-    def fail(evaluator, task, questions):
-        if any(question.id == "hard-0" for question in questions):
+    def fail(engine, questions, features, **options):
+        if question in questions:
             raise ValueError("no such luck")
-        return answer(evaluator, task, questions)
+        return generate(engine, questions, features, **options)
 
-    monkeypatch.setattr(study.Evaluator, "_answer", fail)
+    monkeypatch.setattr(running.Evaluator, "generate", fail)
     with pytest.raises(ValueError, match="the question hard-0 failed: no such luck.*remove .*crops-0-tokens-128"):
         study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=1)
     assert not (tmp_path / "docs").exists()

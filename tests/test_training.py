@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from trl import SFTTrainer
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
-from mc_llava.training import PARTS, Collator, Recipe, check, load_recipe, train
+from mc_llava.training import PARTS, Collator, Recipe, build_recipe, check, read_recipe, train
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +289,7 @@ def test_what_learns_is_in_float32_and_no_gradient_enters_a_frozen_tower(
 def test_a_recipe_is_read_with_overrides(tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("model: a\ndata: b\nimages: c\noutput: d\nlearning_rate: 1e-3\ntrain: [projector]\n")
-    recipe = load_recipe(path, ["batch_size=3", "num_tokens=[4, 8]"])
+    recipe = build_recipe(Recipe, read_recipe(path, ["batch_size=3", "num_tokens=[4, 8]"]))
     assert recipe == Recipe("a", "b", "c", "d", ("projector",), learning_rate=1e-3, batch_size=3, num_tokens=(4, 8))
 
 
@@ -311,7 +311,7 @@ def test_a_recipe_that_cannot_be_is_refused(tmp_path, overrides, message):
     path = tmp_path / "recipe.yaml"
     path.write_text("model: a\ndata: b\nimages: c\noutput: d\n")
     with pytest.raises(ValueError, match=message):
-        load_recipe(path, overrides)
+        build_recipe(Recipe, read_recipe(path, overrides))
 
 
 def test_a_file_that_is_no_json_is_refused(recipe, tmp_path):
@@ -340,6 +340,6 @@ def test_small_steps_add_up_where_the_model_is_kept_in_bfloat16(recipe, tmp_path
     "path", sorted(Path(__file__).parent.parent.glob("examples/*_3b.yaml")), ids=lambda path: path.stem
 )
 def test_the_recipes_that_come_along_are_read(path):
-    recipe = load_recipe(path)
+    recipe = build_recipe(Recipe, read_recipe(path))
     assert recipe.max_crops[1] > 0 and recipe.num_tokens[1] < 2048
     assert set(recipe.train) == {"coordinates", "projector"}

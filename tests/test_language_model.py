@@ -15,19 +15,24 @@ import torch
 from conftest import ROOT
 from transformers import TrainingArguments
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes, tasks, train_tiny
-from mc_llava.pretraining import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower, sine_positions
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
+from mc_llava.evaluation.tasks import NUM_SCENES
+from mc_llava.scenes import language_model
+from mc_llava.scenes.scene import legible_height, outline
+from mc_llava.scenes.tower import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower, sine_positions
 
 
 @pytest.fixture(scope="module")
 def processor():
-    return train_tiny.build_processor()
+    return language_model.build_processor()
 
 
 @pytest.fixture(scope="module")
 def model(processor):
     torch.manual_seed(0)
-    return train_tiny.build_model(processor, train_tiny.vision_config(width=32, layers=1), width=32, layers=1).eval()
+    return language_model.build_model(
+        processor, language_model.vision_config(width=32, layers=1), width=32, layers=1
+    ).eval()
 
 
 def test_the_tokenizer_keeps_the_characters_of_signs_single(processor):
@@ -46,12 +51,12 @@ def test_cached_features_give_the_same_answers_as_pixels(processor, model):
     scene = scenes.make_scene(0)
     image = scenes.draw_scene(scene)
     inputs = processor("What color is the star?", image, max_crops=8, num_tokens=40)
-    (cached,) = train_tiny.encode_scenes(model, processor, [0], "train", [(8, 40)])
-    trainee = train_tiny.LanguageModelTrainee(model.config).eval()
+    (cached,) = language_model.encode_scenes(model, processor, [0], "train", [(8, 40)])
+    trainee = language_model.LanguageModelTrainee(model.config).eval()
     trainee.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected = model(**inputs).logits
-        fields = train_tiny.image_fields([cached, cached])
+        fields = language_model.image_fields([cached, cached])
         twice = {name: torch.cat([inputs[name]] * 2) for name in ("input_ids", "attention_mask")}
         got = trainee(**twice, **fields).logits
     # The cache holds bfloat16's results in float16.
@@ -59,10 +64,10 @@ def test_cached_features_give_the_same_answers_as_pixels(processor, model):
 
 
 def test_conversations_have_their_loss_on_the_answers(processor, model):
-    images = train_tiny.encode_scenes(model, processor, [0, 1], "train", [(0, 20), (0, 30)])
+    images = language_model.encode_scenes(model, processor, [0, 1], "train", [(0, 20), (0, 30)])
     tokenizer = processor.tokenizer
     rows = [{"image": 0, "short": False, "seed": 5}, {"image": 1, "short": False, "seed": 6}]
-    collator = train_tiny.SceneCollator(processor, images, captions=0.0, turns=3)
+    collator = language_model.SceneCollator(processor, images, captions=0.0, turns=3)
     batch = collator(rows)
     assert torch.equal(batch["input_ids"], collator(rows)["input_ids"])
     assert batch["input_ids"].tolist() != collator([rows[0] | {"seed": 7}, rows[1]])["input_ids"].tolist()
@@ -75,7 +80,7 @@ def test_conversations_have_their_loss_on_the_answers(processor, model):
         turns = text.split("<|im_start|>assistant\n")[1:]
         assert [turn.split("<|im_end|>")[0] for turn in turns] == answers
     # What the chat template makes of the same turns.
-    caption = train_tiny.SceneCollator(processor, images, captions=1.0, turns=3)(rows[1:])
+    caption = language_model.SceneCollator(processor, images, captions=1.0, turns=3)(rows[1:])
     text = tokenizer.decode(caption["input_ids"][0]).replace("<image>", "")
     asked, said = text.split("<|im_end|>")[0].split("\n")[-1], text.split("assistant\n")[1].removesuffix("<|im_end|>")
     messages = [
@@ -86,9 +91,9 @@ def test_conversations_have_their_loss_on_the_answers(processor, model):
 
 
 def test_short_batches_show_the_last_token_of_each_crop(processor, model):
-    (image,) = train_tiny.encode_scenes(model, processor, [3], "train", [(8, 60)])
+    (image,) = language_model.encode_scenes(model, processor, [3], "train", [(8, 60)])
     last = [features[-1] for features in image.features.split(image.num_tokens.tolist())]
-    collator = train_tiny.SceneCollator(processor, [image], captions=0.0, turns=4)
+    collator = language_model.SceneCollator(processor, [image], captions=0.0, turns=4)
     batch = collator([{"image": 0, "short": True, "seed": 1}])
     assert torch.equal(batch["pixel_values"], torch.stack(last)[:, None].float())
     assert batch["crop_num_tokens"].tolist() == [1] * len(last) and len(last) > 1
@@ -105,8 +110,8 @@ def answer_around(processor, ids, position) -> str:
 
 
 def test_positions_of_short_batches_are_spread_as_if_crops_had_more_tokens(processor, model):
-    images = train_tiny.encode_scenes(model, processor, [3], "train", [(8, 60)])
-    collator = train_tiny.SceneCollator(processor, images, captions=0.0, turns=1)
+    images = language_model.encode_scenes(model, processor, [3], "train", [(8, 60)])
+    collator = language_model.SceneCollator(processor, images, captions=0.0, turns=1)
     crops, spacings = len(images[0].coords), set()
     for seed in range(20):
         batch = collator([{"image": 0, "short": True, "seed": seed}])
@@ -119,15 +124,15 @@ def test_positions_of_short_batches_are_spread_as_if_crops_had_more_tokens(proce
         assert text[:start] == list(range(start))
         assert text[start:] == list(range(start + spacing * crops, spacing * crops + len(text)))
         spacings.add(spacing)
-    assert spacings == set(train_tiny.SPACINGS)
+    assert spacings == set(language_model.SPACINGS)
     whole = collator([{"image": 0, "short": False, "seed": 0}])
     assert whole["position_ids"].tolist() == [list(range(whole["input_ids"].shape[1]))]
 
 
 @pytest.mark.parametrize("short", [False, True])
 def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(processor, model, short):
-    images = train_tiny.encode_scenes(model, processor, [3, 4], "train", [(32, 128)] * 2)
-    collator = train_tiny.SceneCollator(processor, images, captions=0.0, turns=4)
+    images = language_model.encode_scenes(model, processor, [3, 4], "train", [(32, 128)] * 2)
+    collator = language_model.SceneCollator(processor, images, captions=0.0, turns=4)
     batch = collator([{"image": 0, "short": short, "seed": 2}, {"image": 1, "short": short, "seed": 3}])
     looks, layers = batch["looks"], set()
     for layer, row, position, targets, place in zip(*looks.values()):
@@ -143,17 +148,17 @@ def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(proc
             if torch.allclose(torch.tensor(thing.center) / torch.tensor([scene.width, scene.height]), place)
         ]
         assert not others
-        box, glyph = scenes.outline(group), min(thing.glyph for thing in group)
-        showing = [scenes.legible_height(box, glyph, [crop.box]) >= train_tiny.READABLE for crop in plan]
+        box, glyph = outline(group), min(thing.glyph for thing in group)
+        showing = [legible_height(box, glyph, [crop.box]) >= language_model.READABLE for crop in plan]
         counts = batch["crop_num_tokens"].split(batch["image_grid_thw"][:, 0].tolist())[row]
         last = torch.where(ids == processor.image_token_id)[0][counts.cumsum(0) - 1]
         assert any(showing) and targets.nonzero()[:, 0].tolist() == last[torch.tensor(showing)].tolist()
         before = processor.tokenizer.decode(ids[: position + 1])
-        if layer == train_tiny.NAMING_LAYER:
+        if layer == language_model.NAMING_LAYER:
             assert before.endswith((f" {thing.text}", thing.name))
         else:
             assert batch["labels"][row, position + 1] not in (-100, processor.tokenizer.eos_token_id)
-    assert layers == {train_tiny.NAMING_LAYER, train_tiny.ANSWERING_LAYER}
+    assert layers == {language_model.NAMING_LAYER, language_model.ANSWERING_LAYER}
     # From every word of the answers that name one thing, all of which these crops show, and of no others.
     for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"])):
         spoken = ((labels != -100) & (labels != processor.tokenizer.eos_token_id)).nonzero()[:, 0]
@@ -165,12 +170,12 @@ def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(proc
             if not any(words in answer_around(processor, ids, position) for words in comparing)
         ]
         here = looks["rows"] == row
-        answering = here & (looks["layers"] == train_tiny.ANSWERING_LAYER)
+        answering = here & (looks["layers"] == language_model.ANSWERING_LAYER)
         assert looks["positions"][answering].tolist() == alone
-        naming = (here & (looks["layers"] == train_tiny.NAMING_LAYER)).sum().item()
+        naming = (here & (looks["layers"] == language_model.NAMING_LAYER)).sum().item()
         assert turns <= naming <= 2 * turns
     # A caption names all and asks for none; short batches have questions alone.
-    caption = train_tiny.SceneCollator(processor, images, captions=1.0, turns=4)
+    caption = language_model.SceneCollator(processor, images, captions=1.0, turns=4)
     assert bool(len(caption([{"image": 0, "short": short, "seed": 2}])["looks"]["rows"])) is short
 
 
@@ -191,10 +196,10 @@ def test_the_loss_of_looking_falls_with_the_share_of_the_right_crops():
     }
 
     def loss():
-        return train_tiny.looking_loss(layers, attentions, hidden_states, **looks).item()
+        return language_model.looking_loss(layers, attentions, hidden_states, **looks).item()
 
     # Two fifths of the attention in both layers; nothing known of the one name's place in either layer behind it.
-    places = train_tiny.PLACE_WEIGHT * 2 * 0.375
+    places = language_model.PLACE_WEIGHT * 2 * 0.375
     assert loss() == pytest.approx(-2 * math.log(0.4) + places, rel=1e-4)
     attentions[1][0, :2, 3] = torch.tensor([0, 0.5, 0.5, 0, 0])  # the third head is free
     assert loss() == pytest.approx(-math.log(0.4) + places, rel=1e-4)
@@ -212,11 +217,11 @@ def test_the_loss_of_looking_falls_with_the_share_of_the_right_crops():
 
 
 def test_the_trainer_adds_the_loss_of_looking(processor, tmp_path):
-    model = train_tiny.build_model(processor, train_tiny.vision_config(width=64, layers=1), width=64, layers=3)
-    trainee = train_tiny.LanguageModelTrainee(model.config)
+    model = language_model.build_model(processor, language_model.vision_config(width=64, layers=1), width=64, layers=3)
+    trainee = language_model.LanguageModelTrainee(model.config)
     trainee.set_attn_implementation("eager")
-    images = train_tiny.encode_scenes(model.eval(), processor, [3, 4], "train", [(32, 128)] * 2)
-    batch = train_tiny.SceneCollator(processor, images, captions=0.0, turns=4)(
+    images = language_model.encode_scenes(model.eval(), processor, [3, 4], "train", [(32, 128)] * 2)
+    batch = language_model.SceneCollator(processor, images, captions=0.0, turns=4)(
         [{"image": 0, "short": True, "seed": 2}, {"image": 1, "short": True, "seed": 3}]
     )
     layers, read = trainee.model.language_model.layers, []
@@ -224,11 +229,11 @@ def test_the_trainer_adds_the_loss_of_looking(processor, tmp_path):
         layer.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     with torch.no_grad():
         arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-        loss = train_tiny.LookingTrainer(trainee, arguments).compute_loss(trainee.eval(), dict(batch)).item()
+        loss = language_model.LookingTrainer(trainee, arguments).compute_loss(trainee.eval(), dict(batch)).item()
         looks = batch.pop("looks")
         read.clear()
         outputs = trainee(**batch, output_attentions=True)
-        looking = train_tiny.looking_loss(layers, outputs.attentions, read, **looks).item()
+        looking = language_model.looking_loss(layers, outputs.attentions, read, **looks).item()
     assert looking > 1 and loss == pytest.approx(outputs.loss.item() + looking, rel=1e-5)
 
 
@@ -236,7 +241,7 @@ def test_the_projector_starts_where_all_directions_count_the_same(model):
     torch.manual_seed(0)
     mixing, scales = torch.linalg.qr(torch.randn(32, 32)).Q, torch.logspace(-0.5, 0.5, 32)
     images = [
-        train_tiny.CachedImage(
+        language_model.CachedImage(
             0, (0, 2), (torch.randn(2, 32) * scales) @ mixing + 5, torch.zeros(1, 2), torch.tensor([2])
         )
         for _ in range(500)
@@ -244,7 +249,7 @@ def test_the_projector_starts_where_all_directions_count_the_same(model):
     projector = copy.deepcopy(model.model.multi_modal_projector)
     mixing = projector.linear_1.weight.detach().clone()
     mixing /= mixing.std() * 32**0.5
-    train_tiny.whiten_projector(projector, images)
+    language_model.whiten_projector(projector, images)
     projected = projector.linear_1(torch.stack([image.features[-1] for image in images]))
     torch.testing.assert_close(projected.mean(0), torch.zeros(32), atol=1e-3, rtol=0)
     torch.testing.assert_close(projected.T.cov(), mixing @ mixing.T, atol=0.1, rtol=0)
@@ -253,11 +258,13 @@ def test_the_projector_starts_where_all_directions_count_the_same(model):
 def test_each_time_around_all_images_have_their_turn_and_other_conversations():
     budgets = [(0, 20), (8, 20), (16, 20), (32, 20), (64, 20)]
     nothing = torch.zeros(0)
-    images = [train_tiny.CachedImage(seed, budget, nothing, nothing, nothing) for seed, budget in enumerate(budgets)]
+    images = [
+        language_model.CachedImage(seed, budget, nothing, nothing, nothing) for seed, budget in enumerate(budgets)
+    ]
     stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=3)
 
     def rows(stage, short_steps):
-        return train_tiny.scene_rows(images, stage, short_steps).to_list()
+        return language_model.scene_rows(images, stage, short_steps).to_list()
 
     whole = rows(stage, 0)
     shown = [row["image"] for row in whole]
@@ -273,19 +280,19 @@ def test_each_time_around_all_images_have_their_turn_and_other_conversations():
 
 
 def test_measuring_counts_right_replies(processor, model, monkeypatch):
-    images = train_tiny.encode_scenes(model, processor, [0, 1, 2, 3], "test", [(0, 8)] * 4)
+    images = language_model.encode_scenes(model, processor, [0, 1, 2, 3], "test", [(0, 8)] * 4)
     answers = iter(["It says nothing."] * 4 + ["red"] * 4 + ["left"] * 4 + ["?"] * 4)
-    monkeypatch.setattr(train_tiny, "answer", lambda *args: [next(answers) for _ in range(4)])
+    monkeypatch.setattr(language_model, "answer_cached", lambda *args: [next(answers) for _ in range(4)])
     rng = random.Random(0)
     keys = {kind: [scenes.ask(scenes.make_scene(s, "test"), kind, rng).key for s in range(4)] for kind in scenes.KINDS}
     expected = {"ocr": 0, "attribute": 25.0 * keys["attribute"].count("red")}
     expected |= {"position": 25.0 * keys["position"].count("left"), "hard": 0}
-    assert train_tiny.measure(model, processor, images, "test") == expected
+    assert language_model.measure_language_model(model, processor, images, "test") == expected
 
 
 def test_the_optimizer_steps_all_that_learns_and_comes_back_from_its_state():
     torch.manual_seed(0)
-    model = TowerForPretraining(train_tiny.vision_config(width=32, layers=1))
+    model = TowerForPretraining(language_model.vision_config(width=32, layers=1))
     model.tower.embeddings.patch_embedding.weight.requires_grad = False
     batch = torch.utils.data.default_collate([CropDataset(4, "train", 96, 8)[index] for index in range(4)])
     optimizer = MuonAndAdamW(model, 1e-3, 0.0)
@@ -301,7 +308,7 @@ def test_the_optimizer_steps_all_that_learns_and_comes_back_from_its_state():
     unused = {"tower.post_layernorm.weight", "tower.post_layernorm.bias", "tower.embeddings.patch_embedding.weight"}
     assert {name for name, value in model.named_parameters() if torch.equal(value, before[name])} == unused
 
-    other = TowerForPretraining(train_tiny.vision_config(width=32, layers=1))
+    other = TowerForPretraining(language_model.vision_config(width=32, layers=1))
     other.load_state_dict(model.state_dict())
     other.tower.embeddings.patch_embedding.weight.requires_grad = False
     restored = MuonAndAdamW(other, 5.0, 0.0)
@@ -319,7 +326,7 @@ def test_positions_are_alike_for_patches_that_are_near():
     of_middle = alike[6 * 12 + 5]
     assert of_middle[6, 5] == of_middle.max()
     assert of_middle[6, 5] > of_middle[6, 6] > of_middle[6, 7] and of_middle[6, 5] > of_middle[7, 5] > of_middle[8, 5]
-    learned = TowerForPretraining(train_tiny.vision_config(128, 6)).tower.embeddings.position_embedding.weight
+    learned = TowerForPretraining(language_model.vision_config(128, 6)).tower.embeddings.position_embedding.weight
     assert torch.equal(learned, positions)
 
 
@@ -372,37 +379,39 @@ def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp
 
 
 def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_tiny, "SHARD", 3)
-    tested, encode = set(), train_tiny.encode_scenes
+    monkeypatch.setattr(language_model, "SHARD", 3)
+    tested, encode = set(), language_model.encode_scenes
 
     def noted(model, processor, seeds, split, budgets, workers=0):
         tested.update(seeds if split == "test" else ())
         return encode(model, processor, seeds, split, budgets, workers)
 
-    monkeypatch.setattr(train_tiny, "encode_scenes", noted)
+    monkeypatch.setattr(language_model, "encode_scenes", noted)
     stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
     sizes = {"tower_width": 32, "tower_layers": 3, "width": 32, "layers": 3, "workers": 0}
-    recipe = train_tiny.TinyRecipe(
+    recipe = language_model.TinyRecipe(
         str(tmp_path / "tiny"), stage, stage, num_images=5, short_steps=1, num_tested=2, **sizes
     )
-    output = train_tiny.train_tiny(recipe)
+    output = language_model.train_tiny(recipe)
     model = MCLlavaForConditionalGeneration.from_pretrained(output)
     processor = MCLlavaProcessor.from_pretrained(output)
-    tower = pretrain_tower(tmp_path / "tiny-work" / "tower", train_tiny.vision_config(32, 3), stage, workers=0).tower
+    tower = pretrain_tower(
+        tmp_path / "tiny-work" / "tower", language_model.vision_config(32, 3), stage, workers=0
+    ).tower
     for name, value in model.model.vision_tower.state_dict().items():
         torch.testing.assert_close(value.float(), tower.state_dict()[name], rtol=0.01, atol=1e-3)
     inputs = processor("What color is the star?", scenes.draw_scene(scenes.make_scene(0, "test")))
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
     report = json.loads((tmp_path / "tiny-work" / "language_model" / "accuracy.jsonl").read_text())
     assert set(report["crops"]) == set(scenes.KINDS)
-    assert len(tested) == 2 and not tested & set(range(tasks.NUM_SCENES))
+    assert len(tested) == 2 and not tested & set(range(NUM_SCENES))
 
     def cached():
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work/images").glob("*.safetensors")}
 
     shards = cached()
     assert set(shards) == {"0-3.safetensors", "3-5.safetensors"}
-    train_tiny.train_tiny(recipe)
+    language_model.train_tiny(recipe)
     again = MCLlavaForConditionalGeneration.from_pretrained(output).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
     assert shards == cached()
@@ -412,10 +421,10 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     longer = replace(recipe, tower=replace(stage, steps=3))
     for name in ("images", "language_model"):
         with pytest.raises(ValueError, match=f"{name} was made with tower.steps 2, the recipe has 3: remove the fold"):
-            train_tiny.train_tiny(longer)
+            language_model.train_tiny(longer)
         shutil.rmtree(tmp_path / "tiny-work" / name)
     with pytest.raises(ValueError, match="tower was made with tower.learning_rate 0.001, the recipe has 0.002"):
-        train_tiny.train_tiny(replace(recipe, tower=replace(stage, learning_rate=2e-3)))
-    train_tiny.train_tiny(replace(longer, language_model=replace(stage, seed=1)))
-    train_tiny.train_tiny(replace(longer, language_model=replace(stage, seed=1, steps=3)))
+        language_model.train_tiny(replace(recipe, tower=replace(stage, learning_rate=2e-3)))
+    language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1)))
+    language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1, steps=3)))
     assert (tmp_path / "tiny-work" / "language_model" / "checkpoint-3").is_dir() and cached() != shards

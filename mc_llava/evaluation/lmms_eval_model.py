@@ -3,7 +3,7 @@ MC-LLaVA in lmms-eval, which finds it by the entry point `lmms_eval.models`:
 
     lmms-eval --model mc_llava --model_args pretrained=FOLDER,max_crops=20,num_tokens=728 --tasks textvqa_val
 
-lmms-eval asks; the asking itself is `evaluation.Evaluator`'s. Its exit code is 0 on failure too: look at its results.
+lmms-eval asks; `engine.Evaluator` answers. Its exit code is 0 on failure too: look at its results.
 """
 
 import json
@@ -17,9 +17,9 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from .evaluation import Evaluator
-from .image_processing_mc_llava import load_image
-from .loading import load
+from .. import load_image
+from ..engine import Evaluator
+from ..loading import load
 
 
 def manifest() -> ModelManifest:

@@ -1,7 +1,7 @@
 """
 How `tiny` is made: its tokenizer and sizes, the features of its frozen tower, and its language model.
 
-The tower comes from `pretraining`. Once it is frozen, the patches it keeps of a crop never change: they are computed
+The tower comes from `tower.py`. Once it is frozen, the patches it keeps of a crop never change: they are computed
 once, and the language model, the projector and the coordinate embedding train on them many times faster.
 """
 
@@ -16,18 +16,17 @@ from typing import Annotated, NamedTuple
 import torch
 from datasets import Dataset
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig, Trainer, TrainingArguments
 
-from . import scenes
-from .configuration_mc_llava import MCLlavaConfig
-from .image_processing_mc_llava import MCLlavaImageProcessor
-from .modeling_mc_llava import MCLlavaForConditionalGeneration, MCLlavaModel
-from .pretraining import MuonAndAdamW, Report, Stage, pretrain_tower
-from .processing_mc_llava import MCLlavaProcessor
-from .training import checked, last_checkpoint, set_trainable
+from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaModel, MCLlavaProcessor
+from ..journal import replacing, write_json
+from ..training import checked, last_checkpoint, set_trainable
+from .questions import KINDS, SceneQuestion, ask, caption, is_correct
+from .scene import SIDE, Scene, Thing, draw_scene, legible_height, make_scene, outline
+from .tower import MuonAndAdamW, Report, Stage, pretrain_tower
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>", "<pad>"]
@@ -86,10 +85,10 @@ def build_processor() -> MCLlavaProcessor:
     rng = random.Random(0)
     texts = ["user\nassistant\nsystem\n"] * 100
     for seed in range(300):
-        scene, said = scenes.make_scene(seed), []
-        said += scenes.caption(scene, rng)
-        for kind in scenes.KINDS:
-            question = scenes.ask(scene, kind, rng)
+        scene, said = make_scene(seed), []
+        said += caption(scene, rng)
+        for kind in KINDS:
+            question = ask(scene, kind, rng)
             said += [question.text, question.answer]
         signs = {thing.text for thing in scene.things if thing.text}
         texts += [" ".join(word for word in text.split(" ") if word.strip(".,?") not in signs) for text in said]
@@ -111,7 +110,7 @@ def build_processor() -> MCLlavaProcessor:
         clean_up_tokenization_spaces=False,
     )
     image_processor = MCLlavaImageProcessor(
-        size={"height": scenes.SIDE, "width": scenes.SIDE},
+        size={"height": SIDE, "width": SIDE},
         patch_size=PATCH_SIZE,
         max_crops=MAX_CROPS,
         num_tokens=NUM_TOKENS,
@@ -125,7 +124,7 @@ def vision_config(width: int, layers: int) -> SiglipVisionConfig:
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
-        image_size=scenes.SIDE,
+        image_size=SIDE,
         patch_size=PATCH_SIZE,
         vision_use_head=False,
     )
@@ -179,7 +178,7 @@ class SceneCrops(torch.utils.data.Dataset):
         return len(self.seeds)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image = scenes.draw_scene(scenes.make_scene(self.seeds[index], self.split))
+        image = draw_scene(make_scene(self.seeds[index], self.split))
         max_crops, num_tokens = self.budgets[index]
         return dict(self.image_processor(image, max_crops=max_crops, num_tokens=num_tokens, return_tensors="pt"))
 
@@ -194,7 +193,7 @@ def encode_scenes(model, processor, seeds, split: str, budgets, workers: int = 0
     for seed, budget, inputs in zip(seeds, budgets, loader):
         kept = inputs["crop_num_tokens"]
         with torch.autocast(device.type, torch.bfloat16):
-            features = model.model._encode_crops(inputs["pixel_values"].to(device), kept.to(device))
+            features = model.model.keep_last(model.model.encode_crops(inputs["pixel_values"].to(device)), kept)
         images.append(CachedImage(seed, budget, features.half().cpu(), inputs["crop_coords"], kept))
     return images
 
@@ -217,9 +216,8 @@ def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> li
             shard = encode_scenes(model, processor, seeds, "train", budgets, workers)
             tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in CachedImage.TENSORS}
             tensors["crops"] = torch.tensor([len(image.coords) for image in shard])
-            partial = path.with_suffix(".part")
-            save_file(tensors, partial)
-            partial.rename(path)  # an interrupted run leaves no half of a shard
+            with replacing(path) as file:
+                file.write(save(tensors))
         shard = load_file(path)
         crops = shard["crops"].tolist()
         tokens = [int(kept.sum()) for kept in shard["num_tokens"].split(crops)]
@@ -249,9 +247,8 @@ def scene_rows(images: list[CachedImage], stage: Stage, short_steps: int) -> Dat
 class CachedTower(MCLlavaModel):
     """Takes the features that its frozen tower gave before for pixels: right-aligned, [crops, longest, width]."""
 
-    def _encode_crops(self, pixel_values: torch.Tensor, num_tokens: torch.Tensor, **kwargs) -> torch.Tensor:
-        longest = pixel_values.shape[1]
-        return pixel_values[torch.arange(longest, device=pixel_values.device) >= longest - num_tokens[:, None]]
+    def encode_crops(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
+        return pixel_values
 
 
 class LanguageModelTrainee(MCLlavaForConditionalGeneration):
@@ -357,16 +354,17 @@ class SceneCollator:
 
     def __init__(self, processor, images: list[CachedImage], captions: float, turns: int):
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.image_token_id = processor.image_token_id
         self.images, self.captions, self.turns = images, captions, turns
 
-    def questions(self, scene: scenes.Scene, captions: float, turns: int, rng: random.Random) -> list[scenes.Question]:
+    def questions(self, scene: Scene, captions: float, turns: int, rng: random.Random) -> list[SceneQuestion]:
         if rng.random() < captions:
-            text, answer = scenes.caption(scene, rng)
-            return [scenes.Question("caption", text, answer, answer)]
-        return [scenes.ask(scene, *rng.choices(list(KIND_WEIGHTS), KIND_WEIGHTS.values()), rng) for _ in range(turns)]
+            text, answer = caption(scene, rng)
+            return [SceneQuestion("caption", text, answer, answer)]
+        return [ask(scene, *rng.choices(list(KIND_WEIGHTS), KIND_WEIGHTS.values()), rng) for _ in range(turns)]
 
     def conversation(
-        self, image: CachedImage, scene: scenes.Scene, questions: list[scenes.Question]
+        self, image: CachedImage, scene: Scene, questions: list[SceneQuestion]
     ) -> tuple[list[int], list[int], list[Look]]:
         """Token ids, labels, and where to look."""
         seen = self.last_tokens_showing(image, scene)
@@ -378,7 +376,7 @@ class SceneCollator:
                 f"{before}{question.text}<|im_end|>\n<|im_start|>assistant\n", return_offsets_mapping=True
             )
             if picture:
-                first = asked["input_ids"].index(self.tokenizer.convert_tokens_to_ids("<image>"))
+                first = asked["input_ids"].index(self.image_token_id)
             replied = self.tokenizer.encode(f"{question.answer}<|im_end|>")
             answer_start = len(ids) + len(asked["input_ids"])
             for name, thing in question.named:
@@ -397,15 +395,15 @@ class SceneCollator:
             labels += [-100] * len(asked["input_ids"]) + replied
         return ids, labels, looks
 
-    def last_tokens_showing(self, image: CachedImage, scene: scenes.Scene) -> dict[scenes.Thing, list[int]]:
+    def last_tokens_showing(self, image: CachedImage, scene: Scene) -> dict[Thing, list[int]]:
         """Thing -> the last token of each crop in which it and its neighbor can be told, of the image's tokens."""
         max_crops, num_tokens = image.budget
         plan = self.image_processor.plan(scene.width, scene.height, max_crops=max_crops, num_tokens=num_tokens)
         last = (image.num_tokens.cumsum(0) - 1).tolist()
         showing = {}
         for group in scene.groups:
-            outline, glyph = scenes.outline(group), min(thing.glyph for thing in group)
-            heights = [scenes.legible_height(outline, glyph, [crop.box]) for crop in plan]
+            box, glyph = outline(group), min(thing.glyph for thing in group)
+            heights = [legible_height(box, glyph, [crop.box]) for crop in plan]
             showing |= dict.fromkeys(group, [token for token, height in zip(last, heights) if height >= READABLE])
         return showing
 
@@ -418,7 +416,7 @@ class SceneCollator:
         images = [self.images[row["image"]] for row in rows]
         if short:
             images = [last_tokens(image) for image in images]
-        drawn = [scenes.make_scene(image.seed) for image in images]
+        drawn = [make_scene(image.seed) for image in images]
         questions = [self.questions(scene, captions, turns, rng) for scene in drawn]
         talks = [self.conversation(*talk) for talk in zip(images, drawn, questions)]
         longest = max(len(ids) for ids, _, _ in talks)
@@ -429,7 +427,7 @@ class SceneCollator:
             targets[index, look.targets] = True
         input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _, _ in talks])
         spacing = rng.choice(SPACINGS) if short else 1
-        is_visual = input_ids == self.tokenizer.convert_tokens_to_ids("<image>")
+        is_visual = input_ids == self.image_token_id
         return {
             "input_ids": input_ids,
             "position_ids": torch.arange(longest) + (spacing - 1) * is_visual.cumsum(-1),
@@ -453,15 +451,15 @@ def last_tokens(image: CachedImage) -> CachedImage:
 
 
 @torch.no_grad()
-def answer(model, processor, images: list[CachedImage], questions: list[str], batch_size: int = 64) -> list[str]:
-    """Greedy replies of a `LanguageModelTrainee`."""
+def answer_cached(
+    model, processor, images: list[CachedImage], questions: list[str], batch_size: int = 64
+) -> list[str]:
+    """Greedy replies of a `LanguageModelTrainee`, which takes cached features for pixels."""
     replies = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
         prompts = [
-            "<|im_start|>user\n"
-            + "<image>" * int(image.num_tokens.sum())
-            + f"\n{question}<|im_end|>\n<|im_start|>assistant\n"
+            prompt(processor, question, int(image.num_tokens.sum()))
             for image, question in zip(batch, questions[start:])
         ]
         inputs = processor.tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
@@ -473,16 +471,23 @@ def answer(model, processor, images: list[CachedImage], questions: list[str], ba
     return replies
 
 
-def measure(model, processor, images: list[CachedImage], split: str) -> dict[str, float]:
+def prompt(processor, question: str, num_tokens: int) -> str:
+    """The template's prompt of a question about one image of so many visual tokens."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    written = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return written.replace(processor.image_token, processor.image_token * num_tokens)
+
+
+def measure_language_model(model, processor, images: list[CachedImage], split: str) -> dict[str, float]:
     """Percent of right replies for each kind of question, one of each about every image."""
     was_training = model.training
     model.eval()
     rng = random.Random(0)
     accuracies = {}
-    for kind in scenes.KINDS:
-        questions = [scenes.ask(scenes.make_scene(image.seed, split), kind, rng) for image in images]
-        replies = answer(model, processor, images, [question.text for question in questions])
-        right = [scenes.is_correct(question, reply) for question, reply in zip(questions, replies)]
+    for kind in KINDS:
+        questions = [ask(make_scene(image.seed, split), kind, rng) for image in images]
+        replies = answer_cached(model, processor, images, [question.text for question in questions])
+        right = [is_correct(question.key, reply) for question, reply in zip(questions, replies)]
         accuracies[kind] = round(100 * sum(right) / len(right), 1)
     model.train(was_training)
     return accuracies
@@ -516,9 +521,9 @@ def train_language_model(
 
     def measured(trainee):
         return {
-            "crops": measure(trainee, processor, with_crops, "test"),
-            "whole": measure(trainee, processor, without, "test"),
-            "seen": measure(trainee, processor, images[:num_tested], "train"),
+            "crops": measure_language_model(trainee, processor, with_crops, "test"),
+            "whole": measure_language_model(trainee, processor, without, "test"),
+            "seen": measure_language_model(trainee, processor, images[:num_tested], "train"),
         }
 
     whiten_projector(model.model.multi_modal_projector, images)
@@ -573,12 +578,12 @@ def check_made_of(folder: Path, wanted: dict):
                     "name another output"
                 )
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=1) + "\n")
+    write_json(path, wanted)
 
 
 def train_tiny(recipe: TinyRecipe) -> Path:
     """
-    Make `tiny` from nothing, or go on where an interrupted call stopped. Returns the model's folder.
+    Make `tiny` from scratch, or resume an interrupted call. Returns the model's folder.
 
     Raises:
         ValueError: if the earlier call had a recipe whose results can't be gone on from.

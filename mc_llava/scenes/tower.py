@@ -1,5 +1,5 @@
 """
-The vision tower of `tiny`, trained from nothing: what SigLIP brings to the 3B model ready-made.
+The vision tower of `tiny`, trained from scratch: what SigLIP brings to the 3B model ready-made.
 
 Captions alone leave a small tower on a plateau for a long time. Here every crop gives dense targets, on two heads that
 are dropped afterwards:
@@ -23,9 +23,24 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
-from . import scenes
-from .scenes import CHARACTERS, COLORS, OBJECTS, SHAPES, Scene, Thing
-from .training import checked, last_checkpoint
+from ..training import checked, last_checkpoint
+from .scene import (
+    BACKGROUNDS,
+    CHARACTERS,
+    COLORS,
+    FONTS,
+    OBJECTS,
+    SHAPES,
+    SPLITS,
+    Scene,
+    Thing,
+    character_centers,
+    distance,
+    draw_scene,
+    make_group,
+    move,
+    outline,
+)
 
 
 COLOR_IDS = {name: index for index, name in enumerate(COLORS)}
@@ -78,20 +93,20 @@ def make_crop(seed: int, split: str, side: int) -> tuple[Scene, tuple[int, int, 
         text = "".join(rng.choices(CHARACTERS, k=rng.choice((2, 3, 4))))
         signs = [(colors.pop(), text)] if chance < 0.75 else []
         shapes = [(names.pop(), rng.choice(list(COLORS)))] if chance < 0.45 or not signs else []
-        group = scenes.make_group(rng, glyph, signs, shapes, scenes.FONTS[split])
-        _, _, right, bottom = scenes.outline(group)
+        group = make_group(rng, glyph, signs, shapes, FONTS[split])
+        _, _, right, bottom = outline(group)
         # Of two groups in three all lies inside, else at least a quarter.
         over = 0.0 if rng.random() < 0.67 else 0.75
         for _ in range(10):
             x = left + rng.uniform(-right * over, max(0, width - right * (1 - over)))
             y = top + rng.uniform(-bottom * over, max(0, height - bottom * (1 - over)))
             x, y = round(x), round(y)
-            moved = scenes.move(group, x, y)
-            boxes = [scenes.outline(other) for other in groups]
-            if all(scenes._distance(scenes.outline(moved), box) > glyph * 0.5 for box in boxes):
+            moved = move(group, x, y)
+            boxes = [outline(other) for other in groups]
+            if all(distance(outline(moved), box) > glyph * 0.5 for box in boxes):
                 groups.append(moved)
                 break
-    scene = Scene(4 * width, 4 * height, rng.choice(scenes.BACKGROUNDS[split]), rng.getrandbits(7), tuple(groups))
+    scene = Scene(4 * width, 4 * height, rng.choice(BACKGROUNDS[split]), rng.getrandbits(7), tuple(groups))
     return scene, (left, top, left + width, top + height)
 
 
@@ -110,66 +125,99 @@ def label_crop(scene: Scene, box: tuple[int, int, int, int], side: int, patch_si
         ordered_characters: int[LONGEST_SIGN, characters], 1 where some sign that is not cut has it there.
         places: float[colors + names, 2], where the signs and shapes lie, from 0 to 1; NaN where they don't.
     """
-    grid = side // patch_size
-    left, top, right, bottom = box
-    labels = {name: np.zeros(grid * grid, np.int64) for name in PATCH_TARGETS}
-    labels |= {name: np.zeros(shape, np.int64) for name, (shape, _, _) in CROP_TARGETS.items()}
-    labels["places"] = np.full((len(COLORS) + len(NAMES), 2), np.nan, np.float32)
-    scale = side / max(right - left, bottom - top)
-
-    def relative(point):
-        return (point[0] - left) / (right - left), (point[1] - top) / (bottom - top)
-
-    def mark(point, name, color, order=0):
-        x, y = relative(point)
-        if 0 <= x < 1 and 0 <= y < 1:
-            patch = int(y * grid) * grid + int(x * grid)
-            taken = labels["patch_names"][patch] != 0
-            labels["patch_names"][patch] = IGNORED if taken else name
-            labels["patch_colors"][patch] = 1 + COLOR_IDS[color]
-            labels["patch_orders"][patch] = IGNORED if taken else order
-
-    def visible(thing: Thing) -> float:
-        across = min(right, thing.box[2]) - max(left, thing.box[0])
-        down = min(bottom, thing.box[3]) - max(top, thing.box[1])
-        area = (thing.box[2] - thing.box[0]) * (thing.box[3] - thing.box[1])
-        return max(0, across) * max(0, down) / area
-
+    labels = CropLabels(box, side, patch_size)
     for group in scene.groups:
         shape = next((thing for thing in group if not thing.text), None)
         for thing in group:
-            seen, color = visible(thing), COLOR_IDS[thing.color]
-            small = thing.glyph * scale < (5 if thing.text else 4)
-            place = color if thing.text else len(COLORS) + NAME_IDS[thing.name]
-            if seen > 0.6:
-                labels["places"][place] = relative(thing.center)
-            if not thing.text:
-                index = NAME_IDS[thing.name]
-                mark(thing.center, IGNORED if small else 1 + len(CHARACTERS) + index, thing.color)
-                if seen > 0.25:
-                    labels["shape_colors"][index] = IGNORED if small or seen < 0.7 else 1 + color
-                continue
-            inside = thing.box[0] + thing.glyph / 4 >= left and thing.box[2] - thing.glyph / 4 <= right
-            inside &= thing.box[1] + thing.glyph / 4 >= top and thing.box[3] - thing.glyph / 4 <= bottom
-            centers = scenes.character_centers(thing)
-            for order, (character, center) in enumerate(zip(thing.text, centers), start=1):
-                index = CHARACTERS.index(character)
-                mark(center, IGNORED if small else 1 + index, thing.color, order if inside and not small else IGNORED)
-                x, y = relative(center)
-                if 0 <= x < 1 and 0 <= y < 1 and labels["characters"][index] != 1:
-                    labels["characters"][index] = IGNORED if small else 1
-                if inside and labels["ordered_characters"][order - 1, index] != 1:
-                    labels["ordered_characters"][order - 1, index] = IGNORED if small else 1
-            if seen > 0.02:
-                if small or not inside:
-                    labels["sign_texts"][color] = IGNORED
-                else:
-                    text = [1 + CHARACTERS.index(character) for character in thing.text]
-                    labels["sign_texts"][color, : len(text)] = text
-                if shape is not None:
-                    clear = seen > 0.7 and visible(shape) > 0.7 and not small
-                    labels["sign_neighbors"][color] = 1 + NAME_IDS[shape.name] if clear else IGNORED
-    return labels
+            if thing.text:
+                labels.add_sign(thing, shape)
+            else:
+                labels.add_shape(thing)
+    return labels.arrays
+
+
+class CropLabels:
+    """The labels of one crop, filled in thing by thing: see `label_crop`."""
+
+    def __init__(self, box: tuple[int, int, int, int], side: int, patch_size: int):
+        self.left, self.top, self.right, self.bottom = box
+        self.grid = side // patch_size
+        self.scale = side / max(self.right - self.left, self.bottom - self.top)  # pixels of the tower per scene's
+        self.arrays = {name: np.zeros(self.grid**2, np.int64) for name in PATCH_TARGETS}
+        self.arrays |= {name: np.zeros(shape, np.int64) for name, (shape, _, _) in CROP_TARGETS.items()}
+        self.arrays["places"] = np.full((len(COLORS) + len(NAMES), 2), np.nan, np.float32)
+
+    def add_shape(self, shape: Thing):
+        index, shown, small = NAME_IDS[shape.name], self.shown(shape), self.is_small(shape)
+        self.note_place(len(COLORS) + index, shape)
+        self.note_patch(shape.center, IGNORED if small else 1 + len(CHARACTERS) + index, shape.color, order=0)
+        if shown > 0.25:
+            unclear = small or shown < 0.7
+            self.arrays["shape_colors"][index] = IGNORED if unclear else 1 + COLOR_IDS[shape.color]
+
+    def add_sign(self, sign: Thing, neighbor: Thing | None):
+        color, shown, small = COLOR_IDS[sign.color], self.shown(sign), self.is_small(sign)
+        legible = self.is_uncut(sign) and not small
+        self.note_place(color, sign)
+        self.note_characters(sign)
+        if shown > 0.02:
+            text = [1 + CHARACTERS.index(character) for character in sign.text]
+            padded = text + [0] * (LONGEST_SIGN - len(text))
+            self.arrays["sign_texts"][color] = padded if legible else IGNORED
+            if neighbor is not None:
+                clear = shown > 0.7 and self.shown(neighbor) > 0.7 and not small
+                self.arrays["sign_neighbors"][color] = 1 + NAME_IDS[neighbor.name] if clear else IGNORED
+
+    def note_characters(self, sign: Thing):
+        uncut, small = self.is_uncut(sign), self.is_small(sign)
+        found = IGNORED if small else 1
+        for order, (character, center) in enumerate(zip(sign.text, character_centers(sign))):
+            index = CHARACTERS.index(character)
+            name = IGNORED if small else 1 + index
+            self.note_patch(center, name, sign.color, 1 + order if uncut and not small else IGNORED)
+            # What another sign has shown clearly stays found.
+            if self.patch_at(center) is not None and self.arrays["characters"][index] != 1:
+                self.arrays["characters"][index] = found
+            if uncut and self.arrays["ordered_characters"][order, index] != 1:
+                self.arrays["ordered_characters"][order, index] = found
+
+    def note_place(self, index: int, thing: Thing):
+        if self.shown(thing) > 0.6:
+            self.arrays["places"][index] = self.relative(thing.center)
+
+    def note_patch(self, point: tuple[float, float], name: int, color: str, order: int):
+        """What has its center in a patch; of two things in one neither can be told."""
+        patch = self.patch_at(point)
+        if patch is not None:
+            taken = self.arrays["patch_names"][patch] != 0
+            self.arrays["patch_names"][patch] = IGNORED if taken else name
+            self.arrays["patch_colors"][patch] = 1 + COLOR_IDS[color]
+            self.arrays["patch_orders"][patch] = IGNORED if taken else order
+
+    def relative(self, point: tuple[float, float]) -> tuple[float, float]:
+        return (point[0] - self.left) / (self.right - self.left), (point[1] - self.top) / (self.bottom - self.top)
+
+    def patch_at(self, point: tuple[float, float]) -> int | None:
+        """The number of the patch that holds a point of the scene; None outside of the crop."""
+        x, y = self.relative(point)
+        return int(y * self.grid) * self.grid + int(x * self.grid) if 0 <= x < 1 and 0 <= y < 1 else None
+
+    def shown(self, thing: Thing) -> float:
+        """The share of the thing's area that lies in the crop."""
+        left, top, right, bottom = thing.box
+        across = min(self.right, right) - max(self.left, left)
+        down = min(self.bottom, bottom) - max(self.top, top)
+        return max(0, across) * max(0, down) / ((right - left) * (bottom - top))
+
+    def is_small(self, thing: Thing) -> bool:
+        return thing.glyph * self.scale < (5 if thing.text else 4)
+
+    def is_uncut(self, sign: Thing) -> bool:
+        """Whether the whole text is in the crop; the plate's margin may be cut."""
+        left, top, right, bottom = sign.box
+        margin = sign.glyph / 4
+        across = left + margin >= self.left and right - margin <= self.right
+        return across and top + margin >= self.top and bottom - margin <= self.bottom
 
 
 class CropDataset(torch.utils.data.Dataset):
@@ -183,7 +231,7 @@ class CropDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         scene, box = make_crop(self.first + index, self.split, self.side)
-        image = scenes.draw_scene(scene, box).resize((self.side, self.side), Image.Resampling.BICUBIC)
+        image = draw_scene(scene, box).resize((self.side, self.side), Image.Resampling.BICUBIC)
         pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
         return {"pixel_values": pixels} | label_crop(scene, box, self.side, self.patch_size)
 
@@ -269,13 +317,13 @@ class TowerForPretraining(nn.Module):
             for name, (_, _, nothing) in CROP_TARGETS.items()
         ]
         known = ~targets["places"].isnan()
-        distance = (logits["places"] - targets["places"].nan_to_num()).abs() * known
-        losses.append(4 * distance.sum() / known.sum().clamp(min=1))
+        errors = (logits["places"] - targets["places"].nan_to_num()).abs() * known
+        losses.append(4 * errors.sum() / known.sum().clamp(min=1))
         return {"loss": torch.stack(losses).sum()}
 
 
 @torch.no_grad()
-def measure(model: TowerForPretraining, dataset: CropDataset, gathered: int = 3, batch_size: int = 128) -> dict:
+def measure_tower(model: TowerForPretraining, dataset: CropDataset, gathered: int = 3, batch_size: int = 128) -> dict:
     """
     Accuracies in percent where something is to be seen.
 
@@ -401,7 +449,11 @@ def pretrain_tower(
     for layer in model.tower.encoder.layers:
         layer.compile()  # saves a quarter of a step's time on a CPU; needs a C++ compiler
     side, patch_size = vision_config.image_size, vision_config.patch_size
-    seen = {split: CropDataset(384, split, side, patch_size, first=10**9) for split in scenes.SPLITS}
+    seen = {split: CropDataset(384, split, side, patch_size, first=10**9) for split in SPLITS}
+
+    def measured(tower):
+        return {split: measure_tower(tower, crops) for split, crops in seen.items()}
+
     trainer = Trainer(
         model,
         TrainingArguments(
@@ -412,7 +464,9 @@ def pretrain_tower(
         train_dataset=CropDataset(stage.steps * stage.batch_size, "train", side, patch_size),
         optimizers=(MuonAndAdamW(model, stage.learning_rate, stage.weight_decay), None),
         callbacks=[
-            Report(stage.save_steps, lambda model: {split: measure(model, crops) for split, crops in seen.items()})
+            Report(
+                stage.save_steps, lambda model: {split: measure_tower(model, crops) for split, crops in seen.items()}
+            )
         ],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))

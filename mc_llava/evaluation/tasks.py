@@ -19,7 +19,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 
-from . import scenes
+from .. import scenes
 from .metrics import find_letter, gqa_accuracy, textvqa_accuracy, vqav2_accuracy
 
 
@@ -295,7 +295,7 @@ def _read_scenes(source: str) -> tuple[int, Iterator[Question]]:
 
 
 def _score_scene(question: Question, reply: str) -> float:
-    return float(scenes.is_correct(scenes.Question(question.part, "", "", question.expected), reply))
+    return float(scenes.is_correct(question.expected, reply))
 
 
 TASKS = {

@@ -5,7 +5,6 @@ The same questions are asked under every setting: `max_crops` grows while `num_t
 Beside them stand what a model answers that sees nothing, and what always giving a kind's commonest answer would score.
 """
 
-import json
 from collections import Counter
 from functools import cache
 from itertools import islice
@@ -14,18 +13,21 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from . import scenes
-from .estimate import estimate
-from .evaluation import Evaluator, evaluate
-from .loading import load
-from .metrics import wilson_interval
-from .tasks import NUM_SCENES
+from ..engine import Evaluator
+from ..estimate import estimate
+from ..evaluation.metrics import wilson_interval
+from ..evaluation.running import evaluate
+from ..evaluation.tasks import NUM_SCENES
+from ..journal import write_json
+from ..loading import load
+from .questions import DIRECTIONS, KINDS, is_correct
+from .scene import CROPS, make_scene
 
 
-MAX_CROPS, NUM_TOKENS = scenes.CROPS, 128
-CROPS = (0, 2, 4, 8, 16, 32, 64)
-TOKENS = (40, 64, 96, 128, 192, 256)
-SETTINGS = tuple(dict.fromkeys([(c, NUM_TOKENS) for c in CROPS] + [(MAX_CROPS, t) for t in TOKENS]))
+MAX_CROPS, NUM_TOKENS = CROPS, 128
+STUDIED_CROPS = (0, 2, 4, 8, 16, 32, 64)
+STUDIED_TOKENS = (40, 64, 96, 128, 192, 256)
+SETTINGS = tuple(dict.fromkeys([(c, NUM_TOKENS) for c in STUDIED_CROPS] + [(MAX_CROPS, t) for t in STUDIED_TOKENS]))
 NAMES = {"ocr": "OCR", "attribute": "attributes", "position": "position", "hard": "hard"}
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 24
@@ -54,7 +56,7 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
         evaluator = Evaluator(model, processor, max_crops, num_tokens, BATCH_SIZE, MAX_NEW_TOKENS)
         folder = work / f"crops-{max_crops}-tokens-{num_tokens}"
         results = evaluate(
-            "scenes", evaluator, folder, model=model_path, revision=revision, limit=num_scenes * len(scenes.KINDS)
+            "scenes", evaluator, folder, model=model_path, revision=revision, limit=num_scenes * len(KINDS)
         )
         records = results["questions"]
         if failed := next((record for record in records if "failed" in record), None):
@@ -81,8 +83,8 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
         "majority": majority(records),
     }
     output.mkdir(parents=True, exist_ok=True)
-    (output / "study.json").write_text(json.dumps(study, indent=1) + "\n", encoding="utf-8")
-    draw(study, output)
+    write_json(output / "study.json", study)
+    draw_figures(study, output)
     return study
 
 
@@ -105,9 +107,7 @@ def blind_scores(evaluator: Evaluator, records: list[dict]) -> list[float]:
     records = iter(records)
     while batch := list(islice(records, BATCH_SIZE)):
         replies = evaluator.generate([record["prompt"] for record in batch], [[]] * len(batch))
-        for record, reply in zip(batch, replies):
-            question = scenes.Question(record["part"], "", "", record["expected"])
-            scores.append(float(scenes.is_correct(question, reply)))
+        scores += [float(is_correct(record["expected"], reply)) for record, reply in zip(batch, replies)]
     return scores
 
 
@@ -118,9 +118,9 @@ def majority(records: list[dict]) -> dict[str, dict]:
     A question of position names two directions: there it is the commoner of these.
     """
     found = {}
-    for kind in scenes.KINDS:
+    for kind in KINDS:
         counts = Counter(record["expected"] for record in records if record["part"] == kind)
-        choices = scenes.DIRECTIONS if kind == "position" else (tuple(counts),)
+        choices = DIRECTIONS if kind == "position" else (tuple(counts),)
         answers = [max(choice, key=lambda key: counts[key]) for choice in choices]
         score = 100 * sum(counts[key] for key in answers) / counts.total()
         found[kind] = {"answer": " or ".join(answers), "score": round(score, 1)}
@@ -137,7 +137,7 @@ def mean_flops(config, processor, max_crops: int, num_tokens: int, num_scenes: i
 
     plans, total = {}, 0
     for seed in range(num_scenes):
-        scene = scenes.make_scene(seed, "test")
+        scene = make_scene(seed, "test")
         plan = processor.image_processor.plan(scene.width, scene.height, max_crops=max_crops, num_tokens=num_tokens)
         size = len(plan), sum(crop.num_tokens for crop in plan)
         plans[size] = plan
@@ -164,7 +164,7 @@ def markdown(study: dict) -> str:
     return "\n".join(lines)
 
 
-def draw(study: dict, output: Path):
+def draw_figures(study: dict, output: Path):
     """Accuracy and cost over one knob while the other stays, a figure each."""
     for knob, other, fixed in (("max_crops", "num_tokens", NUM_TOKENS), ("num_tokens", "max_crops", MAX_CROPS)):
         rows = sorted((row for row in study["settings"] if row[other] == fixed), key=lambda row: row[knob])

@@ -1,0 +1,209 @@
+"""Where the crops of an image lie and how many tokens each of them gives: integers only, no pixels and no tensors."""
+
+import operator
+from difflib import get_close_matches
+from typing import NamedTuple
+
+
+# The published model's: SigLIP so400m reads squares of 384 pixels in patches of 14.
+SIDE, PATCH_SIZE = 384, 14
+MAX_CROPS, NUM_TOKENS = 100, 728
+
+
+class Crop(NamedTuple):
+    """A box in pixels of the picture after its EXIF orientation was applied, and the tokens that are kept of it."""
+
+    box: tuple[int, int, int, int]  # left, top, right, bottom
+    num_tokens: int
+
+
+def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: int, patch_size: int) -> list[Crop]:
+    r"""
+    Lay an overlapping grid of crops over an image and share `num_tokens` tokens among them.
+
+    Both knobs are upper bounds: there are at most `max_crops` crops, and at most `num_tokens - 1`, in addition to the
+    whole image, and all crops together give at most `num_tokens` tokens.
+
+    A base side c, at first `side`, grows in steps of 10 until a grid with stride s = c // 2 has few enough crops.
+    Column i spans [i * s, i * s + c]; the last one reaches to the right edge. Rows likewise. For 1000 x 700 pixels,
+    side 384 and at least 8 crops, c = 384 and s = 192, and the grid has 4 columns and 2 rows:
+
+        0    192   384   576   768   1000
+        |--- 1, 2 ---|     |              |          crop 0 is the whole image; then columns from left
+              |--- 3, 4 ---|              |          to right, and in each the crops from top to bottom
+                    |--- 5, 6 ---|        |
+                          |---- 7, 8 -----|
+
+    Args:
+        width, height: size of the image in pixels.
+        max_crops: upper bound of the crops in addition to the whole image, at least 0.
+        num_tokens: upper bound of the image's tokens, at least 1.
+        side: side of the square that the vision tower reads, in pixels; also the smallest base side.
+        patch_size: side of one of the tower's patches, in pixels.
+
+    Returns:
+        The crops in the order of their tokens, the whole image first.
+
+    Raises:
+        ValueError: if a knob is out of range, or `side` has fewer than two patches.
+    """
+    max_crops = check_knob("max_crops", max_crops, minimum=0)
+    num_tokens = check_knob("num_tokens", num_tokens, minimum=1)
+
+    columns = rows = 1
+    limit = min(max_crops, num_tokens - 1)
+    if limit > 0 and max(width, height) > side + side // 2:
+        base = side - 10
+        columns = rows = limit + 1
+        while columns * rows > limit:
+            base += 10
+            stride = base // 2
+            columns = max(1, (width - base) // stride + 1)
+            rows = max(1, (height - base) // stride + 1)
+
+    boxes = [(0, 0, width, height)]
+    if columns * rows > 1:
+        for column in range(columns):
+            for row in range(rows):
+                left, top = column * stride, row * stride
+                right = width if column == columns - 1 else left + base
+                bottom = height if row == rows - 1 else top + base
+                boxes.append((left, top, right, bottom))
+    return share_tokens(boxes, num_tokens, side, patch_size)
+
+
+def share_tokens(boxes: list[tuple[int, int, int, int]], num_tokens: int, side: int, patch_size: int) -> list[Crop]:
+    """
+    Crops with these boxes that together give at most `num_tokens` tokens.
+
+    Each of M crops gives K = num_tokens // M tokens and the last one what remains, but none can give more than
+    `max_tokens_per_crop`. Of 728 tokens, 9 crops at side 384 give 80 each and the last one 88.
+
+    Raises:
+        ValueError: if there are more boxes than tokens, or `side` has fewer than two patches.
+    """
+    most = max_tokens_per_crop(side, patch_size)
+    if len(boxes) > num_tokens:
+        raise ValueError(f"{len(boxes)} crops need a token each, num_tokens is {num_tokens}: raise it, or pass fewer")
+    share = num_tokens // len(boxes)
+    shares = [share] * (len(boxes) - 1) + [num_tokens - share * (len(boxes) - 1)]
+    return [Crop(box, min(share, most)) for box, share in zip(boxes, shares)]
+
+
+def max_tokens_per_crop(side: int, patch_size: int) -> int:
+    """
+    A crop's patches but one: the published model drops the first patch of every crop (as if SigLIP had a class token),
+    and its weights were trained that way.
+    """
+    most = (side // patch_size) ** 2 - 1
+    if most < 1:
+        raise ValueError(
+            f"size {side} must hold at least 2 x 2 patches, got patch_size {patch_size}: take a smaller one"
+        )
+    return most
+
+
+def check_plan(plan, width: int, height: int, num_tokens: int, side: int, patch_size: int) -> list[Crop]:
+    """
+    Somebody's plan for an image of width x height pixels as a list of `Crop`.
+
+    Args:
+        plan: `Crop`s (box and tokens, as `plan_crops` returns them), or boxes alone (left, top, right, bottom), among
+            which `num_tokens` tokens are shared. Boxes may overlap, differ in size and lie anywhere in the image.
+            Lists, arrays and tensors are read alike.
+
+    Raises:
+        ValueError: if the plan is empty or mixes the two forms, a number is no integer, a box is empty or reaches out
+            of the image, or a crop can't give its number of tokens.
+    """
+    entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in plan]
+    lengths = {len(entry) if isinstance(entry, (list, tuple)) else 0 for entry in entries}
+    if lengths not in ({2}, {4}):
+        raise ValueError(
+            "a plan must be a list of boxes (left, top, right, bottom), or of crops (box, tokens), and hold at least "
+            f"one, got {entries!r:.200}"
+        )
+    boxes = [_check_box(entry[0] if lengths == {2} else entry, width, height) for entry in entries]
+    if lengths == {4}:
+        return share_tokens(boxes, check_knob("num_tokens", num_tokens, 1), side, patch_size)
+    most = max_tokens_per_crop(side, patch_size)
+    crops = [Crop(box, check_knob("a crop's tokens", entry[1], 1)) for box, entry in zip(boxes, entries)]
+    if (largest := max(crop.num_tokens for crop in crops)) > most:
+        raise ValueError(f"a crop gives at most {most} tokens, the plan asks for {largest}: lower it")
+    return crops
+
+
+def make_plans(
+    sizes: list[tuple[int, int]],
+    plans: list | None,
+    max_crops: int,
+    num_tokens: int,
+    side: int,
+    patch_size: int,
+) -> list[list[Crop]]:
+    """
+    The plan of each image of the sizes (width, height): the one that was given for it, or the usual grid.
+
+    Raises:
+        ValueError: as `check_plan` and `plan_crops` do, or if plans and images are not equally many.
+    """
+    if plans is None:
+        return [plan_crops(*size, max_crops, num_tokens, side, patch_size) for size in sizes]
+    if len(plans) != len(sizes):
+        raise ValueError(f"got {len(plans)} plans for {len(sizes)} images: pass a plan for each image, in order")
+    return [check_plan(plan, *size, num_tokens, side, patch_size) for size, plan in zip(sizes, plans)]
+
+
+def _check_box(box, width: int, height: int) -> tuple[int, int, int, int]:
+    if hasattr(box, "tolist"):
+        box = box.tolist()
+    if not isinstance(box, (list, tuple)) or len(box) != 4:
+        raise ValueError(f"a box must be four integers (left, top, right, bottom), got {box!r:.100}")
+    left, top, right, bottom = (_to_integer("a box's edge", edge) for edge in box)
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
+        raise ValueError(
+            f"the box {(left, top, right, bottom)} is empty or reaches out of the {width} x {height} pixels of its "
+            "picture: pass 0 <= left < right <= width and 0 <= top < bottom <= height"
+        )
+    return left, top, right, bottom
+
+
+def check_knob(name: str, value: int, minimum: int) -> int:
+    """`value` as an int; ValueError if it is not an integer, or below `minimum`."""
+    value = _to_integer(name, value, f" of at least {minimum}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def _to_integer(name: str, value, bound: str = "") -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # takes NumPy's integers, refuses 2.0
+    except TypeError:
+        raise ValueError(f"{name} must be an integer{bound}, got {value!r}") from None
+
+
+def refuse_unknown(names, known: set[str]):
+    """ValueError for names that are not known, with the most similar ones that are."""
+    if unknown := sorted(set(names) - known):
+        hints = [hint for name in unknown for hint in get_close_matches(name, known, n=1)]
+        remedy = f"did you mean {', '.join(hints)}?" if hints else "leave them out"
+        raise ValueError(f"unknown options {', '.join(unknown)}: {remedy}")
+
+
+__all__ = [
+    "Crop",
+    "MAX_CROPS",
+    "NUM_TOKENS",
+    "PATCH_SIZE",
+    "SIDE",
+    "check_knob",
+    "check_plan",
+    "make_plans",
+    "max_tokens_per_crop",
+    "plan_crops",
+    "refuse_unknown",
+    "share_tokens",
+]

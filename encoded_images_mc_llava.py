@@ -1,0 +1,227 @@
+"""Images that passed the vision tower and the projector: the value, its file, and a cache of those used last."""
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from threading import Lock
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from .image_loading_mc_llava import load_image
+
+
+def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None) -> list[int]:
+    """How many tokens each image has: the sum over its crops."""
+    if crop_num_tokens is None or image_grid_thw is None:
+        raise ValueError("pixel_values need crop_num_tokens and image_grid_thw: pass all that the processor returned")
+    crops_per_image = image_grid_thw[:, 0].tolist()
+    if sum(crops_per_image) != len(crop_num_tokens):
+        raise ValueError(
+            f"image_grid_thw has {sum(crops_per_image)} crops, crop_num_tokens {len(crop_num_tokens)}: "
+            "pass what the processor returned"
+        )
+    return [int(crops.sum()) for crops in crop_num_tokens.split(crops_per_image)]
+
+
+@dataclass(frozen=True)
+class EncodedImages:
+    """
+    Images that passed the vision tower and the projector, to be asked about any number of times.
+
+    Made by `encode_images`; `generate` and `forward` take it as `image_features`.
+
+    Args:
+        features: float[tokens, hidden], the visual tokens of all images one after another.
+        crop_boxes, crop_coords, crop_num_tokens, image_grid_thw: the crops that they came from, as the image processor
+            returns them: int64[crops, 4], float[crops, 2], int64[crops] and int64[images, 3].
+        weights_hash: of the weights that made them, see `MCLlavaForConditionalGeneration.hash_encoder`.
+
+    Raises:
+        ValueError: if the features are not finite floats, or not as many as the crops give tokens.
+    """
+
+    features: torch.Tensor
+    crop_boxes: torch.LongTensor
+    crop_coords: torch.Tensor
+    crop_num_tokens: torch.LongTensor
+    image_grid_thw: torch.LongTensor
+    weights_hash: str
+
+    def __post_init__(self):
+        for name, shape in (("crop_num_tokens", ()), ("image_grid_thw", (3,))):
+            counts = getattr(self, name)
+            is_valid = counts.dtype == torch.int64 and counts.ndim == len(shape) + 1 and counts.shape[1:] == shape
+            if not is_valid or not len(counts) or counts.min() < 1:
+                raise ValueError(
+                    f"{name} must be int64 counts of at least 1, got {counts.dtype} {list(counts.shape)}: "
+                    "encode the images again"
+                )
+        if not self.features.is_floating_point() or not self.features.isfinite().all():
+            raise ValueError("features must be finite floats: encode the images again, in another dtype if need be")
+        tokens, crops = sum(self.tokens_per_image), len(self.crop_num_tokens)
+        shapes = {name: list(getattr(self, name).shape) for name in ("features", "crop_boxes", "crop_coords")}
+        if shapes != {
+            "features": [tokens, *shapes["features"][1:2]],
+            "crop_boxes": [crops, 4],
+            "crop_coords": [crops, 2],
+        }:
+            raise ValueError(f"{crops} crops with {tokens} tokens don't fit {shapes}: encode the images again")
+
+    @property
+    def crops_per_image(self) -> list[int]:
+        return self.image_grid_thw[:, 0].tolist()
+
+    @property
+    def tokens_per_image(self) -> list[int]:
+        return count_image_tokens(self.crop_num_tokens, self.image_grid_thw)
+
+    def split(self) -> list[torch.Tensor]:
+        """One float[tokens, hidden] per image."""
+        return list(self.features.split(self.tokens_per_image))
+
+    def to(self, device: str | torch.device) -> "EncodedImages":
+        """The same images on another device."""
+        return self._map(lambda tensor: tensor.to(device))
+
+    def clone(self) -> "EncodedImages":
+        """A copy that shares no memory with this one."""
+        return self._map(torch.clone)
+
+    def save(self, path: str | os.PathLike):
+        """Write a safetensors file; what made the features stands in its header."""
+        tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
+        save_file(tensors, path, metadata={"format": "pt", "weights_hash": self.weights_hash})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> "EncodedImages":
+        """
+        Read what `save` wrote.
+
+        Raises:
+            ValueError: if the file is no safetensors file, or not one of encoded images.
+        """
+        names = [field.name for field in fields(cls) if field.name != "weights_hash"]
+        try:
+            with safe_open(path, "pt", device=str(device)) as file:
+                tensors = {name: file.get_tensor(name) for name in names}
+                return cls(**tensors, weights_hash=file.metadata()["weights_hash"])
+        except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, IndexError) as error:
+            raise ValueError(f"{path} holds no encoded images ({error}): pass a file that save() wrote") from error
+
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "EncodedImages":
+        return replace(self, **{name: function(tensor) for name, tensor in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+
+
+def hash_tensors(tensors) -> str:
+    """
+    A hash of the bits, dtypes and shapes of tensors, the same on every device.
+
+    Each tensor's 64-bit words are mixed with their places and summed up where they lie: copying a vision tower from a
+    GPU for a hash on the CPU would take longer than encoding a picture.
+
+    Raises:
+        ValueError: if a tensor has no data here, as where weights wait on a disk.
+    """
+    odd = 0x5851F42D4C957F2D
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        if tensor.is_meta:
+            raise ValueError("weights that wait on a disk can't be hashed: load the vision tower to a device")
+        octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        words = nn.functional.pad(octets, (0, -len(octets) % 8)).view(torch.int64)
+        keys = (2 * torch.arange(len(words), device=words.device) + 1) * odd  # int64 wraps around
+        mixed = (words ^ keys) * odd
+        mixed ^= mixed >> 32
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}{(mixed * keys).sum().item()}".encode())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """
+    Keeps the features of the images used last: the processor's `feature_cache`.
+
+    An image is known by its pixels, the image processor's options (`max_crops` and `num_tokens` among them), the
+    weights that encode it and the dtype that they encode it in. Each image is encoded by itself, so that what it gives
+    does not depend on the others. Threads may share a cache.
+
+    Args:
+        max_bytes: upper bound of the features kept, on whatever device they were made. Those unused for longest go.
+
+    Raises:
+        ValueError: if `max_bytes` is negative.
+    """
+
+    def __init__(self, max_bytes: int = 256 * 2**20):
+        if max_bytes < 0:
+            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.nbytes = self.hits = self.misses = 0
+        self._entries = OrderedDict()
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def encode(
+        self, model, image_processor, images: list, plans: list | None = None, **options
+    ) -> list[EncodedImages]:
+        """
+        One `EncodedImages` for each image that `load_image` reads: a copy of what is kept, or encoded now.
+
+        Args:
+            model: `MCLlavaForConditionalGeneration`.
+            image_processor, plans, options: `MCLlavaImageProcessor` and what its call takes.
+
+        Raises:
+            ValueError: as `load_image`, the image processor and `get_image_features` do, or if plans and images are
+                not equally many.
+        """
+        if plans is not None and len(plans) != len(images):
+            raise ValueError(f"got {len(plans)} plans for {len(images)} images: pass a plan for each image, in order")
+        encoder, device = model.hash_encoder(), model.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+        found = []
+        for index, image in enumerate(images):
+            chosen = options if plans is None else {**options, "plans": [plans[index]]}
+            settings = json.dumps({**image_processor.to_dict(), **chosen}, sort_keys=True, default=_to_json)
+            found.append(self._encode(model, image_processor, load_image(image), chosen, (settings, encoder, dtype)))
+        return found
+
+    def _encode(self, model, image_processor, image: Image.Image, options: dict, made_by: tuple) -> EncodedImages:
+        key = (hashlib.sha256(image.tobytes()).hexdigest(), image.size, *made_by)
+        with self._lock:
+            if key in self._entries:
+                self.hits += 1
+                self._entries.move_to_end(key)
+                return self._entries[key].clone()
+            self.misses += 1
+        inputs = image_processor(image, **{**options, "return_tensors": "pt"}).to(model.device)
+        with torch.no_grad():
+            (features,) = model.get_image_features(**inputs, return_dict=True).pooler_output
+        crops = {name: inputs[name] for name in inputs if name != "pixel_values"}
+        encoded = EncodedImages(features, **crops, weights_hash=made_by[1])
+        with self._lock:
+            # Another thread may have been faster, and an image that is too large for the cache must not empty it.
+            if key not in self._entries and features.nbytes <= self.max_bytes:
+                self._entries[key] = encoded
+                self.nbytes += features.nbytes
+                while self.nbytes > self.max_bytes:
+                    self.nbytes -= self._entries.popitem(last=False)[1].features.nbytes
+        return encoded.clone()
+
+
+def _to_json(value):
+    return value.tolist() if hasattr(value, "tolist") else str(value)
+
+
+__all__ = ["EncodedImages", "FeatureCache", "count_image_tokens", "hash_tensors"]

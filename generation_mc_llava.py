@@ -1,0 +1,282 @@
+"""`generate` for prompts with images: what may be asked for, where the context ends, a prompt's short form."""
+
+import inspect
+import os
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationMixin
+from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import ModelOutput
+
+from .encoded_images_mc_llava import count_image_tokens
+
+
+# What the installed transformers calls keys and values of earlier tokens: `cache` since 5.24. Both names are accepted
+# from callers, this one is used for all that is called.
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE = next(
+    name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+def one_cache(cache, past_key_values):
+    """
+    The cache, given by either of its names; None if there is none.
+
+    Raises:
+        ValueError: if it was given by both names.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one thing: pass one of them")
+    return past_key_values if cache is None else cache
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """
+    What a call of `generate` asks for.
+
+    Args:
+        input_ids: int[batch, length] as given, or None.
+        new_ids: int[batch, new] those of them that no cache holds; zeros where embeddings were given.
+        attention_mask: int[batch, all], those in a cache included; None without a prompt.
+        encoded: the encoded images as transformers hands them around, or None.
+        tokens_per_image: of the images that were given, in pixels or encoded.
+        places: how many `<image>` there are in `new_ids`.
+        is_short: whether the prompt has one `<image>` per image instead of one per visual token.
+    """
+
+    input_ids: torch.LongTensor | None
+    new_ids: torch.LongTensor | None
+    attention_mask: torch.Tensor | None
+    encoded: dict[str, ModelOutput] | None
+    tokens_per_image: list[int]
+    places: int
+
+    @property
+    def is_short(self) -> bool:
+        return self.encoded is not None and self.places == len(self.tokens_per_image) != sum(self.tokens_per_image)
+
+
+class ContextEnd(StoppingCriteria):
+    """Stops each row where its prompt and new tokens fill the language model's context."""
+
+    def __init__(self, prompt_length: int, room: torch.LongTensor):
+        self.prompt_length = prompt_length  # columns of the sequences that are not new
+        self.room = room  # int[batch]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
+        room = self.room.to(input_ids.device)
+        room = room.repeat_interleave(len(input_ids) // len(room))  # beams and return sequences
+        return input_ids.shape[1] - self.prompt_length >= room
+
+
+class SuppressToken(LogitsProcessor):
+    """Never lets one token be chosen."""
+
+    def __init__(self, token_id: int):
+        self.token_id = token_id
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()  # the logits that `output_logits` returns are these
+        scores[:, self.token_id] = -torch.inf
+        return scores
+
+
+class MCLlavaGenerationMixin(GenerationMixin):
+    """`generate` of `MCLlavaForConditionalGeneration`, which has the parameters and the forward pass."""
+
+    def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, path, *, subfolder="", **kwargs):
+        # transformers reads a local folder's own generation_config.json in the place of its subfolder's.
+        if path is not None and os.path.isdir(path):
+            path, subfolder = os.path.join(path, subfolder), ""
+        super().adjust_generation_fn(
+            generation_config, from_auto_class, from_pipeline, path, subfolder=subfolder, **kwargs
+        )
+        # The published generation_config.json names no token: generation would run past <|im_end|>.
+        self.generation_config._from_model_config = False
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if getattr(self.generation_config, name) is None:
+                setattr(self.generation_config, name, getattr(self.config, name))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.LongTensor | None = None,
+        generation_config=None,
+        logits_processor: LogitsProcessorList | None = None,
+        stopping_criteria: StoppingCriteriaList | None = None,
+        *,
+        image_features=None,
+        **kwargs,
+    ) -> torch.LongTensor | ModelOutput:
+        """
+        transformers' own `generate`, which also:
+
+        - takes encoded images as `image_features`. The prompt then has one `<image>` per visual token or, in short,
+          one per image; in the short form sequences and streamers start with the prompt as given, and
+          `max_new_tokens` and `min_new_tokens` count.
+        - refuses a prompt that fills the context before a crop is encoded, and ends each row where it fills it.
+        - never generates `<image>`.
+
+        Keys and values of earlier turns may be passed as `cache` or as `past_key_values`, whichever release of
+        transformers is installed.
+
+        Raises:
+            ValueError: if the prompt leaves no room for an answer, if images and their places don't match or were
+                encoded with other weights, or if an option can't be combined with images or with the short form.
+        """
+        request = self._read_request(inputs, image_features, kwargs)
+        if request.tokens_per_image:
+            self._refuse_options(request.is_short, generation_config, kwargs)
+        new_ids, attention_mask = request.new_ids, request.attention_mask
+        if request.is_short:
+            new_ids, attention_mask = self._expand_prompt(request)
+        if new_ids is not None:
+            self._check_context(new_ids, attention_mask, request.tokens_per_image)
+        if request.is_short:
+            # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
+            kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, request.encoded["image"].pooler_output)
+        elif request.encoded:
+            kwargs["mm_encoder_outputs"] = request.encoded
+
+        if attention_mask is not None:
+            kwargs["attention_mask"] = attention_mask
+            prompt_length = 0 if request.input_ids is None else request.input_ids.shape[1]
+            room = self.config.text_config.max_position_embeddings - attention_mask.sum(-1)
+            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(prompt_length, room)])
+            if kwargs.get("max_new_tokens") is not None:  # assisted decoding accepts several tokens between two checks
+                kwargs["max_new_tokens"] = min(kwargs["max_new_tokens"], int(room.max()))
+        output = super().generate(
+            request.input_ids,
+            generation_config,
+            LogitsProcessorList([*(logits_processor or []), SuppressToken(self.config.image_token_id)]),
+            stopping_criteria,
+            **kwargs,
+        )
+        if CACHE != "cache" and isinstance(output, ModelOutput):
+            output.cache = output.get(CACHE)
+        return output
+
+    def _read_request(self, input_ids: torch.LongTensor | None, image_features, kwargs: dict) -> GenerationRequest:
+        """What is asked for. Takes out of `kwargs` what must not reach transformers under that name."""
+        if input_ids is None:
+            input_ids = kwargs.pop("input_ids", None)
+        cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
+        if cache is not None:
+            kwargs[CACHE] = cache
+        encoded = self._encoder_outputs(image_features, kwargs.pop("mm_encoder_outputs", None))
+        tokens_per_image = [len(features) for features in encoded["image"].pooler_output] if encoded else []
+        if kwargs.get("pixel_values") is not None:
+            if encoded:
+                raise ValueError("pass either pixel_values or image features, not both")
+            tokens_per_image = count_image_tokens(kwargs.get("crop_num_tokens"), kwargs.get("image_grid_thw"))
+
+        embeds, attention_mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        new_ids = input_ids
+        if embeds is not None:
+            if tokens_per_image:
+                raise ValueError("images need input_ids, not inputs_embeds: their places are found by <image>'s id")
+            new_ids = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            if attention_mask is None:
+                attention_mask = torch.ones_like(new_ids)
+        elif input_ids is not None:
+            if attention_mask is None:
+                pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
+                attention_mask = (input_ids != pad_token_id).long()
+            # A cache holds the images of earlier turns: only what it hasn't seen has places to fill.
+            if cache is not None and attention_mask.shape == input_ids.shape:
+                new_ids = input_ids[:, int(cache.get_seq_length()) :]
+        places = 0 if embeds is not None or new_ids is None else int((new_ids == self.config.image_token_id).sum())
+        if places and not tokens_per_image:
+            raise ValueError(f"the prompt has {places} <image> tokens but no image came: pass one, or remove them")
+        if tokens_per_image and not places and cache is not None:
+            raise ValueError(
+                "the cache holds the images of the turns before, and nothing new has a place for one: pass input_ids "
+                "and attention_mask with the cache, without images"
+            )
+        return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, places)
+
+    def _refuse_options(self, is_short: bool, generation_config, kwargs: dict):
+        """ValueError for options that would silently go wrong."""
+
+        def value(name):
+            configs = (generation_config, self.generation_config)
+            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs if config is not None)]
+            return next((value for value in given if value), None)
+
+        for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
+            if value(name) is not None:  # drafts would be made without the images, or of <image> tokens
+                raise ValueError(f"{name} can't be combined with images: leave it out")
+        if value("prefill_chunk_size") and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
+            # Older releases leave the images out of it.
+            raise ValueError("prefill_chunk_size with images needs transformers 5.23: upgrade or leave it out")
+        if not is_short:
+            return
+        # These look at the prompt as given, while the model sees the expanded one.
+        for name in ("max_length", "min_length"):
+            if length := value(name):
+                raise ValueError(
+                    f"{name}={length} can't be counted with one <image> per image: use {name[:3]}_new_tokens instead"
+                )
+        for name in (CACHE, "prefill_chunk_size"):
+            if value(name) is not None:
+                raise ValueError(
+                    f"{name} can't be combined with one <image> per image: pass one <image> per visual token"
+                )
+
+    def _expand_prompt(self, request: GenerationRequest) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """
+        Ids and mask with one `<image>` per visual token instead of per image, padded on the left. Images of 3 and 2
+        tokens:
+
+            <pad>  a  <image>  b        a  <image> <image> <image>  b
+              c    d  <image>  e        c     d    <image> <image>  e
+        """
+        counts = iter(request.tokens_per_image)
+        rows = []
+        for ids, kept in zip(request.input_ids, request.attention_mask.bool()):
+            ids = ids[kept]
+            repeats = [next(counts) if place else 1 for place in (ids == self.config.image_token_id).tolist()]
+            rows.append(ids.repeat_interleave(torch.tensor(repeats, device=ids.device)))
+        masks = [torch.ones_like(row) for row in rows]
+        pad_token_id = self.config.pad_token_id or 0
+        return (
+            pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left"),
+            pad_sequence(masks, batch_first=True, padding_side="left"),
+        )
+
+    def _check_context(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, tokens_per_image: list[int]):
+        """ValueError if images don't fit their places, or a row has no room for an answer."""
+        image_tokens = [0] * len(input_ids)
+        if tokens_per_image:
+            image_tokens = self.model.get_placeholder_mask(input_ids, tokens_per_image).sum(-1).tolist()
+        limit = self.config.text_config.max_position_embeddings
+        ends = list(accumulate(tokens_per_image))
+        start, fitting = 0, []
+        for length, in_row in zip(attention_mask.sum(-1).tolist(), image_tokens):
+            images = sum(start < end <= start + in_row for end in ends)
+            start += in_row
+            if length >= limit:
+                fitting.append((limit - 1 - (length - in_row)) // images if images else 0)
+        if fitting:
+            remedy = f"pass num_tokens={min(fitting)} or less" if min(fitting) > 0 else "shorten the text"
+            raise ValueError(
+                f"the prompt has {int(attention_mask.sum(-1).max())} tokens, the context {limit} "
+                f"(max_position_embeddings), which leaves no room for an answer: {remedy}"
+            )
+
+
+__all__ = [
+    "CACHE",
+    "CACHE_NAMES",
+    "ContextEnd",
+    "GenerationRequest",
+    "MCLlavaGenerationMixin",
+    "SuppressToken",
+    "one_cache",
+]

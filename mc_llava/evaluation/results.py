@@ -1,0 +1,73 @@
+"""What a results file holds: records of questions, the scores that follow from them, and a table of these."""
+
+import json
+import os
+from pathlib import Path
+
+from .metrics import bootstrap_interval, wilson_interval
+from .tasks import TASKS, Task
+
+
+def read_results(path: str | os.PathLike) -> dict:
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the results {path} ({error}): pass a file that mc-llava eval wrote") from error
+    try:
+        names = metric_names(TASKS[results["settings"]["task"]])
+        whole = all({*names} <= {*record["scores"]} for record in results["questions"]) and "scores" in results
+        whole = whole and all({"id", "part", "prompt", "expected"} <= {*record} for record in results["questions"])
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ValueError(f"{path} holds no results: pass a file that mc-llava eval wrote")
+    return results
+
+
+def metric_names(task: Task) -> list[str]:
+    return [task.metric, *(["likelihood", "likelihood_per_token"] if task.metric == "letter" else [])]
+
+
+def summarize(task: Task, records: list[dict]) -> dict:
+    """Scores in percent with 95 % intervals, overall and for each part, and what they cost."""
+    parts = dict.fromkeys(record["part"] for record in records)
+    rows = {"overall": [record for record in records if not task.overall or record["part"] in task.overall]}
+    if len(parts) > 1 or task.overall:
+        rows |= {part: [record for record in records if record["part"] == part] for part in parts}
+    scores = []
+    for part, chosen in rows.items():
+        for metric in metric_names(task) if chosen else ():
+            values = [record["scores"][metric] for record in chosen]
+            is_graded = metric == "vqa_accuracy"
+            low, high = bootstrap_interval(values) if is_graded else wilson_interval(sum(values), len(values))
+            scores.append(
+                {
+                    "part": part,
+                    "metric": metric,
+                    "score": round(100 * sum(values) / len(values), 2),
+                    "low": round(100 * low, 2),
+                    "high": round(100 * high, 2),
+                    "interval": "bootstrap" if is_graded else "wilson",
+                    "n": len(values),
+                }
+            )
+    return {
+        "scores": scores,
+        "failed": [record["id"] for record in records if "failed" in record],
+        "crops": sum(record.get("crops", 0) for record in records),
+        "tokens": sum(record.get("tokens", 0) for record in records),
+        "seconds": round(sum(record["seconds"] for record in records), 2),
+    }
+
+
+def score_table(results: dict) -> str:
+    rows = [("part", "metric", "score", "95 % interval", "n")]
+    for row in results["scores"]:
+        interval = f"{row['low']:.2f} to {row['high']:.2f}"
+        rows.append((row["part"], row["metric"], f"{row['score']:.2f}", interval, str(row["n"])))
+    return align(rows)
+
+
+def align(rows: list[tuple[str, ...]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)

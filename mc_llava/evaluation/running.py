@@ -1,0 +1,199 @@
+"""
+Puts a task's questions to a model and writes what it said: `TASK.json`, a record per question and the scores.
+
+While a task runs, its journal is `TASK.partial.jsonl`. Batches depend on the data set and the batch size alone, so
+that a run that was stopped ends in the same file as one that was not.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterable
+from functools import partial
+from itertools import islice, zip_longest
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from .. import check_knob, load_image
+from ..engine import Evaluator, answer_all
+from ..journal import append, check_settings, lock, resume, versions, write_json
+from ..loading import identify_code
+from .results import metric_names, read_results, summarize
+from .tasks import TASKS, Question, Task
+
+
+# The code that results depend on, in addition to the model's.
+CODE = (
+    "engine.py",
+    "evaluation/running.py",
+    "evaluation/results.py",
+    "evaluation/metrics.py",
+    "evaluation/tasks.py",
+    "scenes/questions.py",
+    "scenes/scene.py",
+)
+
+
+def evaluate(
+    task_name: str,
+    engine: Evaluator,
+    output: str | os.PathLike,
+    *,
+    model: str,
+    revision: str,
+    data: str | None = None,
+    limit: int | None = None,
+) -> dict:
+    """
+    Put a task's questions to a model, or go on with those that a stopped run left, and write `output`/TASK.json.
+
+    Args:
+        model, revision: what the results file calls the model.
+        data: a Hub id, a folder or a file; the task's own Hub id where None.
+        limit: ask the first questions only.
+
+    Returns:
+        What the file holds.
+
+    Raises:
+        ValueError: if the task or its data are not there, or if `output` holds results of other settings or questions
+            or is another run's.
+    """
+    if task_name not in TASKS:
+        raise ValueError(f"there is no task {task_name!r}: choose from {', '.join(TASKS)}")
+    task = TASKS[task_name]
+    if limit is not None:
+        check_knob("limit", limit, 1)
+    quantization = getattr(engine.model.config, "quantization_config", None)
+    settings = {
+        "task": task_name,
+        "model": model,
+        "revision": revision,
+        "data": task.data if data is None else str(data),
+        "limit": limit,
+        **engine.knobs,
+        "batch_size": engine.batch_size,
+        "max_new_tokens": engine.max_new_tokens,
+        "generation": engine.model.generation_config.to_diff_dict(),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "quantization": quantization and quantization.to_dict(),
+        "device": engine.model.device.type,
+        "instruction": task.instruction,
+        "versions": versions(),
+        "code": identify_code(*CODE),
+    }
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    with lock(output / f"{task_name}.json"):
+        return _evaluate(task, engine, output, settings)
+
+
+def _evaluate(task: Task, engine: Evaluator, output: Path, settings: dict) -> dict:
+    task_name, limit = settings["task"], settings["limit"]
+    final, unfinished = output / f"{task_name}.json", output / f"{task_name}.partial.jsonl"
+    if final.exists():
+        results = read_results(final)
+        check_settings(results["settings"], settings, final)
+        # What is made here is made again; what is on the Hub is not downloaded for this.
+        if not settings["data"] or Path(settings["data"]).exists():
+            check_questions(results["questions"], islice(task.read(settings["data"])[1], limit), final)
+        unfinished.unlink(missing_ok=True)  # a kill between the last two lines below
+        return results
+
+    count, questions = task.read(settings["data"])
+    records = resume(unfinished, settings, engine.batch_size)
+    questions = islice(questions, limit)
+    total = count if limit is None or (count is not None and count < limit) else limit
+    with (
+        tqdm(total=total, initial=len(records), unit="question", desc=task_name) as progress,
+        open(unfinished, "ab") as journal,
+    ):
+        check_questions(records, islice(questions, len(records)), unfinished)
+        seen = {record["id"] for record in records}
+        while batch := list(islice(questions, engine.batch_size)):
+            for question in batch:
+                if question.id in seen:
+                    raise ValueError(f"the data {settings['data']} hold question {question.id} twice: remove one")
+                seen.add(question.id)
+            answered = answer_questions(engine, task, batch)
+            append(journal, answered)
+            records += answered
+            progress.update(len(batch))
+    if not records:
+        raise ValueError(f"the data {settings['data']} hold no questions: pass others")
+    results = {"settings": settings, **summarize(task, records), "questions": records}
+    write_json(final, results)
+    unfinished.unlink()
+    return results
+
+
+def check_questions(records: list[dict], questions: Iterable[Question], path: Path):
+    for record, question in zip_longest(records, questions):
+        if record is None or question is None or not identify_question(question).items() <= record.items():
+            raise ValueError(f"{path} was made of other data: choose another output, or remove it")
+
+
+def identify_question(question: Question) -> dict:
+    """What a record must have for it to be this question's; `image` is a digest of the file, or of drawn pixels."""
+    image = question.image
+    if isinstance(image, Path):
+        image = image.read_bytes()
+    elif isinstance(image, Image.Image):
+        image = image.tobytes()
+    return {
+        "id": question.id,
+        "part": question.part,
+        "prompt": question.prompt,
+        "expected": question.expected,
+        "image": image and hashlib.sha256(image).hexdigest()[:16],
+    }
+
+
+def answer_questions(engine: Evaluator, task: Task, questions: list[Question]) -> list[dict]:
+    """A record of each question, in their order. One that fails has its error and scores 0: see `answer_all`."""
+    wrong = dict.fromkeys(metric_names(task), 0.0)
+    start = time.perf_counter()
+    records = answer_all(
+        partial(_answer_together, engine, task),
+        questions,
+        lambda question, reason: {**identify_question(question), "failed": reason, "scores": wrong},
+    )
+    seconds = round((time.perf_counter() - start) / len(questions), 4)
+    return [{**record, "seconds": seconds} for record in records]
+
+
+def _answer_together(engine: Evaluator, task: Task, questions: list[Question]) -> list[dict]:
+    images = [load_image(question.image) for question in questions]
+    features = [[encoded] for encoded in engine.encode(images)]
+    replies = engine.generate([question.prompt for question in questions], features)
+    records = []
+    for question, image, encoded, reply in zip(questions, images, features, replies):
+        plan = engine.processor.image_processor.plan(*image.size, **engine.knobs)
+        record = {
+            **identify_question(question),
+            "reply": reply,
+            "scores": {task.metric: task.score(question, reply)},
+            "crops": len(plan),
+            "tokens": sum(crop.num_tokens for crop in plan),
+        }
+        if choice := question.choice:
+            likelihoods = engine.option_likelihoods(choice.question, choice.options, encoded)
+            sums = [likelihood.log_probability for likelihood in likelihoods]
+            per_token = [likelihood.log_probability / likelihood.num_tokens for likelihood in likelihoods]
+            record["options"] = [
+                {"text": text, "log_likelihood": likelihood.log_probability, "tokens": likelihood.num_tokens}
+                for text, likelihood in zip(choice.options, likelihoods)
+            ]
+            record["scores"] |= {
+                "likelihood": is_best(sums, choice.right),
+                "likelihood_per_token": is_best(per_token, choice.right),
+            }
+        records.append(record)
+    return records
+
+
+def is_best(values: list[float], right: int) -> float:
+    """1 if the right one's value is above all others. A tie is no choice: V*-bench's right option is always first."""
+    return float(all(value < values[right] for index, value in enumerate(values) if index != right))

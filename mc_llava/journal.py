@@ -1,0 +1,123 @@
+"""
+Files that survive a kill: a journal that a stopped run resumes from, and results that are written whole or not at all.
+
+While a run lasts, its journal holds the settings and then records, each a line of JSON, written batch by batch. A run
+that was stopped resumes there if its settings are the same. Nothing here knows what the records say.
+"""
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from filelock import FileLock, Timeout
+
+
+PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy", "bitsandbytes", "optimum-quanto")
+
+
+# Journals
+
+
+@contextmanager
+def lock(output: Path) -> Iterator[None]:
+    """ValueError if another run holds it: two would write into one journal."""
+    try:
+        with FileLock(output.with_name(output.name + ".lock"), timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(f"another run writes {output}: wait, or choose another output") from error
+
+
+def append(journal: BinaryIO, records: list[dict]):
+    """Write records that are on the disk when this returns."""
+    journal.writelines(map(to_line, records))
+    journal.flush()
+    os.fsync(journal.fileno())
+
+
+def to_line(entry: dict) -> bytes:
+    # Half of a surrogate pair, as a cut text may end with, is no UTF-8; its escape is JSON.
+    return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
+    """
+    The records of a stopped run, and its journal cut to them; none and a new journal if there was no run.
+
+    A batch of which a record is missing is asked again as a whole.
+
+    Raises:
+        ValueError: if the journal is damaged, or of a run with other settings.
+    """
+    records = []
+    # What follows the last line's end was torn by the kill.
+    lines = unfinished.read_bytes().split(b"\n")[:-1] if unfinished.exists() else []
+    if lines:
+        try:
+            found, *records = map(json.loads, lines)
+        except ValueError as error:
+            raise ValueError(f"{unfinished} is damaged ({error}): remove it, or the lines from there on") from error
+        if records:  # else nothing is lost that other settings could not have
+            check_settings(found, settings, unfinished)
+        records = records[: len(records) // batch_size * batch_size]
+    with replacing(unfinished) as journal:
+        journal.writelines(map(to_line, [settings, *records]))
+    return records
+
+
+def check_settings(found: dict, wanted: dict, path: Path):
+    """ValueError that names the first setting in which a file's run differs from this one."""
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    if names:
+        raise ValueError(
+            f"{path} has {names[0]} {found.get(names[0])!r}, this run {wanted.get(names[0])!r}: "
+            "choose another output, or remove the file"
+        )
+
+
+def versions() -> dict[str, str | None]:
+    """Those of the packages that results depend on; None if one is not installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+# Files
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that becomes `path` when the block ends without an error: a reader never sees half of it."""
+    draft = path.with_name(path.name + ".draft")
+    try:
+        with open(draft, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any):
+    text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+    with replacing(path) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))  # see `to_line`
+
+
+def hash_file(digest: "hashlib._Hash", path: Path, advance: Callable[[int], Any] = lambda size: None):
+    """Feed a file to a digest block by block, and the size of each block to `advance`."""
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+            advance(len(block))
