@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -23,9 +23,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import FORMATS, check_knob, load_image
-from .engine import Evaluator, answer_all, fill_knobs
+from .engine import GREEDY, Engine, answer_all, ask_about, fill_knobs
+from .folders import find_model
 from .journal import append, hash_file, lock, replacing, resume, versions
-from .loading import find_device, find_model, identify, identify_code, load_model, load_processor
+from .loading import find_device, identify, identify_code, load_model, load_processor
 
 
 COLUMNS = ("id", "question", "image", "images")
@@ -211,7 +212,7 @@ class Worker:
             raise ValueError(f"{job.source} has changed since the run began, or is another file here: start again")
         processor = load_processor(job.model, job.revision)
         model = load_model(job.model, job.dtype, job.device, job.revision, job.quantize)
-        self.evaluator = Evaluator(model, processor, job.max_crops, job.num_tokens, job.batch_size, job.max_new_tokens)
+        self.engine = Engine(model, processor, job.max_crops, job.num_tokens, job.batch_size, job.max_new_tokens)
 
     def answer_batch(self, start: int) -> list[dict]:
         """Records of the batch that starts at a row, in the order of the rows. A row that fails has its error."""
@@ -241,23 +242,14 @@ class Worker:
 
     def _answer_rows(self, rows: list[tuple[dict, list[Image.Image]]]) -> list[dict]:
         try:
-            # In one call: each reads the encoder's weights to know the features by.
-            encoded = iter(self.evaluator.encode([image for _, images in rows for image in images]))
-            features = [list(islice(encoded, len(images))) for _, images in rows]
-            answers = self.evaluator.generate([record["question"] for record, _ in rows], features)
+            replies = self.engine.answer([ask_about(images, record["question"]) for record, images in rows], **GREEDY)
         except torch.OutOfMemoryError as error:
             if len(rows) > 1:
                 raise
             raise ValueError(f"too little memory: {error}") from error  # else each new start would end at this row
-        planner, knobs = self.evaluator.processor.image_processor, self.evaluator.knobs
         return [
-            {
-                **record,
-                "answer": answer,
-                "crops": sum(len(planner.plan(*image.size, **knobs)) for image in images),
-                "tokens": sum(map(len, encoded)),
-            }
-            for (record, images), encoded, answer in zip(rows, features, answers)
+            {**record, "answer": reply.text, "crops": reply.crops, "tokens": reply.image_tokens}
+            for (record, _), reply in zip(rows, replies)
         ]
 
 

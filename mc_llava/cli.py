@@ -1,32 +1,26 @@
-"""The command line: `mc-llava --help` lists its commands."""
+"""
+The command line: `mc-llava --help` lists its commands.
+
+Each command imports what it needs when it runs: neither help texts, nor wrong options, nor `crops` wait for torch.
+"""
 
 import json
 import os
 import sys
 import time
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 import typer
-from tqdm import tqdm
-from transformers import TextStreamer
 
-from . import Crop, FeatureCache, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, load_image
-from .batch import Job
-from .batch import run as run_job
-from .convert import convert as convert_checkpoint
-from .crop_grid import draw_crop_grid
-from .engine import Evaluator
-from .estimate import estimate as estimate_cost
-from .evaluation.comparison import compare
-from .evaluation.results import score_table
-from .evaluation.running import evaluate
-from .evaluation.tasks import TASKS
-from .loading import find_model, load, load_model, load_processor
+from .evaluation import TASK_NAMES
 
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from . import Crop, MCLlavaForConditionalGeneration
 
 DEFAULT_MODEL = "tiny"
 
@@ -37,28 +31,17 @@ app = typer.Typer(
     help="Ask MC-LLaVA about pictures. Answers go to standard output, everything else to standard error.",
 )
 
-ModelOption = Annotated[str, typer.Option(help="A model folder, a Hub id, or tiny, which comes along.")]
-MaxCrops = Annotated[int | None, typer.Option(help="Upper bound of the crops beside the whole image.")]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Quantize = Literal["nf4", "int8", "int4"]
+ModelOption = Annotated[str, typer.Option(help="A model folder, a Hub id, or tiny, which is bundled.")]
+MaxCrops = Annotated[int | None, typer.Option(help="Upper bound of the crops in addition to the whole image.")]
 NumTokens = Annotated[int | None, typer.Option(help="Upper bound of the visual tokens of one image.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Upper bound of the answer's tokens.", min=1)]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; an accelerator where there is one.")]
-
-
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
-class Quantize(str, Enum):
-    nf4 = "nf4"
-    int8 = "int8"
-    int4 = "int4"
-
-
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default an accelerator if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: as the checkpoint was saved.")]
 QuantizeOption = Annotated[Quantize | None, typer.Option(help="Store the language model's weights in fewer bits.")]
+BatchSize = Annotated[int, typer.Option(help="Questions that are asked at once.", min=1)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 
 
 @app.command()
@@ -70,7 +53,7 @@ def ask(
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
     max_new_tokens: MaxNewTokens = 200,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: Device = None,
     quantize: QuantizeOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of the answer.")] = False,
@@ -79,40 +62,30 @@ def ask(
     *sources, question = images_and_question
     if not sources:
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
+    from transformers import TextStreamer
+
+    from .engine import Engine, ask_about
+    from .loading import load_model, load_processor
+
     images = [read_image(source) for source in sources]
     processor = load_processor(model)
-    knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
-
-    crops = tokens = 0
-    for source, image in zip(sources, images):
-        plan = processor.image_processor.plan(*image.size, **knobs)
+    plans = [processor.image_processor.plan(*image.size, max_crops, num_tokens) for image in images]
+    for source, image, plan in zip(sources, images, plans):
         say(f"{source}: {image.width} x {image.height} pixels, {describe(plan)}")
-        crops, tokens = crops + len(plan), tokens + sum(crop.num_tokens for crop in plan)
-
-    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs=knobs,
-    )
-    network = load_model(model, dtype.value, device, quantize=quantize and quantize.value)
+    engine = Engine(load_model(model, dtype, device, quantize=quantize), processor, max_new_tokens=max_new_tokens)
 
     start = time.perf_counter()
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with crop_progress(network, crops):
-        output = network.generate(**inputs.to(network.device), max_new_tokens=max_new_tokens, streamer=streamer)
+    with crop_progress(engine.model, sum(map(len, plans))):
+        (reply,) = engine.answer([ask_about(engine.encode(images, plans), question)], streamer)
     if as_json:
-        new_tokens = output[0, inputs["input_ids"].shape[1] :]
         answer = {
-            "answer": processor.decode(new_tokens, skip_special_tokens=True).strip(),
+            "answer": reply.text,
             "model": model,
-            "crops": crops,
-            "image_tokens": tokens,
-            "prompt_tokens": inputs["input_ids"].shape[1],
-            "new_tokens": len(new_tokens),
+            "crops": reply.crops,
+            "image_tokens": reply.image_tokens,
+            "prompt_tokens": reply.prompt_tokens,
+            "new_tokens": reply.new_tokens,
             "seconds": round(time.perf_counter() - start, 3),
         }
         print(json.dumps(answer, ensure_ascii=False))
@@ -125,7 +98,7 @@ def chat(
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
     max_new_tokens: MaxNewTokens = 200,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     device: Device = None,
     quantize: QuantizeOption = None,
 ):
@@ -134,41 +107,40 @@ def chat(
 
     The picture is encoded once. Earlier turns are remembered; /new forgets them.
     """
+    from transformers import TextStreamer
+
+    from . import load_image
+    from .engine import Engine
+    from .loading import load_model, load_processor
+
     picture = load_image(image)  # standard input is for questions
     processor = load_processor(model)
-    knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
-    plan = processor.image_processor.plan(*picture.size, **knobs)
+    plan = processor.image_processor.plan(*picture.size, max_crops, num_tokens)
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
-    network = load_model(model, dtype.value, device, quantize=quantize and quantize.value)
-    cache = FeatureCache()
+    engine = Engine(load_model(model, dtype, device, quantize=quantize), processor, max_new_tokens=max_new_tokens)
     sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused like any other question
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
-    turns = []
+    turns, encoded = [], None
     while question := read_question():
         if question == "/new":
             turns = []
             continue
         content = [{"type": "text", "text": question}]
-        if not turns:
-            content.insert(0, {"type": "image", "image": picture})
-        asked = [*turns, {"role": "user", "content": content}]
         try:
-            with crop_progress(network, len(plan)):
-                inputs = processor.apply_chat_template(
-                    asked,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    processor_kwargs={"model": network, "feature_cache": cache, **knobs},
-                )
-            output = network.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer)
+            if encoded is None:
+                with crop_progress(engine.model, len(plan)):
+                    (encoded,) = engine.encode([picture], [plan])
+            if not turns:
+                content.insert(0, {"type": "image", "image": encoded})
+            asked = [*turns, {"role": "user", "content": content}]
+            (reply,) = engine.answer([asked], streamer)
         except ValueError as error:  # what was said before is not lost
             say(f"error: {error}")
             if turns:
                 say("Ask something shorter, or type /new to forget the earlier turns.")
             continue
-        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answer = reply.text
         for token in processor.special_tokens:  # messages must not hold any, wherever they come from
             answer = answer.replace(token, "")
         turns = [*asked, {"role": "assistant", "content": answer}]
@@ -183,9 +155,16 @@ def crops(
     num_tokens: NumTokens = None,
 ):
     """Draw the crop grid over a picture. Loads no weights."""
-    processor = MCLlavaImageProcessor() if model is None else MCLlavaImageProcessor.from_pretrained(find_model(model))
+    from . import plan_crops
+    from .crop_grid import draw_crop_grid
+    from .folders import read_plan_options
+
+    options = read_plan_options(model)
+    for name, value in (("max_crops", max_crops), ("num_tokens", num_tokens)):
+        if value is not None:
+            options[name] = value
     picture = read_image(image)
-    plan = processor.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
+    plan = plan_crops(*picture.size, **options)
     draw_crop_grid(picture, plan).save(output)
     say(f"{output}: {describe(plan)}")
 
@@ -198,16 +177,22 @@ def estimate(
     num_tokens: NumTokens = None,
     text_tokens: Annotated[int, typer.Option(help="Tokens of the prompt beside the picture.")] = 27,
     max_new_tokens: MaxNewTokens = 200,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
 ):
     """Print what a question about a picture costs. Loads no weights."""
+    import torch
+
+    from . import MCLlavaConfig, MCLlavaImageProcessor
+    from .estimate import estimate as estimate_cost
+    from .folders import find_model
+
     if model is None:
         processor, config = MCLlavaImageProcessor(), MCLlavaConfig(dtype="float16")
     else:
         model = find_model(model)
         processor, config = MCLlavaImageProcessor.from_pretrained(model), MCLlavaConfig.from_pretrained(model)
     plan = processor.plan(*read_image(image).size, max_crops=max_crops, num_tokens=num_tokens)
-    precision = config.dtype or torch.float32 if dtype is Dtype.auto else getattr(torch, dtype.value)
+    precision = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     cost = estimate_cost(config, plan, text_tokens, max_new_tokens, precision)
     for name, value in (
         ("crops", cost.crops),
@@ -227,10 +212,12 @@ def estimate(
 def convert(
     source: Annotated[str, typer.Argument(help="A folder or a Hub id in the published layout.")],
     target: Annotated[str, typer.Argument(help="The folder to write; new or empty.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    revision: Revision = None,
     push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the folder there.")] = None,
 ):
     """Make a folder with code, configurations, tokenizer and weights that loads by transformers' Auto classes."""
+    from .convert import convert as convert_checkpoint
+
     say(f"wrote {convert_checkpoint(source, target, revision, push_to_hub)}")
 
 
@@ -251,6 +238,8 @@ def train(
     if kind == "finetune":
         finetune = training.build_recipe(training.Recipe, values)
         if check:
+            from .loading import load_processor
+
             rows = training.check(finetune, load_processor(finetune.model))
             say(f"{len(rows.good)} rows are good; {len(rows.broken)} are broken, named in {rows.report}")
         else:
@@ -270,7 +259,7 @@ def train(
 @app.command(name="eval")
 def evaluate_tasks(
     model: ModelOption = DEFAULT_MODEL,
-    tasks: Annotated[str, typer.Option(help=f"Of {', '.join(TASKS)}, with commas between them.")] = "",
+    tasks: Annotated[str, typer.Option(help=f"Of {', '.join(TASK_NAMES)}, with commas between them.")] = "",
     data: Annotated[
         list[str], typer.Option(metavar="TASK=SOURCE", help="A Hub id, folder or parquet file instead of the task's.")
     ] = [],  # noqa: B006
@@ -280,14 +269,20 @@ def evaluate_tasks(
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
     limit: Annotated[int | None, typer.Option(help="Ask only the first questions of each task.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions that are asked at once.", min=1)] = 8,
+    batch_size: BatchSize = 8,
     max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer's tokens.", min=1)] = 32,
-    dtype: Annotated[Dtype, typer.Option(help="auto: as the checkpoint was saved.")] = Dtype.auto,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; an accelerator where there is one.")] = None,
+    dtype: DtypeOption = "auto",
+    device: Device = None,
     quantize: QuantizeOption = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    revision: Revision = None,
 ):
     """Measure a model on benchmarks."""
+    from .engine import Engine
+    from .evaluation.results import score_table
+    from .evaluation.running import evaluate
+    from .evaluation.tasks import TASKS
+    from .loading import load
+
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if len(set(names)) < len(names):
         raise ValueError(f"--tasks names a task twice: {tasks}")
@@ -306,11 +301,11 @@ def evaluate_tasks(
     for name in names:  # what can't be read is said before the weights are loaded
         if not (output / f"{name}.json").exists():
             TASKS[name].read(sources.get(name, TASKS[name].data))
-    network, processor, commit = load(model, revision, dtype.value, device, quantize and quantize.value)
-    evaluator = Evaluator(network, processor, max_crops, num_tokens, batch_size, max_new_tokens)
+    network, processor, commit = load(model, revision, dtype, device, quantize)
+    engine = Engine(network, processor, max_crops, num_tokens, batch_size, max_new_tokens)
     failed = asked = 0
     for name in names:
-        found = evaluate(name, evaluator, output, model=model, revision=commit, data=sources.get(name), limit=limit)
+        found = evaluate(name, engine, output, model=model, revision=commit, data=sources.get(name), limit=limit)
         print(f"{name}, {len(found['questions'])} questions: {output / name}.json\n{score_table(found)}", flush=True)
         asked += len(found["questions"])
         for record in found["questions"]:
@@ -327,6 +322,8 @@ def compare_results(
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same task.")],
 ):
     """Compare two results: their scores, whether they differ by more than chance, and the questions that changed."""
+    from .evaluation.comparison import compare
+
     print(compare(first, second))
 
 
@@ -354,11 +351,11 @@ def batch(
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
     max_new_tokens: MaxNewTokens = 200,
-    batch_size: Annotated[int, typer.Option(help="Rows that are asked at once.", min=1)] = 8,
-    dtype: DtypeOption = Dtype.auto,
+    batch_size: BatchSize = 8,
+    dtype: DtypeOption = "auto",
     device: Device = None,
     quantize: QuantizeOption = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")] = None,
+    revision: Revision = None,
     ray: Annotated[
         bool, typer.Option("--ray", help="On the Ray cluster of RAY_ADDRESS, or on one started here.")
     ] = False,
@@ -370,6 +367,9 @@ def batch(
     A row that fails has its error in the record. A run that was killed goes on where it stopped when it is started
     again.
     """
+    from .batch import Job
+    from .batch import run as run_job
+
     check_revision(model, revision)
     if workers and not ray:
         raise ValueError("workers are Ray's: pass --ray, too")
@@ -382,9 +382,9 @@ def batch(
         num_tokens=num_tokens,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
-        dtype=dtype.value,
+        dtype=dtype,
         device=device,
-        quantize=quantize and quantize.value,
+        quantize=quantize,
     )
     rows, failed = run_job(job, output, use_ray=ray, workers=workers)
     say(f"wrote {output}: {rows} rows, {failed} of them with an error")
@@ -392,7 +392,9 @@ def batch(
         raise ValueError(f"all of {rows} rows failed: see their errors in {output}")
 
 
-def read_image(source: str):
+def read_image(source: str) -> "Image.Image":
+    from . import load_image
+
     return load_image(sys.stdin.buffer.read() if source == "-" else source)
 
 
@@ -408,7 +410,7 @@ def read_question() -> str:
     return sys.stdin.readline().strip()
 
 
-def describe(plan: list[Crop]) -> str:
+def describe(plan: "list[Crop]") -> str:
     tokens = sum(crop.num_tokens for crop in plan)
     return f"crops: {len(plan)} (the whole image and a grid of {len(plan) - 1}), tokens: {tokens}"
 
@@ -429,8 +431,10 @@ def say(message: str):
 
 
 @contextmanager
-def crop_progress(model: MCLlavaForConditionalGeneration, crops: int):
+def crop_progress(model: "MCLlavaForConditionalGeneration", crops: int):
     """A progress bar over the blocks of the vision tower, which on a CPU take most of the time."""
+    from tqdm import tqdm
+
     layers = model.model.vision_tower.encoder.layers
     bar = None
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
-from .loading import find_model
+from .folders import find_model
 
 
 # Inference Endpoints run the one and install the other where they find them.

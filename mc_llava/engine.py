@@ -1,22 +1,50 @@
-"""A model that answers: batches of questions about encoded images, and how likely given answers are."""
+"""
+Conversations in, replies out: a model, its processor, a feature cache and the two knobs.
+
+The engine knows nothing of files, tasks or wire formats. The command line, the Space, batches and evaluation all ask
+through it; a new way to serve the model starts here.
+"""
 
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from . import FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_knob
+from . import EncodedImages, FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_knob
 
 
+# What `Engine.answer` is told where two runs must give the same replies, whatever the checkpoint's defaults are.
+GREEDY = {"do_sample": False, "num_beams": 1}
 Asked = TypeVar("Asked")
 
 
-def user_turn(question: str, num_images: int) -> list[dict]:
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+def ask_about(images: list, question: str) -> list[dict]:
+    """A conversation of one question about images, each whatever `load_image` reads or an `EncodedImages` of one."""
+    content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": question}]
     return [{"role": "user", "content": content}]
+
+
+class Reply(NamedTuple):
+    """An answer, and what was encoded and read for it."""
+
+    text: str
+    images: list[EncodedImages]  # one for each image of the conversation: its crops' boxes and tokens
+    prompt_tokens: int  # visual ones included
+    new_tokens: int
+    finish_reason: str  # "stop" at the end of the turn, "length" where a bound cut it off
+
+    @property
+    def crops(self) -> int:
+        return sum(len(image.crop_boxes) for image in self.images)
+
+    @property
+    def image_tokens(self) -> int:
+        return sum(len(image.features) for image in self.images)
 
 
 class Likelihood(NamedTuple):
@@ -30,12 +58,15 @@ class Likelihood(NamedTuple):
     is_greedy: bool  # whether each token is the likeliest
 
 
-class Evaluator:
+class Engine:
     """
-    A model that answers questions about images, many at a time. Images that follow each other are encoded once.
+    A model that answers questions about images, many at a time. Images that recur are encoded once.
+
+    A conversation is a list of messages with `role` and `content`. An image part is `{"type": "image", "image": ...}`
+    with whatever `load_image` reads, or with an `EncodedImages` of one image.
 
     Args:
-        max_crops, num_tokens: as the processor was saved where None.
+        max_crops, num_tokens: by default as the processor was saved.
         batch_size: rows of a forward pass.
         max_new_tokens: upper bound of a reply's tokens.
 
@@ -50,63 +81,107 @@ class Evaluator:
         max_crops: int | None = None,
         num_tokens: int | None = None,
         batch_size: int = 8,
-        max_new_tokens: int = 32,
+        max_new_tokens: int = 200,
     ):
         self.model, self.processor, self.feature_cache = model.eval(), processor, FeatureCache()
         self.knobs = fill_knobs(processor, max_crops, num_tokens)
         self.batch_size = check_knob("batch_size", batch_size, 1)
         self.max_new_tokens = check_knob("max_new_tokens", max_new_tokens, 1)
 
-    def encode(self, images: list) -> list[torch.Tensor]:
-        """One float[tokens, hidden] per RGB image."""
-        return self.feature_cache.encode(self.model, self.processor.image_processor, images, **self.knobs)
-
-    def expand(self, prompt: str, features: list[torch.Tensor]) -> str:
-        """The prompt with one `<image>` per visual token."""
-        image_token = self.processor.image_token
-        first, *rest = prompt.split(image_token)
-        return first + "".join(image_token * len(tokens) + text for tokens, text in zip(features, rest, strict=True))
-
-    def generate(self, questions: list[str], features: list[list[torch.Tensor]], **options) -> list[str]:
+    def encode(self, images: list, plans: list | None = None, **knobs) -> list[EncodedImages]:
         """
-        Replies to questions.
+        An `EncodedImages` for each image that `load_image` reads.
 
         Args:
-            features: of each question its encoded images.
-            options: for `generate`, beside the defaults: greedy, and `max_new_tokens` of this object.
+            plans: a crop plan for each image instead of the usual grid.
+            knobs: `max_crops` and `num_tokens` instead of the engine's.
         """
-        prompts = []
-        for question, images in zip(questions, features):
-            turn = user_turn(question, len(images))
-            prompts.append(self.expand(self.processor.apply_chat_template(turn, add_generation_prompt=True), images))
-        inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
-        options = {"max_new_tokens": self.max_new_tokens, "do_sample": False, "num_beams": 1, **options}
-        output = self.model.generate(**inputs, image_features=[*chain(*features)], **options)
-        new_tokens = output[:, inputs["input_ids"].shape[1] :]
-        return [reply.strip() for reply in self.processor.batch_decode(new_tokens, skip_special_tokens=True)]
+        options = {**self.knobs, **knobs} if plans is None else {"plans": plans}
+        return self.feature_cache.encode(self.model, self.processor.image_processor, images, **options)
 
-    def option_likelihoods(
-        self, question: str, options: tuple[str, ...], features: list[torch.Tensor]
-    ) -> list[Likelihood]:
+    def answer(self, conversations: list[list[dict]], streamer=None, **options) -> list[Reply]:
         """
-        How likely each option is as the whole answer to a question about encoded images.
+        The next turn of each conversation, in one batch.
+
+        Args:
+            streamer: one of transformers', for a single conversation.
+            options: for `generate`. `max_new_tokens` is by default the engine's.
 
         Raises:
-            ValueError: if an option doesn't fit into the context, or its likelihood is no finite number.
+            ValueError: if a message, an image or an option is refused, or there is no room for an answer.
         """
-        turn = user_turn(question, len(features))
-        prompt = self.processor.apply_chat_template(turn, add_generation_prompt=True)
+        conversations = self._encode_parts(conversations)
+        images = [images_of(conversation) for conversation in conversations]
+        prompts = [self._write_prompt(conversation, add_generation_prompt=True) for conversation in conversations]
+        inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt").to(self.model.device)
+        output = self.model.generate(
+            **inputs,
+            image_features=[image.features for image in chain(*images)],
+            streamer=streamer,
+            **{"max_new_tokens": self.max_new_tokens, **options},
+        )
+        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
+        lengths = inputs["attention_mask"].sum(-1).tolist()
+        return [
+            Reply(text.strip(), encoded, length, *self._end_of(ids))
+            for text, encoded, length, ids in zip(texts, images, lengths, new_tokens.tolist())
+        ]
+
+    def _end_of(self, new_ids: list[int]) -> tuple[int, str]:
+        """How many tokens a row's answer has, the end of its turn included, and why it ended. Padding follows."""
+        ends = self.model.generation_config.eos_token_id  # one id, or several
+        ends = ends if isinstance(ends, list) else [ends]
+        end = next((index for index, id in enumerate(new_ids) if id in ends), None)
+        return (len(new_ids), "length") if end is None else (end + 1, "stop")
+
+    def stream(self, conversation: list[dict], **options) -> Iterator[str]:
+        """The pieces of an answer as they come. Whoever stops listening stops the generation."""
+        streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        stopped, errors = threading.Event(), []
+
+        def is_stopped(input_ids, scores, **kwargs):
+            return torch.full((len(input_ids),), stopped.is_set(), device=input_ids.device)
+
+        def answer():
+            try:
+                criteria = StoppingCriteriaList([is_stopped])
+                self.answer([conversation], streamer, stopping_criteria=criteria, **options)
+            except Exception as error:
+                errors.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield from streamer
+        finally:
+            stopped.set()
+            thread.join()
+        if errors:
+            raise errors[0]
+
+    def likelihoods(self, conversation: list[dict], answers: tuple[str, ...]) -> list[Likelihood]:
+        """
+        How likely each of some answers is as the whole next turn of a conversation.
+
+        Raises:
+            ValueError: if an answer doesn't fit into the context, or its likelihood is no finite number.
+        """
+        (conversation,) = self._encode_parts([conversation])
+        prompt = self._write_prompt(conversation, add_generation_prompt=True)
         rows, lengths = [], []
-        for option in options:
-            whole = self.processor.apply_chat_template([*turn, {"role": "assistant", "content": option}]).rstrip("\n")
+        for answer in answers:
+            turns = [*conversation, {"role": "assistant", "content": answer}]
+            whole = self._write_prompt(turns, add_generation_prompt=False).rstrip("\n")
             if not whole.startswith(prompt):
                 raise ValueError("the chat template writes another prompt before an answer: use the published one")
-            prompt_ids, option_ids = (
+            prompt_ids, answer_ids = (
                 self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-                for text in (self.expand(prompt, features), whole.removeprefix(prompt))
+                for text in (prompt, whole.removeprefix(prompt))
             )
-            rows.append(torch.tensor(prompt_ids + option_ids))
-            lengths.append(len(option_ids))
+            rows.append(torch.tensor(prompt_ids + answer_ids))
+            lengths.append(len(answer_ids))
         limit = self.model.config.text_config.max_position_embeddings
         if (longest := max(map(len, rows))) > limit:
             raise ValueError(f"question and option have {longest} tokens, the context {limit}: lower num_tokens")
@@ -114,16 +189,18 @@ class Evaluator:
         likelihoods = []
         for start in range(0, len(rows), self.batch_size):
             end = start + self.batch_size
-            likelihoods += self._row_likelihoods(rows[start:end], lengths[start:end], features)
-        for option, likelihood in zip(options, likelihoods):
+            likelihoods += self._row_likelihoods(rows[start:end], lengths[start:end], images_of(conversation))
+        for answer, likelihood in zip(answers, likelihoods):
             if not math.isfinite(likelihood.log_probability):
                 raise ValueError(
-                    f"the log probability of {option!r} is {likelihood.log_probability}: try the dtype float32"
+                    f"the log probability of {answer!r} is {likelihood.log_probability}: try the dtype float32"
                 )
         return likelihoods
 
-    def _row_likelihoods(self, rows: list[torch.Tensor], lengths: list[int], features: list) -> list[Likelihood]:
-        """Of the last `lengths[i]` tokens of row i."""
+    def _row_likelihoods(
+        self, rows: list[torch.Tensor], lengths: list[int], images: list[EncodedImages]
+    ) -> list[Likelihood]:
+        """Of the last `lengths[i]` tokens of row i. Each row is about all the images."""
         padding = self.processor.tokenizer.pad_token_id
         input_ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
         attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -133,7 +210,7 @@ class Evaluator:
                 input_ids=input_ids.to(self.model.device),
                 attention_mask=attention_mask.to(self.model.device),
                 position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(self.model.device),
-                image_features=features * len(rows),
+                image_features=[image.features for image in images] * len(rows),
                 logits_to_keep=kept,
             ).logits
         log_probabilities = logits[:, :-1].float().log_softmax(-1)
@@ -145,9 +222,41 @@ class Evaluator:
             for row, greedy, length in zip(scores, is_greedy, lengths)
         ]
 
+    def _encode_parts(self, conversations: list[list[dict]]) -> list[list[dict]]:
+        """The conversations with an `EncodedImages` in every image part. All that lack one are encoded in one call."""
+        held = [part["image"] for conversation in conversations for part in image_parts(conversation)]
+        encoded = iter(self.encode([image for image in held if not isinstance(image, EncodedImages)]))
+        values = iter([image if isinstance(image, EncodedImages) else next(encoded) for image in held])
+
+        def fill(content):
+            if isinstance(content, str):
+                return content
+            return [{**part, "image": next(values)} if part.get("type") == "image" else part for part in content]
+
+        return [[{**turn, "content": fill(turn["content"])} for turn in turns] for turns in conversations]
+
+    def _write_prompt(self, conversation: list[dict], add_generation_prompt: bool) -> str:
+        """The prompt of a conversation about encoded images, with one `<image>` per visual token."""
+        image_token = self.processor.image_token
+        prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt)
+        first, *rest = prompt.split(image_token)
+        images = images_of(conversation)
+        return first + "".join(
+            image_token * len(image.features) + text for image, text in zip(images, rest, strict=True)
+        )
+
+
+def image_parts(conversation: list[dict]) -> list[dict]:
+    contents = [turn["content"] for turn in conversation if not isinstance(turn["content"], str)]
+    return [part for content in contents for part in content if part.get("type") == "image"]
+
+
+def images_of(conversation: list[dict]) -> list[EncodedImages]:
+    return [part["image"] for part in image_parts(conversation)]
+
 
 def fill_knobs(processor: MCLlavaProcessor, max_crops: int | None, num_tokens: int | None) -> dict[str, int]:
-    """The knobs, as the processor was saved where None."""
+    """The knobs, by default as the processor was saved."""
     saved = processor.image_processor
     return {
         "max_crops": check_knob("max_crops", saved.max_crops if max_crops is None else max_crops, 0),
@@ -165,7 +274,7 @@ def answer_all(
 
     Raises:
         OSError, RuntimeError: of the machine, not of what was asked, and so no wrong answer: a lost device or network,
-            too little memory for a single question. A run goes on from there when it is started again.
+            too little memory for a single question. A run resumes there when it is started again.
     """
     if not batch:
         return []

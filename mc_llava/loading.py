@@ -7,22 +7,16 @@ import torch
 from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, configuration_mc_llava
+from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
+from .folders import find_model
 from .journal import hash_file
 
 
-ROOT = Path(configuration_mc_llava.__file__).parent  # of the remote code and of what is bundled with it
 PACKAGE = Path(__file__).parent
-TINY = ROOT / "tiny"
 LOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # from a folder
 QUANTIZED = ("nf4", "int8", "int4")
 # The image's way into the language model and the answer's way out: few of the weights, and all answers pass them.
 WHOLE = ["model.vision_tower", "model.coord_embed", "model.multi_modal_projector", "lm_head"]
-
-
-def find_model(name: str) -> str:
-    """What `from_pretrained` takes for a model's name: "tiny" is the one that comes along, all else is as it is."""
-    return str(TINY) if name == "tiny" else name
 
 
 def find_device(name: str | None = None) -> str:
@@ -120,7 +114,7 @@ def identify_code(*names: str) -> str:
     `names`. Results of a stopped run are not added to when it has changed.
     """
     digest = hashlib.sha256()
-    files = [*sorted(ROOT.glob("*_mc_llava.py")), *(PACKAGE / name for name in ("loading.py", *names))]
+    files = [ROOT / f"{name}.py" for name in ROOT_FILES] + [PACKAGE / name for name in ("loading.py", *names)]
     for file in files:
         digest.update(file.name.encode())
         hash_file(digest, file)

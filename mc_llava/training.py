@@ -35,8 +35,9 @@ from torch import nn
 from tqdm import tqdm
 
 from . import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
+from .folders import find_model
 from .journal import replacing, to_line
-from .loading import find_model, load_model, load_processor
+from .loading import load_model, load_processor
 
 
 IMAGE = "<image>"

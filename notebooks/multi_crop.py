@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from mc_llava import FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
 from mc_llava.crop_grid import draw_crop_grid
 from mc_llava.estimate import estimate
-from mc_llava.loading import TINY, find_model
+from mc_llava.folders import TINY, find_model
 
 
 # The small checkpoint that comes along knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.

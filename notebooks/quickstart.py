@@ -23,7 +23,7 @@ from IPython.display import display
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
 from mc_llava.crop_grid import draw_crop_grid
-from mc_llava.loading import find_model
+from mc_llava.folders import find_model
 
 
 # The small checkpoint that comes along knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.

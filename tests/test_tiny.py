@@ -12,7 +12,8 @@ from transformers import AutoModel, AutoProcessor
 
 from mc_llava import scenes
 from mc_llava.engine import Evaluator
-from mc_llava.loading import TINY, load
+from mc_llava.folders import TINY
+from mc_llava.loading import load
 from mc_llava.scenes.study import MAX_NEW_TOKENS, NAMES, markdown
 
 

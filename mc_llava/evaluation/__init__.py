@@ -10,3 +10,6 @@ A model on a benchmark: batched replies, option likelihoods, results that surviv
 
 Only `running` and `lmms_eval_model` need torch.
 """
+
+# The names of `tasks.TASKS`, for help texts that load nothing.
+TASK_NAMES = ("textvqa", "gqa", "vqav2", "vizwiz", "vstar", "scenes")

@@ -3,7 +3,7 @@ MC-LLaVA in lmms-eval, which finds it by the entry point `lmms_eval.models`:
 
     lmms-eval --model mc_llava --model_args pretrained=FOLDER,max_crops=20,num_tokens=728 --tasks textvqa_val
 
-lmms-eval asks; `engine.Evaluator` answers. Its exit code is 0 on failure too: look at its results.
+lmms-eval asks; `mc_llava.engine` answers. Its exit code is 0 on failure too: look at its results.
 """
 
 import json
@@ -17,8 +17,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from tqdm import tqdm
 
-from .. import load_image
-from ..engine import Evaluator
+from ..engine import Engine, ask_about
 from ..loading import load
 
 
@@ -57,7 +56,7 @@ class MCLlavaForLmmsEval(lmms):
         if device is None or self._world_size > 1:
             device = str(self.accelerator.device)
         model, processor, _ = load(pretrained, revision, dtype, device)
-        self.evaluator = Evaluator(model, processor, max_crops, num_tokens, int(batch_size))
+        self.engine = Engine(model, processor, max_crops, num_tokens, int(batch_size), max_new_tokens=32)
         self.device = model.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
@@ -67,7 +66,7 @@ class MCLlavaForLmmsEval(lmms):
         replies = [""] * len(requests)
         with tqdm(total=len(requests), desc="Model Responding", disable=self.rank != 0) as progress:
             for _, group in groupby(order, key=lambda index: options_of(requests[index])):
-                while batch := list(islice(group, self.evaluator.batch_size)):
+                while batch := list(islice(group, self.engine.batch_size)):
                     for index, reply in zip(batch, self._replies([requests[index] for index in batch])):
                         replies[index] = reply
                     progress.update(len(batch))
@@ -86,15 +85,14 @@ class MCLlavaForLmmsEval(lmms):
         until = batch[0].args[1].get("until") or []
         until = [until] if isinstance(until, str) else until
         # Tasks also hold options for one model or another, such as image_aspect_ratio: what `generate` knows is kept.
-        known = self.evaluator.model.generation_config.to_dict()
+        known = self.engine.model.generation_config.to_dict()
         given = {name: value for name, value in batch[0].args[1].items() if name in known}
         if not given.get("temperature"):
             for name in ("temperature", "top_p", "top_k"):  # they go with sampling alone
                 given.pop(name, None)
         options = {"do_sample": "temperature" in given, **given}
-        replies = self.evaluator.generate(
-            [request.args[0] for request in batch], [self._features(request) for request in batch], **options
-        )
+        conversations = [ask_about(self._images(request), request.args[0]) for request in batch]
+        replies = [reply.text for reply in self.engine.answer(conversations, **options)]
         for end in until:
             replies = [reply.split(end)[0].strip() if end else reply for reply in replies]
         return replies
@@ -114,8 +112,8 @@ class MCLlavaForLmmsEval(lmms):
                     request.args[1] if isinstance(request.args[1], str) else request.args[1](self._doc(request))
                     for request in group
                 ]
-                likelihoods = self.evaluator.option_likelihoods(
-                    group[0].args[0], tuple(answer.strip() for answer in answers), self._features(group[0])
+                likelihoods = self.engine.likelihoods(
+                    ask_about(self._images(group[0]), group[0].args[0]), tuple(answer.strip() for answer in answers)
                 )
                 found += [(-one.log_probability / one.num_tokens, one.is_greedy) for one in likelihoods]
                 progress.update(len(group))
@@ -128,12 +126,12 @@ class MCLlavaForLmmsEval(lmms):
         *_, doc_id, task, split = request.args
         return self.task_dict[task][split][doc_id]
 
-    def _features(self, request: Instance) -> list:
+    def _images(self, request: Instance) -> list:
         images = request.args[2](self._doc(request)) if request.args[2] else []
         for image in images:
             if isinstance(image, (str, os.PathLike)):  # paths and URLs in a data set are not followed
                 raise ValueError(f"the task gives the text {str(image)!r:.80} instead of an image: choose another")
-        return self.evaluator.encode([load_image(image) for image in images])
+        return images
 
 
 def options_of(request: Instance) -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from .. import check_knob, load_image
-from ..engine import Evaluator, answer_all
+from .. import check_knob
+from ..engine import GREEDY, Engine, answer_all, ask_about
 from ..journal import append, check_settings, lock, resume, versions, write_json
 from ..loading import identify_code
 from .results import metric_names, read_results, summarize
@@ -38,7 +38,7 @@ CODE = (
 
 def evaluate(
     task_name: str,
-    engine: Evaluator,
+    engine: Engine,
     output: str | os.PathLike,
     *,
     model: str,
@@ -90,7 +90,7 @@ def evaluate(
         return _evaluate(task, engine, output, settings)
 
 
-def _evaluate(task: Task, engine: Evaluator, output: Path, settings: dict) -> dict:
+def _evaluate(task: Task, engine: Engine, output: Path, settings: dict) -> dict:
     task_name, limit = settings["task"], settings["limit"]
     final, unfinished = output / f"{task_name}.json", output / f"{task_name}.partial.jsonl"
     if final.exists():
@@ -151,7 +151,7 @@ def identify_question(question: Question) -> dict:
     }
 
 
-def answer_questions(engine: Evaluator, task: Task, questions: list[Question]) -> list[dict]:
+def answer_questions(engine: Engine, task: Task, questions: list[Question]) -> list[dict]:
     """A record of each question, in their order. One that fails has its error and scores 0: see `answer_all`."""
     wrong = dict.fromkeys(metric_names(task), 0.0)
     start = time.perf_counter()
@@ -164,22 +164,19 @@ def answer_questions(engine: Evaluator, task: Task, questions: list[Question]) -
     return [{**record, "seconds": seconds} for record in records]
 
 
-def _answer_together(engine: Evaluator, task: Task, questions: list[Question]) -> list[dict]:
-    images = [load_image(question.image) for question in questions]
-    features = [[encoded] for encoded in engine.encode(images)]
-    replies = engine.generate([question.prompt for question in questions], features)
+def _answer_together(engine: Engine, task: Task, questions: list[Question]) -> list[dict]:
+    conversations = [ask_about([question.image], question.prompt) for question in questions]
     records = []
-    for question, image, encoded, reply in zip(questions, images, features, replies):
-        plan = engine.processor.image_processor.plan(*image.size, **engine.knobs)
+    for question, reply in zip(questions, engine.answer(conversations, **GREEDY)):
         record = {
             **identify_question(question),
-            "reply": reply,
-            "scores": {task.metric: task.score(question, reply)},
-            "crops": len(plan),
-            "tokens": sum(crop.num_tokens for crop in plan),
+            "reply": reply.text,
+            "scores": {task.metric: task.score(question, reply.text)},
+            "crops": reply.crops,
+            "tokens": reply.image_tokens,
         }
         if choice := question.choice:
-            likelihoods = engine.option_likelihoods(choice.question, choice.options, encoded)
+            likelihoods = engine.likelihoods(ask_about(reply.images, choice.question), choice.options)
             sums = [likelihood.log_probability for likelihood in likelihoods]
             per_token = [likelihood.log_probability / likelihood.num_tokens for likelihood in likelihoods]
             record["options"] = [

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from ..engine import Evaluator
+from ..engine import GREEDY, Engine, ask_about
 from ..estimate import estimate
 from ..evaluation.metrics import wilson_interval
 from ..evaluation.running import evaluate
@@ -53,10 +53,10 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
     model, processor, revision = load(model_path)
     rows = []
     for max_crops, num_tokens in SETTINGS:
-        evaluator = Evaluator(model, processor, max_crops, num_tokens, BATCH_SIZE, MAX_NEW_TOKENS)
+        engine = Engine(model, processor, max_crops, num_tokens, BATCH_SIZE, MAX_NEW_TOKENS)
         folder = work / f"crops-{max_crops}-tokens-{num_tokens}"
         results = evaluate(
-            "scenes", evaluator, folder, model=model_path, revision=revision, limit=num_scenes * len(KINDS)
+            "scenes", engine, folder, model=model_path, revision=revision, limit=num_scenes * len(KINDS)
         )
         records = results["questions"]
         if failed := next((record for record in records if "failed" in record), None):
@@ -79,7 +79,7 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
         "revision": revision,
         "scenes": num_scenes,
         "settings": rows,
-        "blind": accuracies(zip([record["part"] for record in records], blind_scores(evaluator, records))),
+        "blind": accuracies(zip([record["part"] for record in records], blind_scores(engine, records))),
         "majority": majority(records),
     }
     output.mkdir(parents=True, exist_ok=True)
@@ -101,12 +101,12 @@ def accuracies(scored) -> dict[str, dict]:
     return found
 
 
-def blind_scores(evaluator: Evaluator, records: list[dict]) -> list[float]:
+def blind_scores(engine: Engine, records: list[dict]) -> list[float]:
     """The same questions without the image."""
     scores = []
     records = iter(records)
     while batch := list(islice(records, BATCH_SIZE)):
-        replies = evaluator.generate([record["prompt"] for record in batch], [[]] * len(batch))
+        replies = engine.answer([ask_about([], record["prompt"]) for record in batch], **GREEDY)
         scores += [float(is_correct(record["expected"], reply)) for record, reply in zip(batch, replies)]
     return scores
 

@@ -1,0 +1,50 @@
+"""Model folders and Hub ids, as far as that needs neither torch nor transformers."""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from . import MAX_CROPS, NUM_TOKENS, PATCH_SIZE, ROOT, SIDE
+
+
+TINY = ROOT / "tiny"  # the checkpoint that is bundled
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # ours, and the published one
+
+
+def find_model(name: str) -> str:
+    """What `from_pretrained` takes for a model's name: "tiny" is the bundled checkpoint, all else stays unchanged."""
+    return str(TINY) if name == "tiny" else name
+
+
+def read_plan_options(model: str | None = None) -> dict[str, int]:
+    """
+    `max_crops`, `num_tokens`, `side` and `patch_size` as a model's processor was saved, by default those of the 3B.
+
+    `MCLlavaImageProcessor.plan` plans with the same numbers, and needs transformers.
+
+    Raises:
+        ValueError: if the model has no readable configuration of a processor.
+    """
+    saved = {} if model is None else _read_processor(find_model(model))
+    size = saved.get("size") or {}
+    return {
+        "max_crops": saved.get("max_crops", MAX_CROPS),
+        "num_tokens": saved.get("num_tokens", NUM_TOKENS),
+        "side": size.get("height", SIDE),
+        "patch_size": saved.get("patch_size", PATCH_SIZE),
+    }
+
+
+def _read_processor(model: str) -> dict:
+    for name in PROCESSOR_FILES:
+        try:
+            path = Path(model, name) if Path(model).is_dir() else Path(hf_hub_download(model, name))
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return content.get("image_processor", content)
+        except (FileNotFoundError, EntryNotFoundError):
+            continue
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"cannot read {name} of {model} ({error}): pass a model folder or a Hub id") from error
+    raise ValueError(f"{model} has neither {' nor '.join(PROCESSOR_FILES)}: pass a model folder or a Hub id")

@@ -1,0 +1,91 @@
+"""What is loaded when: help texts, wrong options and `crops` must not wait for torch."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import mc_llava
+from mc_llava import folders
+from mc_llava.evaluation import TASK_NAMES
+from mc_llava.evaluation.tasks import TASKS
+
+
+HEAVY = ("torch", "transformers")
+
+
+def loaded_by(code: str, cwd=ROOT) -> list[str]:
+    """Which of the heavy packages a new process has loaded after some code."""
+    code = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint([n for n in {HEAVY} if n in sys.modules])"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1].replace("'", '"'))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--help"],
+        ["ask", "--help"],
+        ["eval", "--help"],
+        ["ask", "photo.jpg", "What?", "--no-such-option"],
+        ["ask", "photo.jpg", "What?", "--dtype", "float8"],
+        ["nosuch"],
+        ["crops", str(ROOT / "examples" / "coffee.jpg"), "-o", "grid.png", "--max-crops", "4"],
+        ["crops", str(ROOT / "examples" / "coffee.jpg"), "-o", "grid.png", "--model", "tiny"],
+    ],
+    ids=" ".join,
+)
+def test_commands_that_load_neither_torch_nor_transformers(arguments, tmp_path):
+    code = f"from mc_llava.cli import app; sys.argv[1:] = {arguments}; app()"
+    assert loaded_by(code, cwd=tmp_path) == []
+    assert (tmp_path / "grid.png").exists() == (arguments[0] == "crops")
+
+
+def test_what_is_light_is_loaded_alone():
+    assert loaded_by("from mc_llava import Crop, load_image, plan_crops, scenes") == []
+    assert loaded_by("import mc_llava; mc_llava.MCLlavaConfig") == list(HEAVY), "the check itself works"
+
+
+def test_every_name_that_a_root_file_exports_is_there():
+    for file in mc_llava.ROOT_FILES:
+        module = getattr(mc_llava, file)
+        assert module.__name__ == f"mc_llava.{file}" and sys.modules[module.__name__] is module
+        assert all(getattr(mc_llava, name) is getattr(module, name) for name in module.__all__)
+
+
+def test_nothing_else_of_the_root_is_a_module():
+    for name in ("mc_llava", "scripts", "tests", "handler", "conftest"):
+        with pytest.raises(ModuleNotFoundError):
+            __import__(f"mc_llava.{name}")
+        with pytest.raises(ImportError):
+            exec(f"from mc_llava import {name}")
+    with pytest.raises(AttributeError, match="no attribute 'nosuch'"):
+        mc_llava.nosuch  # noqa: B018
+
+
+def test_the_crops_of_a_model_are_those_of_its_processor(converted, checkpoint):
+    for model in ("tiny", str(converted), str(checkpoint)):
+        saved = mc_llava.MCLlavaImageProcessor.from_pretrained(folders.find_model(model))
+        for size in ((1977, 1501), (100, 50)):
+            options = folders.read_plan_options(model)
+            assert mc_llava.plan_crops(*size, **options) == saved.plan(*size)
+    assert mc_llava.plan_crops(1500, 900, **folders.read_plan_options()) == mc_llava.MCLlavaImageProcessor().plan(
+        1500, 900
+    )
+
+
+def test_a_folder_without_a_processor_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="neither processor_config.json nor preprocessor_config.json"):
+        folders.read_plan_options(str(tmp_path))
+    (tmp_path / "processor_config.json").write_text("[]")
+    with pytest.raises(ValueError, match="cannot read processor_config.json"):
+        folders.read_plan_options(str(tmp_path))
+
+
+def test_the_help_names_all_tasks():
+    assert TASK_NAMES == tuple(TASKS)
