@@ -138,10 +138,10 @@ class TestEndpoint:
         (reply,) = self.post(f"{url}/predict", {"inputs": asked, "parameters": PARAMETERS})
         assert trial.is_right(0, reply["answer"])
 
-    def test_the_readmes_code(self, url, monkeypatch, capsys):
+    def test_the_documented_code(self, url, monkeypatch, capsys):
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.chdir(ROOT)
-        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), flags=re.DOTALL)
         (code,) = [block for block in blocks if "InferenceClient" in block]
         exec(code.replace("https://my-endpoint.endpoints.huggingface.cloud", url), {})
         answer, completion = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""`tiny`, the checkpoint that comes along, against what the README says of it."""
+"""`tiny`, the checkpoint that is bundled, against what docs/tiny.md says of it."""
 
 import json
 import re
@@ -39,14 +39,14 @@ def replies() -> dict[str, list[bool]]:
 
 
 @pytest.mark.parametrize("kind", scenes.KINDS)
-def test_it_sees_what_the_readme_says(replies, kind):
+def test_it_sees_what_the_study_says(replies, kind):
     (row,) = [row for row in STUDY["settings"] if (row["max_crops"], row["num_tokens"]) == (32, 128)]
     score = 100 * sum(replies[kind]) / NUM_ASKED
     assert score >= row["accuracy"][kind]["score"] - 10, f"{NAMES[kind]}: {score}"
 
 
-def test_the_readme_has_the_studys_figures():
-    assert markdown(STUDY) in (ROOT / "README.md").read_text()
+def test_the_documentation_has_the_studys_figures():
+    assert markdown(STUDY) in (ROOT / "docs" / "tiny.md").read_text()
 
 
 def test_it_is_small():
@@ -88,7 +88,7 @@ def test_the_cards_snippet_runs_on_what_convert_makes_of_it(tmp_path, capsys):
     command = [sys.executable, "-m", "mc_llava", "convert", "tiny", str(tmp_path / "model")]
     subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=True)
     example = EXAMPLES[0]
-    section = (ROOT / "README.md").read_text().split("### As the card says\n")[1]
+    section = (ROOT / "README.md").read_text().split("### The card's snippet\n")[1]
     snippet = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1]
     for published, ours in (
         ("./MC-LLaVA-3b", str(tmp_path / "model")),
