@@ -6,6 +6,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from threading import Lock
 
 import torch
@@ -14,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from .crops_mc_llava import Crop
 from .image_loading_mc_llava import load_image
 
 
@@ -73,6 +75,15 @@ class EncodedImages:
             "crop_coords": [crops, 2],
         }:
             raise ValueError(f"{crops} crops with {tokens} tokens don't fit {shapes}: encode the images again")
+
+    @property
+    def plans(self) -> list[list[Crop]]:
+        """The crop plan of each image: to draw it, or to give it to another call."""
+        crops = [
+            Crop(tuple(box), tokens) for box, tokens in zip(self.crop_boxes.tolist(), self.crop_num_tokens.tolist())
+        ]
+        ends = list(accumulate(self.crops_per_image))
+        return [crops[start:end] for start, end in zip([0, *ends], ends)]
 
     @property
     def crops_per_image(self) -> list[int]:

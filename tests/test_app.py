@@ -1,6 +1,6 @@
 """The Space in a real browser: Debian's chromium, headless, driven by Playwright."""
 
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -47,7 +47,9 @@ def url(tmp_path_factory):
         "GRADIO_TEMP_DIR": str(folder / "uploads"),
     }
     with open(folder / "log", "w") as log:
-        server = subprocess.Popen([sys.executable, ROOT / "app.py"], env=environment, stdout=log, stderr=log)
+        server = subprocess.Popen(
+            [sys.executable, ROOT / "examples" / "app.py"], env=environment, stdout=log, stderr=log
+        )
     try:
         deadline = time.monotonic() + 300
         while True:
@@ -244,14 +246,17 @@ def test_a_broken_upload_by_the_api(url, tmp_path):
 @pytest.fixture(scope="module")
 def app():
     pytest.importorskip("gradio", reason='pip install "mc-llava[app]" to test the Space')
-    return importlib.import_module("app")
+    spec = importlib.util.spec_from_file_location("app", ROOT / "examples" / "app.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_the_tower_is_passed_once_for_two_questions(app, trial):
     demo = app.Demo("tiny")
-    knobs = demo.processor.image_processor.max_crops, demo.processor.image_processor.num_tokens
+    knobs = demo.planner.max_crops, demo.planner.num_tokens
     passes = []
-    demo.model.model.vision_tower.encoder.register_forward_hook(lambda *args: passes.append(1))
+    demo.engine.model.model.vision_tower.encoder.register_forward_hook(lambda *args: passes.append(1))
     for _ in range(2):
         *_, (answer, status) = demo.answer(str(trial.pictures[0]), trial.questions[0], *knobs, NEW_TOKENS, 0, 1)
         assert trial.is_right(0, answer)
@@ -265,7 +270,9 @@ def test_the_tower_is_passed_once_for_two_questions(app, trial):
 def start_without(folder, module: str) -> subprocess.CompletedProcess:
     (folder / "gradio.py").write_text(f"raise ModuleNotFoundError('no {module}', name='{module}')\n")
     environment = {**os.environ, "PYTHONPATH": str(folder)}
-    return subprocess.run([sys.executable, ROOT / "app.py"], env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, ROOT / "examples" / "app.py"], env=environment, capture_output=True, text=True
+    )
 
 
 def test_a_missing_gradio_is_one_line(tmp_path):

@@ -17,8 +17,10 @@ NAMES = ("quickstart", "multi_crop")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_notebook_is_its_source(name):
-    """`jupytext --to ipynb --set-kernel python3 notebooks/*.py` makes one of the other."""
-    source, notebook = (jupytext.read(ROOT / "notebooks" / f"{name}.{suffix}") for suffix in ("py", "ipynb"))
+    """`jupytext --to ipynb --set-kernel python3 examples/notebooks/*.py` makes one of the other."""
+    source, notebook = (
+        jupytext.read(ROOT / "examples" / "notebooks" / f"{name}.{suffix}") for suffix in ("py", "ipynb")
+    )
     assert [(cell.cell_type, cell.source) for cell in source.cells] == [
         (cell.cell_type, cell.source) for cell in notebook.cells
     ]
@@ -27,7 +29,7 @@ def test_the_notebook_is_its_source(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_all_but_the_large_weights_are_fetched(name):
-    source = (ROOT / "notebooks" / f"{name}.py").read_text()
+    source = (ROOT / "examples" / "notebooks" / f"{name}.py").read_text()
     patterns = json.loads(re.search(r"ignore_patterns=(\[.*?\])", source)[1])
     kept = ["handler.py", "mc_llava/cli.py", "model.safetensors.index.json", "tiny/model.safetensors"]
     left = ["model.safetensors", "model-00001-of-00002.safetensors"]
@@ -38,7 +40,7 @@ def test_all_but_the_large_weights_are_fetched(name):
 def run(trial):
     def run(name: str) -> tuple[str, int]:
         """What the notebook prints, and how many pictures it shows."""
-        notebook = jupytext.read(ROOT / "notebooks" / f"{name}.ipynb")
+        notebook = jupytext.read(ROOT / "examples" / "notebooks" / f"{name}.ipynb")
         environment = {
             **os.environ,
             "MC_LLAVA_MODEL": str(trial.folder),

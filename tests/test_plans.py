@@ -137,6 +137,9 @@ def test_what_was_encoded_knows_its_crops(model, processor, tmp_path):
     for images in (encoded, EncodedImages.load(tmp_path / "encoded.safetensors")):
         assert images.crop_boxes.tolist() == [*map(list, BOXES), [1, 2, 30, 40]]
         assert images.crops_per_image == [4, 1] and images.tokens_per_image == [20, 15]
+        again = processor.image_processor([WIDE, picture(50, 40)], plans=images.plans, return_tensors="pt")
+        assert torch.equal(again["crop_boxes"], images.crop_boxes)
+        assert torch.equal(again["crop_num_tokens"], images.crop_num_tokens)
     cached = FeatureCache().encode(model, processor.image_processor, [WIDE, picture(50, 40)])
     assert [len(one.crop_boxes) for one in cached] == [
         len(processor.image_processor.plan(*size)) for size in (WIDE.size, (50, 40))

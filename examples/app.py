@@ -1,12 +1,13 @@
 """
 The Space: ask about a picture and see the crops that the model looks at.
 
-`python app.py` serves it on http://127.0.0.1:7860. Environment variables: `MC_LLAVA_MODEL`, a model folder or
+`python examples/app.py` serves it on http://127.0.0.1:7860. Environment variables: `MC_LLAVA_MODEL`, a model folder or
 a Hub id (`tiny` by default); `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`, as Gradio reads them.
 """
 
 import json
 import os
+import sys
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,10 @@ except ModuleNotFoundError as error:
     raise SystemExit('app.py needs Gradio: pip install "mc-llava[app]"') from None
 from PIL import Image
 
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # a Space runs this file in a clone that is not installed
+
 from mc_llava import FeatureCache, load_image
 from mc_llava.crop_grid import draw_crop_grid
 from mc_llava.engine import Engine, ask_about
@@ -28,7 +33,6 @@ from mc_llava.estimate import Estimate, estimate
 from mc_llava.loading import load_model, load_processor
 
 
-ROOT = Path(__file__).parent
 # `tiny` knows nothing but drawn scenes.
 SCENES = [
     [str(ROOT / "examples" / example["image"]), example["question"]]

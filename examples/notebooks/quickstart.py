@@ -26,7 +26,7 @@ from mc_llava.crop_grid import draw_crop_grid
 from mc_llava.folders import find_model
 
 
-# The small checkpoint that comes along knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
+# The small checkpoint that is bundled knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
 MODEL = find_model(os.environ.get("MC_LLAVA_MODEL", "tiny"))
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto", use_safetensors=True).to(device)

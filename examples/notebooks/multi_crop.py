@@ -22,38 +22,29 @@ import random
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import torch
 from IPython.display import Image, display
 from tqdm.auto import tqdm
 
-from mc_llava import FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
+from mc_llava import scenes
 from mc_llava.crop_grid import draw_crop_grid
+from mc_llava.engine import Engine, Reply, ask_about
 from mc_llava.estimate import estimate
-from mc_llava.folders import TINY, find_model
+from mc_llava.folders import TINY
+from mc_llava.loading import load_model, load_processor
 
 
-# The small checkpoint that comes along knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
-MODEL = find_model(os.environ.get("MC_LLAVA_MODEL", "tiny"))
+# The small checkpoint that is bundled knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
+MODEL = os.environ.get("MC_LLAVA_MODEL", "tiny")
 NUM_SCENES = int(os.environ.get("NUM_SCENES", 40))
-device = "cuda" if torch.cuda.is_available() else "cpu"
-model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto", use_safetensors=True).to(device)
-processor = MCLlavaProcessor.from_pretrained(MODEL)
+engine = Engine(load_model(MODEL), load_processor(MODEL), max_new_tokens=24)
 MAX_CROPS = (0, 4, 16, 32)
-MOST_TOKENS = processor.image_processor.num_tokens
-cache = FeatureCache()  # further questions about a picture don't encode it again
+MOST_TOKENS = engine.knobs["num_tokens"]
 
 
-def ask(picture, question: str, **knobs) -> str:
-    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
-    inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        processor_kwargs={"model": model, "feature_cache": cache, **knobs},
-    )
-    output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+def ask(picture, question: str, **knobs) -> Reply:
+    encoded = engine.encode([picture], **knobs)  # further questions about a picture don't encode it again
+    (reply,) = engine.answer([ask_about(encoded, question)], do_sample=False)
+    return reply
 
 
 # %% [markdown]
@@ -70,12 +61,11 @@ print(f"{question.text} ({question.key})")
 
 figure, axes = plt.subplots(1, len(MAX_CROPS), figsize=(4 * len(MAX_CROPS), 4))
 for axis, max_crops in zip(axes, MAX_CROPS):
-    plan = processor.image_processor.plan(*picture.size, max_crops=max_crops)
     reply = ask(picture, question.text, max_crops=max_crops)
-    axis.imshow(draw_crop_grid(picture, plan))
-    axis.set_title(f"max_crops={max_crops}, {len(plan)} crops\n{reply}", fontsize=9)
+    axis.imshow(draw_crop_grid(picture, reply.images[0].plans[0]))
+    axis.set_title(f"max_crops={max_crops}, {reply.crops} crops\n{reply.text}", fontsize=9)
     axis.axis("off")
-    print(f"max_crops={max_crops}: {reply}")
+    print(f"max_crops={max_crops}: {reply.text}")
 plt.show()
 
 # %% [markdown]
@@ -83,9 +73,9 @@ plt.show()
 
 # %%
 for num_tokens in (MOST_TOKENS // 4, MOST_TOKENS // 2, MOST_TOKENS):
-    plan = processor.image_processor.plan(*picture.size, num_tokens=num_tokens)
     reply = ask(picture, question.text, num_tokens=num_tokens)
-    print(f"num_tokens={num_tokens}: {len(plan)} crops with {plan[0].num_tokens} tokens or more: {reply}")
+    share = reply.images[0].plans[0][0].num_tokens
+    print(f"num_tokens={num_tokens}: {reply.crops} crops with {share} tokens or more: {reply.text}")
 
 # %% [markdown]
 # ## The study
@@ -99,7 +89,7 @@ for folder in (Path("MC-LLaVA"), TINY.parent):  # as the first cell fetched it, 
         break
 
 # %% [markdown]
-# ## A small study of one's own
+# ## A small study
 #
 # One question of each kind about scenes that no training saw: the share of right answers, and what the crops cost.
 
@@ -113,13 +103,13 @@ with tqdm(total=len(MAX_CROPS) * len(scenes.KINDS) * NUM_SCENES, unit="question"
         for seed in range(NUM_SCENES):
             scene = scenes.make_scene(seed, "test")
             picture = scenes.draw_scene(scene)
-            plan = processor.image_processor.plan(*picture.size, max_crops=max_crops)
-            cost = estimate(model.config, plan, new_tokens=12)
-            flops += cost.tower_flops + cost.prefill_flops
             for kind in scenes.KINDS:
                 asked = scenes.ask(scene, kind, random.Random(seed))
-                right[kind] += scenes.is_correct(asked.key, ask(picture, asked.text, max_crops=max_crops))
+                reply = ask(picture, asked.text, max_crops=max_crops)
+                right[kind] += scenes.is_correct(asked.key, reply.text)
                 progress.update()
+            cost = estimate(engine.model.config, reply.crops, reply.image_tokens, new_tokens=12)
+            flops += cost.tower_flops + cost.prefill_flops
         costs.append(flops / NUM_SCENES / 1e9)
         for kind in scenes.KINDS:
             shares[kind].append(right[kind] / NUM_SCENES)
