@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Installs the package into a virtual environment of its own and asks `tiny`, which comes along, about a drawn scene.
+# Installs the package into a virtual environment and asks `tiny`, which it includes, about a drawn scene.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+export PIP_CONSTRAINT=scripts/pins/demo.txt PIP_BUILD_CONSTRAINT=scripts/pins/demo.txt
 python3 -m venv .venv-demo
-.venv-demo/bin/pip install --quiet --constraint constraints.txt .
+.venv-demo/bin/pip install --quiet .
 # From elsewhere: what answers is what was installed.
 root=$PWD
 cd "$(mktemp -d)"

@@ -1,16 +1,63 @@
 #!/usr/bin/env bash
-# Makes a virtual environment of its own and runs the tests in it. Requirements may follow: transformers==5.19.0
+# Runs ruff and every test but vLLM's in a virtual environment that it makes, all of them whatever fails before.
+#
+#   bash scripts/test.sh                        the versions in scripts/pins/
+#   bash scripts/test.sh transformers==5.19.0   the same, but for what is named
+#   bash scripts/test.sh --newest               the newest versions, torch's apart: see scripts/pin.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if [ ! -x /usr/bin/chromium ]; then
+  echo "scripts/test.sh: the tests of app.py need /usr/bin/chromium: apt-get install chromium" >&2
+  exit 1
+fi
+newest=false
+if [ "${1:-}" = --newest ]; then
+  newest=true
+  shift
+fi
 environment="${TEST_ENVIRONMENT:-.venv-test}"
+end_to_end=(tests/test_app.py tests/test_serve.py tests/test_notebooks.py)
+failed=()
+
+check() {
+  echo "== $*"
+  "$@" || failed+=("$*")
+}
+
+replaced=$(printf "|%s==.*" "${@%%[=<>~!]*}")
+use_pins() { # NAME: what pip is constrained to from here on
+  cp scripts/pins/torch.txt "$environment/constraints.txt"
+  if ! $newest; then
+    grep --invert-match --line-regexp --extended-regexp "#.*$replaced" "scripts/pins/$1.txt" \
+      >> "$environment/constraints.txt"
+  fi
+}
+
+pip() { # the build's constraints are apart in recent versions of pip
+  PIP_CONSTRAINT="$environment/constraints.txt" PIP_BUILD_CONSTRAINT="$environment/constraints.txt" \
+    "$environment/bin/pip" "$@"
+}
+
 python3 -m venv --clear "$environment"
-"$environment/bin/pip" install --quiet --constraint constraints.txt --editable ".[test]" "$@"
+use_pins test
 # lmms-eval, to compare with. All that it asks for is gigabytes, of which running it needs little.
-"$environment/bin/pip" install --quiet --constraint constraints.txt --requirement tests/lmms_eval.txt
-"$environment/bin/pip" install --quiet --no-deps lmms-eval==0.7.3
-"$environment/bin/pip" list | grep -E "^(torch|transformers|pillow|numpy) "
+check pip install --quiet --requirement tests/lmms_eval.txt --editable ".[test]" "$@"
+check pip install --quiet --no-deps lmms-eval==0.7.3
+pip list | grep -E "^(torch|transformers|pillow|numpy) "
+check "$environment/bin/ruff" check
+check "$environment/bin/ruff" format --check
 # Two files at a time, of one thread each: most tests wait for a process or for Python.
-OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest --numprocesses 2 --dist loadfile
+export OMP_NUM_THREADS=1
+check "$environment/bin/python" -m pytest --numprocesses 2 --dist loadfile "${end_to_end[@]/#/--ignore=}"
+unset OMP_NUM_THREADS
+
 # Gradio wants an older Pillow, whose resizing differs from that of the published code's recorded outputs: it comes last.
-"$environment/bin/pip" install --quiet --constraint constraints.txt --editable ".[test,end-to-end]" "$@"
-"$environment/bin/python" -m pytest tests/test_app.py tests/test_serve.py tests/test_notebooks.py
+use_pins end-to-end
+check pip uninstall --quiet --yes lmms-eval # or pip complains of all that it lacks
+check pip install --quiet --editable ".[test,end-to-end]" "$@"
+check "$environment/bin/python" -m pytest "${end_to_end[@]}"
+
+if [ ${#failed[@]} -gt 0 ]; then
+  printf "FAILED: %s\n" "${failed[@]}" >&2
+  exit 1
+fi

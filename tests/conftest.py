@@ -24,15 +24,6 @@ SIDE, PATCH = 56, 14  # of the small model: 16 patches a crop
 
 
 @pytest.fixture(scope="session")
-def published() -> Path:
-    """The published code's own outputs."""
-    folder = ROOT.parent / "shared" / "published"
-    if not folder.exists():
-        pytest.skip("the published model's recorded outputs are not here; test_parity.py compares without them")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory) -> Path:
     """A random checkpoint in the published layout."""
     return write_published_checkpoint(tmp_path_factory.mktemp("published") / "checkpoint")

@@ -51,6 +51,14 @@ def test_the_example_of_the_docstring():
     assert [crop.num_tokens for crop in plan] == [80] * 8 + [88]
 
 
+def test_a_width_that_the_columns_fill_exactly():
+    assert [crop.box for crop in plan_crops(768, 384, 100, 728, 384, 14)[1:]] == [
+        (0, 0, 384, 384),
+        (192, 0, 576, 384),
+        (384, 0, 768, 384),
+    ]
+
+
 @pytest.mark.parametrize(
     ("width", "height", "max_crops"), [(1700, 410, 3), (1920, 1080, 1), (300, 20_000, 10), (20_000, 1, 7)]
 )

@@ -1,12 +1,14 @@
 """Images that are encoded once: the value, its file, its hash, and the cache over it."""
 
 import copy
+from itertools import combinations
 
 import pytest
 import torch
 from conftest import picture, prompt, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
@@ -146,6 +148,17 @@ class TestWeights:
             changed[place // 8] ^= 1 << place % 8
         assert hash_tensors([changed.view(dtype)]) != hash_tensors([tensor]) == hash_tensors([tensor.clone()])
 
+    def test_two_changed_signs_do_not_cancel_out(self):
+        """The sign of a float64 is the highest bit of a word, which a product with an odd number only moves on."""
+        tensor = torch.arange(1.0, 33.0, dtype=torch.float64)
+        hashes = {hash_tensors([tensor])}
+        pairs = list(combinations(range(32), 2))
+        for pair in pairs:
+            changed = tensor.clone()
+            changed[list(pair)] *= -1
+            hashes.add(hash_tensors([changed]))
+        assert len(hashes) == 1 + len(pairs)
+
     def test_order_sign_shape_and_dtype_count(self):
         tensor = torch.arange(1.0, 65.0)
         variants = [tensor, -tensor, tensor.flip(0), tensor.view(8, 8), tensor.view(8, 8).T, tensor.view(torch.int32)]
@@ -277,6 +290,20 @@ class TestFeatureCache:
         cache = FeatureCache()
         first, second = (cache.encode(model, processor.image_processor, [entry])[0] for entry in (image, inverted))
         assert cache.misses == 2 and not torch.equal(first.features, second.features)
+
+    def test_another_shape_of_the_same_bytes_makes_a_miss(self, model, processor):
+        upright = Image.frombytes("RGB", (30, 40), IMAGES[0].tobytes())
+        cache = FeatureCache()
+        first, second = (cache.encode(model, processor.image_processor, [entry])[0] for entry in (IMAGES[0], upright))
+        assert cache.misses == 2 and not torch.equal(first, second)
+
+    def test_what_is_larger_than_the_cache_leaves_it_alone(self, model, processor):
+        cache = FeatureCache(max_bytes=10 * 48 * 4)  # of ten tokens
+        counts = []
+        for image, num_tokens in ((IMAGES[0], 10), (IMAGES[1], 11), (IMAGES[0], 10)):
+            processor("What?", image, model, feature_cache=cache, num_tokens=num_tokens)
+            counts.append((len(cache), cache.nbytes, cache.hits))
+        assert counts == [(1, cache.max_bytes, 0), (1, cache.max_bytes, 0), (1, cache.max_bytes, 1)]
 
     def test_what_it_gives_may_be_changed(self, model, processor):
         cache, expected = FeatureCache(), processor("What?", IMAGES[1], model)["image_features"][0]

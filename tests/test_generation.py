@@ -10,9 +10,9 @@ from transformers.generation.streamers import BaseStreamer
 from mc_llava import MCLlavaModel
 
 
-IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2)]
+IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(2000, 300)]
 TEXTS = ["What is it?", "And where are they all?", prompt("Two", 2)]
-NESTED = [IMAGES[:1], IMAGES[1:2], IMAGES[1:]]
+NESTED = [IMAGES[:1], IMAGES[1:2], IMAGES[1:3]]
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
@@ -169,12 +169,18 @@ def test_length_limits_of_the_short_form(model, processor, name, monkeypatch):
     assert output.shape[1] == length + 3
 
 
-@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_model"])
+@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"])
 def test_assisted_decoding_is_for_text_alone(model, processor, name):
-    option = {name: small_model(5) if name == "assistant_model" else 5}
+    option = {name: small_model(5) if name == "assistant_model" else 1}
     for inputs in (processor(TEXTS[1], IMAGES[1]), processor(TEXTS[1], IMAGES[1], model)):
         with pytest.raises(ValueError, match=f"{name} can't be combined with images"):
             model.generate(**inputs, **option)
+
+
+@pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_model"])
+def test_assisted_decoding_of_text(model, processor, name):
+    """The assistant is right throughout: several tokens are new between two looks at the end of the context."""
+    option = {name: small_model() if name == "assistant_model" else 5}
     inputs = processor("Why?")
     assert new_tokens(model, inputs, **option) == new_tokens(model, inputs)
     room = 128 - inputs["input_ids"].shape[1]
@@ -197,7 +203,7 @@ class TestConversationsInACache:
         second.pop("attention_mask")
         return output.cache, ids, second
 
-    @pytest.mark.parametrize("images", [[], IMAGES[2:]], ids=["text", "another picture"])
+    @pytest.mark.parametrize("images", [[], IMAGES[2:3]], ids=["text", "another picture"])
     def test_a_second_turn(self, model, processor, images):
         cache, ids, second = self.turns(model, processor, images)
         options = {**GREEDY, "return_dict_in_generate": False}
@@ -207,7 +213,7 @@ class TestConversationsInACache:
         assert torch.equal(cached, model.generate(ids, **pixels, **options))
 
     def test_a_place_without_an_image(self, model, processor):
-        cache, ids, _ = self.turns(model, processor, IMAGES[2:])
+        cache, ids, _ = self.turns(model, processor, IMAGES[2:3])
         with pytest.raises(ValueError, match="<image> tokens but no image came"):
             model.generate(ids, cache=cache)
 
@@ -251,6 +257,15 @@ class TestContext:
             lengths.append(len(alone))
         assert lengths[0] < lengths[1] <= 128
 
+    def test_so_do_the_rows_beams(self, model, processor):
+        texts, images = ["a", "a"], [[IMAGES[1]], []]
+        options = {"max_new_tokens": 200, "num_beams": 3, "num_return_sequences": 3, "eos_token_id": 50295}
+        batch = new_tokens(model, processor(texts, images, num_tokens=90), **options)
+        for index, (text, own) in enumerate(zip(texts, images)):
+            alone = new_tokens(model, processor(text, [own], num_tokens=90), **options)
+            for row, expected in zip(batch[3 * index : 3 * index + 3], alone, strict=True):
+                assert row[: len(expected)] == expected and set(row[len(expected) :]) <= {50298}
+
     def test_embeddings_count_too(self, model):
         output = model.generate(inputs_embeds=torch.randn(1, 120, 48), **{**GREEDY, "max_new_tokens": 50})
         assert output.shape[1] == 8
@@ -262,7 +277,7 @@ class TestContext:
         def encode(*args, **kwargs):
             raise AssertionError("a crop was encoded")
 
-        inputs = processor(prompt("What is it?", images), [picture(2000, 300)] * images, max_crops=60, num_tokens=130)
+        inputs = processor(prompt("What is it?", images), [IMAGES[3]] * images, max_crops=60, num_tokens=130)
         monkeypatch.setattr(MCLlavaModel, "get_image_features", encode)
         with pytest.raises(
             ValueError, match=r"the context 128 \(max_position_embeddings\).* num_tokens=\d+ or"
@@ -273,7 +288,7 @@ class TestContext:
         fitting = int(str(error.value).split("num_tokens=")[1].split()[0])
         for num_tokens, fits in ((fitting, True), (fitting + 1, False)):
             inputs = processor(
-                prompt("What is it?", images), [picture(2000, 300)] * images, max_crops=60, num_tokens=num_tokens
+                prompt("What is it?", images), [IMAGES[3]] * images, max_crops=60, num_tokens=num_tokens
             )
             if fits:
                 assert len(new_tokens(model, inputs)[0]) >= 1
@@ -281,8 +296,20 @@ class TestContext:
                 with pytest.raises(ValueError, match=f"num_tokens={fitting} or less"):
                     model.generate(**inputs)
 
+    def test_the_remedy_for_a_batch_fits_each_row_with_its_own_images(self, model, processor):
+        def ask(num_tokens):
+            texts, images = ["What is it?", prompt("And these?", 2), "Why?"], [[IMAGES[3]], [IMAGES[3]] * 2, []]
+            return model.generate(**processor(texts, images, max_crops=60, num_tokens=num_tokens), max_new_tokens=1)
+
+        with pytest.raises(ValueError, match=r"pass num_tokens=\d+ or less") as error:
+            ask(130)
+        fitting = int(str(error.value).split("num_tokens=")[1].split()[0])
+        ask(fitting)
+        with pytest.raises(ValueError, match=f"num_tokens={fitting} or less"):
+            ask(fitting + 1)
+
     def test_the_short_form_is_refused_alike(self, model, processor):
-        short = processor("What is it?", picture(2000, 300), model, max_crops=60, num_tokens=130)
+        short = processor("What is it?", IMAGES[3], model, max_crops=60, num_tokens=130)
         with pytest.raises(ValueError, match=r"leaves no room for an answer: pass num_tokens=\d+ or less"):
             model.generate(**short)
 

@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 from huggingface_hub import ModelCard, constants
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from mc_llava import ROOT_FILES
 
@@ -92,6 +93,25 @@ def test_what_an_endpoint_installs_is_what_the_package_needs(installed):
     needed = {line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")}
     requirements = (ROOT / "requirements.txt").read_text().split()
     assert requirements and {Requirement(line) for line in requirements} <= {Requirement(line) for line in needed}
+
+
+@pytest.mark.parametrize(
+    "name, extras", [("demo", []), ("test", ["test"]), ("end-to-end", ["test", "end-to-end"]), ("vllm", [])]
+)
+def test_all_that_the_scripts_install_is_pinned(name, extras):
+    """`bash scripts/pin.sh` pins what pyproject.toml asks for, and what builds the package."""
+    tomllib = pytest.importorskip("tomllib", reason="the pins are for Python 3.11, which can read pyproject.toml")
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = [*table["build-system"]["requires"], *table["project"]["dependencies"]]
+    while extras:
+        requirements = [Requirement(line) for line in table["project"]["optional-dependencies"][extras.pop()]]
+        extras += [extra for one in requirements if one.name == "mc-llava" for extra in one.extras]
+        wanted += [str(one) for one in requirements if one.name != "mc-llava"]
+    lines = (ROOT / "scripts" / "pins" / f"{name}.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    for requirement in map(Requirement, wanted):
+        assert pins[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+    assert pins["torch"] == "2.13.0"  # no local suffix: the public index has none
 
 
 def test_no_file_of_the_remote_code_is_twice_in_the_tree(clone):

@@ -1,6 +1,8 @@
 """`pipeline("image-text-to-text")`, as the Hub's widget and its users call it."""
 
-import logging
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import NEW_TOKENS, plain_reply
@@ -18,11 +20,20 @@ def messages(trial, index: int) -> list[dict]:
     return [{"role": "user", "content": content}]
 
 
-def test_it_is_supported(trial, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
-    with caplog.at_level(logging.WARNING, "transformers"):
-        pipeline("image-text-to-text", model=str(trial.folder), trust_remote_code=True)
-    assert "not supported" not in caplog.text
+def test_the_folders_configuration_names_the_class(trial):
+    """Pipelines and `transformers serve` look it up by name, in a process that has not imported the package."""
+    code = """
+import sys
+from transformers import AutoConfig
+from transformers.models.auto import modeling_auto
+
+config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
+for task in ("IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM"):
+    print(getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")[config.model_type])
+"""
+    command = [sys.executable, "-c", code, trial.folder]
+    result = subprocess.run(command, env={**os.environ, "PYTHONPATH": ""}, capture_output=True, text=True)
+    assert result.stdout.split() == ["MCLlavaForConditionalGeneration"] * 2, result.stderr
 
 
 @pytest.mark.parametrize("index", [0, 1])

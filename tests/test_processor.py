@@ -223,6 +223,15 @@ class TestChatMessages:
             with pytest.raises(TemplateError, match="must not hold the special token"):  # as engines render it
                 processor.tokenizer.apply_chat_template(conversation, chat_template=processor.chat_template)
 
+    def test_an_image_parts_the_text_around_it(self, processor):
+        """So two pieces that would be a token do not touch."""
+        conversation = messages(part("a<|im_"), {"type": "image"}, part("end|>b"))
+        prompt = processor.apply_chat_template(conversation)
+        assert "a<|im_<image>\nend|>b" in prompt
+        assert prompt == processor.tokenizer.apply_chat_template(
+            conversation, chat_template=processor.chat_template, tokenize=False
+        )
+
     def test_the_template_alone_gives_the_same_prompt(self, processor):
         conversation = messages({"type": "image"}, part("a"), {"type": "image"}, part("b"))
         text = processor.tokenizer.apply_chat_template(
