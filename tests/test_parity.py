@@ -14,6 +14,9 @@ from transformers import PhiConfig, PhiForCausalLM, SiglipVisionConfig, SiglipVi
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
 
 
+EAGER = {"attn_implementation": "eager"}  # the fused one differs from CPU to CPU by more than 1e-4
+
+
 class Composition:
     """One picture, one question, no cache, no batch: the facts about the published model, one after another."""
 
@@ -28,12 +31,12 @@ class Composition:
 
         text, vision = config["text_config"], config["vision_config"]
         self.tower = SiglipVisionModel(
-            SiglipVisionConfig(**{name: value for name, value in vision.items() if name != "model_type"})
+            SiglipVisionConfig(**{name: value for name, value in vision.items() if name != "model_type"}, **EAGER)
         )
         self.tower.load_state_dict(part("vision_model.vision_tower.vision_model."))
         rotary = {"rope_theta": 10000.0, "partial_rotary_factor": 0.4, "rope_type": "default"}
         sizes = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
-        self.phi = PhiForCausalLM(PhiConfig(rope_parameters=rotary, **{name: text[name] for name in sizes}))
+        self.phi = PhiForCausalLM(PhiConfig(rope_parameters=rotary, **{name: text[name] for name in sizes}, **EAGER))
         self.phi.load_state_dict(part("language_model."))
         vision_size, text_size = vision["hidden_size"], text["hidden_size"]
         self.coord = nn.Sequential(nn.Linear(2, vision_size), nn.GELU(), nn.Linear(vision_size, vision_size))
@@ -82,7 +85,7 @@ class Composition:
 @torch.no_grad()
 def test_parity(checkpoint, image, boxes, num_tokens):
     composition = Composition(checkpoint)
-    model = MCLlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32)
+    model = MCLlavaForConditionalGeneration.from_pretrained(checkpoint, dtype=torch.float32, **EAGER)
     processor = MCLlavaProcessor.from_pretrained(checkpoint)
     image = image if isinstance(image, Image.Image) else Image.open(image)
 
