@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs ruff and every test but vLLM's in a virtual environment that it makes, all of them whatever fails before.
+# Runs ruff, basedpyright and every test but vLLM's in a virtual environment that it makes, all of them whatever fails before.
 #
 #   bash scripts/test.sh                        the versions in scripts/pins/
 #   bash scripts/test.sh transformers==5.19.0   the same, but for what is named
@@ -46,6 +46,7 @@ check pip install --quiet --no-deps lmms-eval==0.7.3
 pip list | grep -E "^(torch|transformers|pillow|numpy) "
 check "$environment/bin/ruff" check
 check "$environment/bin/ruff" format --check
+check "$environment/bin/basedpyright" --pythonpath "$environment/bin/python"
 # Two files at a time, of one thread each: most tests wait for a process or for Python.
 export OMP_NUM_THREADS=1
 check "$environment/bin/python" -m pytest --numprocesses 2 --dist loadfile "${end_to_end[@]/#/--ignore=}"

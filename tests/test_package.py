@@ -44,12 +44,18 @@ def clone(tmp_path_factory) -> Path:
     return folder
 
 
+def build_wheel(source: Path, folder: Path) -> Path:
+    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ".", cwd=source)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
 @pytest.fixture(scope="module")
 def installed(clone, tmp_path_factory) -> Path:
-    """A folder with the unpacked wheel, which was built from a clone."""
+    """A folder with the unpacked wheel, which was built from a clone's files, as the Hub gives them, without git."""
     folder = tmp_path_factory.mktemp("installed")
-    run("-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, ".", cwd=clone)
-    (wheel,) = folder.glob("*.whl")
+    wheel = build_wheel(clone, folder)
+    assert wheel.name.startswith("mc_llava-0.2.0+unknown-")
     zipfile.ZipFile(wheel).extractall(folder / "site")
     return folder / "site"
 
@@ -68,6 +74,27 @@ def test_an_installed_wheel_works_away_from_the_checkout(installed, trial, tmp_p
     assert trial.is_right(0, run(*command, cwd=tmp_path, python_path=installed))
     run("-m", "mc_llava", "convert", "tiny", "model", cwd=tmp_path, python_path=installed)
     assert {path.name for path in (tmp_path / "model").iterdir()} > set(CODE_FILES)
+
+
+def test_the_version_follows_from_git(clone, tmp_path):
+    folder = tmp_path / "clone"
+    shutil.copytree(clone, folder)
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@example.com")
+
+    def version(commit: str) -> str:
+        for command in (("add", "--all"), ("commit", "--quiet", "--allow-empty", "--message", commit)):
+            subprocess.run([*git, *command], cwd=folder, check=True)
+        return build_wheel(folder, tmp_path / commit).name.split("-")[1]
+
+    subprocess.run([*git, "init", "--quiet"], cwd=folder, check=True)
+    assert version("first").startswith("0.1.dev1+g"), "without a tag the commits are counted"
+    subprocess.run([*git, "tag", "v0.7.0"], cwd=folder, check=True)
+    assert version("second").startswith("0.7.1.dev1+g")
+
+
+def test_the_wheel_lists_every_file_of_the_root(installed):
+    assert {path.stem for path in ROOT.glob("*_mc_llava.py")} == set(ROOT_FILES)
+    assert {path.stem for path in (installed / "mc_llava").glob("*_mc_llava.py")} == set(ROOT_FILES)
 
 
 def test_the_wheel_carries_code_configurations_and_templates_once(installed):
