@@ -55,7 +55,7 @@ def installed(clone, tmp_path_factory) -> Path:
     """A folder with the unpacked wheel, which was built from a clone's files, as the Hub gives them, without git."""
     folder = tmp_path_factory.mktemp("installed")
     wheel = build_wheel(clone, folder)
-    assert wheel.name.startswith("mc_llava-0.2.0+unknown-")
+    assert wheel.name.startswith("mc_llava-0.2.0-")
     zipfile.ZipFile(wheel).extractall(folder / "site")
     return folder / "site"
 
@@ -87,7 +87,7 @@ def test_the_version_follows_from_git(clone, tmp_path):
         return build_wheel(folder, tmp_path / commit).name.split("-")[1]
 
     subprocess.run([*git, "init", "--quiet"], cwd=folder, check=True)
-    assert version("first").startswith("0.1.dev1+g"), "without a tag the commits are counted"
+    assert version("first").startswith("0.2.1.dev1+g"), "without a tag the commits are counted"
     subprocess.run([*git, "tag", "v0.7.0"], cwd=folder, check=True)
     assert version("second").startswith("0.7.1.dev1+g")
 
