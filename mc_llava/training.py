@@ -452,6 +452,9 @@ def train(recipe: Recipe) -> Path:
         )
 
     # 2. Training.
+    # The name since transformers 5.24, and before.
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    checkpointing = next(name for name in names if name in SFTConfig.__dataclass_fields__)
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     arguments = SFTConfig(
         str(output),
@@ -464,7 +467,7 @@ def train(recipe: Recipe) -> Path:
         warmup_steps=recipe.warmup,
         weight_decay=recipe.weight_decay,
         bf16=recipe.bf16,
-        gradient_checkpointing=recipe.gradient_checkpointing,
+        **{checkpointing: recipe.gradient_checkpointing},
         save_steps=recipe.save_steps,
         save_total_limit=2,
         logging_steps=recipe.log_steps,

@@ -1,0 +1,85 @@
+"""No command of ours and no pipeline makes transformers warn of an old name."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+
+pytestmark = pytest.mark.slow
+SCENE = str(ROOT / "examples" / "scene1.jpg")
+QUESTION = "What is written on the blue sign?"
+PIPELINE = f"""
+import sys
+from transformers import pipeline
+ask = pipeline("image-text-to-text", model=sys.argv[1], trust_remote_code=True)
+content = [{{"type": "image", "path": {SCENE!r}}}, {{"type": "text", "text": {QUESTION!r}}}]
+print(ask(text=[{{"role": "user", "content": content}}], max_crops=4, max_new_tokens=20))
+"""
+RECIPE = f"""
+model: tiny
+data: rows.json
+images: {ROOT / "examples"}
+output: run
+train: [projector]
+lora: {{r: 4, alpha: 8, dropout: 0.0}}
+max_crops: [0, 4]
+num_tokens: [20, 40]
+max_steps: 1
+batch_size: 1
+learning_rate: 1.0e-3
+dtype: float32
+gradient_checkpointing: true
+workers: 0
+"""
+
+
+def warnings_of(folder, *arguments, stdin="") -> list[str]:
+    """Lines of standard error that speak of an old name, of a process that succeeds."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PYTHONWARNINGS": "default",
+        "TRANSFORMERS_VERBOSITY": "warning",
+    }
+    result = subprocess.run(
+        [sys.executable, *arguments], cwd=folder, env=environment, input=stdin, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stdout, result.stderr
+    return [line for line in result.stderr.splitlines() if "deprecat" in line.lower() or "past_key_values" in line]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ask", SCENE, QUESTION, "--max-crops", "4"),
+        ("estimate", SCENE, "--model", "tiny"),
+        ("eval", "--tasks", "scenes", "--limit", "2", "--max-crops", "2"),
+    ],
+    ids=lambda command: command[0],
+)
+def test_commands(command, tmp_path):
+    assert warnings_of(tmp_path, "-m", "mc_llava", *command) == []
+
+
+def test_chat(tmp_path):
+    questions = f"{QUESTION}\nWhat color is the star?\n\n"
+    assert warnings_of(tmp_path, "-m", "mc_llava", "chat", SCENE, "--max-crops", "4", stdin=questions) == []
+
+
+def test_a_pipeline(trial, tmp_path):
+    assert warnings_of(tmp_path, "-c", PIPELINE, str(trial.folder)) == []
+
+
+def test_training(tmp_path):
+    """What other packages do themselves is theirs: torch's TorchScript, PEFT's `is_gradient_checkpointing`."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A sign."}]
+    rows = [{"id": "1", "image": "scene1.jpg", "conversations": turns}]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    found = warnings_of(tmp_path, "-m", "mc_llava", "train", "recipe.yaml")
+    theirs = ("torch.jit", "`is_gradient_checkpointing`")
+    assert [line for line in found if not any(name in line for name in theirs)] == []
