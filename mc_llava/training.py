@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import yaml
@@ -421,70 +421,19 @@ def train(recipe: Recipe) -> Path:
             checkpoints that `resume` doesn't ask for.
     """
     from datasets import Dataset
-    from peft import LoraConfig, PeftModel
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTTrainer
 
     output = Path(recipe.output)
     checkpoint = last_checkpoint(output)
     if checkpoint and not recipe.resume:
-        raise ValueError(
-            f"{output} holds {Path(checkpoint).name}: set resume to go on from it, or name another output"
-        )
+        raise ValueError(f"{output} holds {Path(checkpoint).name}: set resume to continue, or name another output")
     processor = load_processor(recipe.model)
     rows = check(recipe, processor)
 
-    # 1. The model, and what of it learns.
-    model = load_model(recipe.model, recipe.dtype, "cpu")
-    if "tower" not in recipe.train:
-        # Gradient checkpointing lets embeddings require gradients, those of patches, too: all steps would go back
-        # through a tower in which nothing learns.
-        model.model.vision_tower.embeddings.register_forward_hook(lambda module, inputs, output: output.detach())
-    lora = None
-    if recipe.lora is None:
-        set_trainable(model, recipe.train)
-    else:
-        lora = LoraConfig(
-            r=recipe.lora.r,
-            lora_alpha=recipe.lora.alpha,
-            lora_dropout=recipe.lora.dropout,
-            target_modules=LORA_TARGETS,
-            modules_to_save=[module.split(".")[-1] for part in recipe.train for module in PARTS[part]] or None,
-        )
-
-    # 2. Training.
-    # The name since transformers 5.24, and before.
-    names = ("activation_checkpointing", "gradient_checkpointing")
-    checkpointing = next(name for name in names if name in SFTConfig.__dataclass_fields__)
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
-    arguments = SFTConfig(
-        str(output),
-        num_train_epochs=recipe.epochs,
-        max_steps=recipe.max_steps or -1,
-        per_device_train_batch_size=recipe.batch_size,
-        gradient_accumulation_steps=recipe.accumulation,
-        learning_rate=recipe.learning_rate,
-        lr_scheduler_type="cosine",
-        warmup_steps=recipe.warmup,
-        weight_decay=recipe.weight_decay,
-        bf16=recipe.bf16,
-        **{checkpointing: recipe.gradient_checkpointing},
-        save_steps=recipe.save_steps,
-        save_total_limit=2,
-        logging_steps=recipe.log_steps,
-        report_to=["tensorboard"],
-        dataloader_num_workers=recipe.workers,
-        seed=recipe.seed,
-        use_cpu=not torch.cuda.is_available(),
-        ddp_find_unused_parameters=False,
-        remove_unused_columns=False,
-        max_length=None,  # the collator cuts rows, and never in an image
-    )
-    # transformers writes checkpoints under the published tensor names and reads them back under its own: it would find
-    # no weight, warn, and go on from where the run began.
-    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    model, lora = build_trainee(recipe)
     trainer = SFTTrainer(
         model,
-        arguments,
+        training_arguments(recipe),
         data_collator=Collator(processor, recipe, model.config.text_config.max_position_embeddings),
         train_dataset=Dataset.from_list(rows.good),
         processing_class=processor,
@@ -497,20 +446,83 @@ def train(recipe: Recipe) -> Path:
     prepare_sharding(trainer, model)
     trainer.train(resume_from_checkpoint=checkpoint)
 
-    # 3. A folder that `from_pretrained` reads, whatever was trained.
     weights = trainer.accelerator.get_state_dict(trainer.model)  # all processes give theirs
     if trainer.is_world_process_zero():
-        whole = load_model(recipe.model, recipe.dtype, "cpu")
-        if lora is None:
-            whole.load_state_dict(weights)
-        else:
-            adapter = output / "adapter"
-            trainer.accelerator.unwrap_model(trainer.model).save_pretrained(adapter, state_dict=weights)
-            whole = PeftModel.from_pretrained(whole, adapter).merge_and_unload()
-        whole.save_pretrained(output)
-        processor.save_pretrained(output)
+        save_whole(recipe, trainer, weights, processor)
     trainer.accelerator.wait_for_everyone()
     return output
+
+
+def build_trainee(recipe: Recipe) -> tuple[MCLlavaForConditionalGeneration, Any]:
+    """The model with what of it learns, and the configuration of LoRA adapters or None."""
+    from peft import LoraConfig
+
+    model = load_model(recipe.model, recipe.dtype, "cpu")
+    # transformers writes checkpoints under the published tensor names and reads them back under its own: it would find
+    # no weight, warn, and resume from where the run began.
+    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    if "tower" not in recipe.train:
+        # Gradient checkpointing lets embeddings require gradients, those of patches, too: all steps would go back
+        # through a tower in which nothing learns.
+        model.model.vision_tower.embeddings.register_forward_hook(lambda module, inputs, output: output.detach())
+    if recipe.lora is None:
+        set_trainable(model, recipe.train)
+        return model, None
+    return model, LoraConfig(
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.alpha,
+        lora_dropout=recipe.lora.dropout,
+        target_modules=LORA_TARGETS,
+        modules_to_save=[module.split(".")[-1] for part in recipe.train for module in PARTS[part]] or None,
+    )
+
+
+def training_arguments(recipe: Recipe):
+    """TRL's `SFTConfig` of a recipe."""
+    from trl import SFTConfig
+
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(Path(recipe.output, "logs"))
+    names = ("activation_checkpointing", "gradient_checkpointing")  # since transformers 5.24, and before
+    checkpointing = next(name for name in names if name in SFTConfig.__dataclass_fields__)
+    return SFTConfig(
+        recipe.output,
+        num_train_epochs=recipe.epochs,
+        max_steps=recipe.max_steps or -1,
+        per_device_train_batch_size=recipe.batch_size,
+        gradient_accumulation_steps=recipe.accumulation,
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=recipe.warmup,
+        weight_decay=recipe.weight_decay,
+        bf16=recipe.bf16,
+        save_steps=recipe.save_steps,
+        save_total_limit=2,
+        logging_steps=recipe.log_steps,
+        report_to=["tensorboard"],
+        dataloader_num_workers=recipe.workers,
+        seed=recipe.seed,
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        max_length=None,  # the collator cuts rows, and never in an image
+        **{checkpointing: recipe.gradient_checkpointing},
+    )
+
+
+def save_whole(recipe: Recipe, trainer, weights: dict[str, torch.Tensor], processor: MCLlavaProcessor):
+    """Write a folder that `from_pretrained` reads, whatever was trained."""
+    from peft import PeftModel
+
+    output = Path(recipe.output)
+    whole = load_model(recipe.model, recipe.dtype, "cpu")
+    if recipe.lora is None:
+        whole.load_state_dict(weights)
+    else:
+        adapter = output / "adapter"
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(adapter, state_dict=weights)
+        whole = PeftModel.from_pretrained(whole, adapter).merge_and_unload()
+    whole.save_pretrained(output)
+    processor.save_pretrained(output)
 
 
 def prepare_sharding(trainer, model: MCLlavaForConditionalGeneration):
