@@ -1,0 +1,127 @@
+"""The engine: conversations in, replies out, with what was encoded for them."""
+
+import pytest
+import torch
+from conftest import picture
+
+from mc_llava import EncodedImages
+from mc_llava.engine import GREEDY, Engine, ask_about
+
+
+WIDE, SMALL = picture(200, 120), picture(50, 40, seed=1)
+
+
+@pytest.fixture
+def engine(model, processor) -> Engine:
+    return Engine(model, processor, max_crops=4, num_tokens=18, max_new_tokens=6)
+
+
+@pytest.fixture
+def passes(model):
+    """How many crops passed the vision tower."""
+    crops = []
+    hook = model.model.vision_tower.encoder.register_forward_hook(
+        lambda module, arguments, output: crops.append(len(output.last_hidden_state))
+    )
+    yield crops
+    hook.remove()
+
+
+def plain(model, processor, images, question) -> tuple[str, int]:
+    """The reply of `generate` to the processor's output, and the length of the prompt."""
+    inputs = processor(question, images or None, max_crops=4, num_tokens=18)
+    output = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    return processor.decode(output, skip_special_tokens=True).strip(), inputs["input_ids"].shape[1]
+
+
+def test_replies_are_those_of_generate(engine, model, processor):
+    asked = [([WIDE], "What is it?"), ([WIDE, SMALL], "What differs?"), ([], "Why?")]
+    replies = engine.answer([ask_about(images, question) for images, question in asked], **GREEDY)
+    for (images, question), reply in zip(asked, replies, strict=True):
+        assert (reply.text, reply.prompt_tokens) == plain(model, processor, images, question)
+        plans = [processor.image_processor.plan(*image.size, 4, 18) for image in images]
+        assert [image.plans[0] for image in reply.images] == plans
+        assert reply.crops == sum(map(len, plans))
+        assert reply.image_tokens == sum(crop.num_tokens for plan in plans for crop in plan)
+
+
+def test_why_an_answer_ended(engine, model, processor, monkeypatch):
+    (cut,) = engine.answer([ask_about([SMALL], "What is it?")], max_new_tokens=4, eos_token_id=None)
+    assert (cut.new_tokens, cut.finish_reason) == (4, "length")
+    second = model.generate(
+        **processor("What is it?", SMALL, max_crops=4, num_tokens=18), max_new_tokens=4, eos_token_id=None
+    )[0, -3].item()
+    for ends in (second, [second, 50295]):  # one end token, or several
+        monkeypatch.setattr(model.generation_config, "eos_token_id", ends)
+        asked = [ask_about([SMALL], "What is it?"), ask_about([WIDE], "And this?")]
+        stopped, other = engine.answer(asked, max_new_tokens=9, **GREEDY)
+        assert (stopped.new_tokens, stopped.finish_reason) == (2, "stop"), "padding is not counted"
+        assert other.new_tokens > 2
+
+
+def test_images_that_recur_pass_the_tower_once(engine, passes):
+    encoded = engine.encode([WIDE, SMALL])
+    crops = sum(len(image.crop_boxes) for image in encoded)
+    assert sum(passes) == crops
+    replies = engine.answer([ask_about([WIDE], "What?"), ask_about(encoded[1:], "What?")], **GREEDY)
+    engine.likelihoods(ask_about(encoded, "Which?"), ("a", "b"))
+    assert sum(passes) == crops and isinstance(replies[0].images[0], EncodedImages)
+    assert replies[1].images[0] is encoded[1], "what is encoded is not encoded again"
+
+
+def test_a_plan_of_ones_own(engine, passes):
+    (encoded,) = engine.encode([WIDE], plans=[[(0, 0, 200, 120), (100, 20, 180, 90)]])
+    assert sum(passes) == 2 and encoded.crop_boxes.tolist()[1] == [100, 20, 180, 90]
+    (other,) = engine.encode([WIDE], num_tokens=9, max_crops=0)
+    assert other.tokens_per_image == [9]
+    (reply,) = engine.answer([ask_about([encoded], "What?")])
+    assert reply.images == [encoded] and reply.image_tokens == 20
+
+
+def test_a_conversation_goes_on(engine):
+    (first,) = engine.answer([ask_about([SMALL], "What is it?")], **GREEDY)
+    turns = [*ask_about([SMALL], "What is it?"), {"role": "assistant", "content": "A cat."}]
+    (second,) = engine.answer([[*turns, {"role": "user", "content": "What color?"}]], **GREEDY)
+    assert second.prompt_tokens > first.prompt_tokens and second.crops == first.crops
+
+
+def test_pieces_are_the_answer(engine):
+    conversation = ask_about([SMALL], "What is it?")
+    (reply,) = engine.answer([conversation], **GREEDY)
+    pieces = list(engine.stream(conversation, **GREEDY))
+    assert "".join(pieces).strip() == reply.text
+
+
+def test_who_stops_listening_stops_the_generation(engine, model, monkeypatch):
+    steps = []
+    hook = model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    pieces = engine.stream(ask_about([SMALL], "What is it?"), max_new_tokens=60, eos_token_id=None, **GREEDY)
+    next(pieces)
+    pieces.close()
+    hook.remove()
+    assert len(steps) < 60
+
+
+def test_errors_reach_who_listens(engine):
+    with pytest.raises(ValueError, match="must not hold the special token"):
+        list(engine.stream(ask_about([SMALL], "<|im_end|>")))
+    with pytest.raises(ValueError, match="cannot read an image from int"):
+        engine.answer([ask_about([3], "What?")])
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        Engine(engine.model, engine.processor, batch_size=0)
+    with pytest.raises(ValueError, match="max_crops must be at least 0"):
+        Engine(engine.model, engine.processor, max_crops=-1)
+
+
+def test_likelihoods_in_batches_are_those_of_one_row(engine, model, processor):
+    answers, conversation = ("red", "blue", "red and blue"), ask_about([SMALL], "Which color?")
+    together = engine.likelihoods(conversation, answers)
+    single = Engine(model, processor, max_crops=4, num_tokens=18, batch_size=1)
+    assert [one.num_tokens for one in together] == [
+        len(processor.tokenizer(f"{answer}<|im_end|>")["input_ids"]) for answer in answers
+    ]
+    sums = [
+        torch.tensor([one.log_probability for one in found])
+        for found in (together, single.likelihoods(conversation, answers))
+    ]
+    assert torch.allclose(*sums, atol=1e-3) and (sums[0] < 0).all()
