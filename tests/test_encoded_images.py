@@ -295,7 +295,7 @@ class TestFeatureCache:
         upright = Image.frombytes("RGB", (30, 40), IMAGES[0].tobytes())
         cache = FeatureCache()
         first, second = (cache.encode(model, processor.image_processor, [entry])[0] for entry in (IMAGES[0], upright))
-        assert cache.misses == 2 and not torch.equal(first, second)
+        assert cache.misses == 2 and not torch.equal(first.features, second.features)
 
     def test_what_is_larger_than_the_cache_leaves_it_alone(self, model, processor):
         cache = FeatureCache(max_bytes=10 * 48 * 4)  # of ten tokens

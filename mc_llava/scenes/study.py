@@ -107,7 +107,7 @@ def blind_scores(engine: Engine, records: list[dict]) -> list[float]:
     records = iter(records)
     while batch := list(islice(records, BATCH_SIZE)):
         replies = engine.answer([ask_about([], record["prompt"]) for record in batch], **GREEDY)
-        scores += [float(is_correct(record["expected"], reply)) for record, reply in zip(batch, replies)]
+        scores += [float(is_correct(record["expected"], reply.text)) for record, reply in zip(batch, replies)]
     return scores
 
 
