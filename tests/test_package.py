@@ -51,12 +51,14 @@ def installed(clone, tmp_path_factory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_a_bare_clone_works(clone, trial):
     assert Path(run("-c", "import mc_llava; print(mc_llava.__file__)", cwd=clone).strip()).parent.parent == clone
     answer = run("-m", "mc_llava", "ask", f"examples/{trial.pictures[0].name}", trial.questions[0], cwd=clone)
     assert trial.is_right(0, answer)
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_works_away_from_the_checkout(installed, trial, tmp_path):
     code = "import mc_llava; print(mc_llava.__file__, mc_llava.modeling_mc_llava.__file__)"
     files = run("-c", code, cwd=tmp_path, python_path=installed).split()
@@ -113,6 +115,7 @@ def test_no_file_of_the_remote_code_is_twice_in_the_tree(clone):
 class TestReadme:
     text = (ROOT / "README.md").read_text()
 
+    @pytest.mark.slow
     def test_its_python_runs(self, converted, tmp_path):
         """
         Every Python block, one after another, with a small random checkpoint in the place of the 3B. test_handler.py
@@ -127,6 +130,7 @@ class TestReadme:
         shutil.copytree(ROOT / "examples", tmp_path / "examples")
         run("-c", code, cwd=tmp_path, python_path=ROOT)
 
+    @pytest.mark.slow
     def test_its_commands_exist(self):
         """
         Every `mc-llava` line here and in docs/ names a command and options that there are. The lines themselves want

@@ -359,6 +359,7 @@ def run_recipe(output) -> dict[str, dict[int, float]]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp_path):
     work = tmp_path / "tiny-work"
     whole = run_recipe(tmp_path / "tiny")
@@ -371,6 +372,7 @@ def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp
         assert again[stage] == pytest.approx(whole[stage], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypatch):
     monkeypatch.setattr(train_tiny, "SHARD", 3)
     tested, encode = set(), train_tiny.encode_scenes
