@@ -10,8 +10,9 @@ if ! command -v uv > /dev/null; then
   .venv-uv/bin/pip install --quiet uv
   PATH="$PWD/.venv-uv/bin:$PATH"
 fi
-# pip fetches what builds the package as well.
+# pip fetches what builds the package as well; hatchling asks for editables where it is installed editable.
 build=$(python3 -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")')
+build+=$'\n'editables
 
 pin() { # NAME UV_OPTIONS..., with more requirements, a line each, from standard input
   local name="$1" pins

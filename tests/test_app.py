@@ -19,6 +19,9 @@ from PIL import Image
 from mc_llava import MCLlavaProcessor
 
 
+pytestmark = pytest.mark.slow
+
+
 CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = [
     "--headless",

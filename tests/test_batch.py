@@ -224,6 +224,7 @@ def command(folder: Path, model: Path, output: Path, *more) -> list[str]:
     return [*call, "--model", str(model), *flags, *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), pytest.param(("--ray", "--workers", "2"), marks=with_ray)], ids=["one", "ray"])
 def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
     output, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
@@ -265,6 +266,7 @@ def test_two_runs_on_one_output(folder, converted, tmp_path):
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
     answer = batch.Worker.answer_batch
@@ -304,6 +306,7 @@ def test_what_is_no_input(tmp_path, name, content, message):
         open_rows(tmp_path / name)
 
 
+@pytest.mark.slow
 @with_ray
 def test_a_row_that_kills_its_worker_ends_the_run(folder, converted, monkeypatch):
     class Killed(batch.RayWorker):  # by value: Ray's processes can't import this file

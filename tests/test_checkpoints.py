@@ -298,6 +298,7 @@ print("both ways work")
 
 
 class TestAutoClasses:
+    @pytest.mark.slow
     def test_both_ways_of_calling_on_a_photograph(self, converted, tmp_path):
         result = subprocess.run(
             [sys.executable, "-c", CARD_SNIPPET, str(converted), str(PHOTOGRAPH)],

@@ -13,6 +13,9 @@ from PIL import Image
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, cli
 
 
+pytestmark = pytest.mark.slow
+
+
 CROP_GRID = ROOT / "docs" / "crop_grid.jpg"
 COFFEE, HUBBLE = (str(ROOT / "examples" / name) for name in ("coffee.jpg", "hubble.jpg"))
 

@@ -88,6 +88,7 @@ def test_activations_are_what_is_alive_at_most(processor, inputs):
     assert estimate_of(inputs).activation_bytes == pytest.approx(pixels + memory.peak, rel=0.1)
 
 
+@pytest.mark.slow
 def test_the_published_sizes():
     """FACTS of the published model: 0.67 TFLOP a crop, 4.0 TFLOP of prefill for 780 tokens, 6.4 GB in float16."""
     plan = MCLlavaImageProcessor().plan(4240, 2832)
@@ -105,6 +106,7 @@ def test_what_does_not_fit_is_refused():
             estimate(MCLlavaConfig(), crops=1, image_tokens=728, **options)
 
 
+@pytest.mark.slow
 def test_the_command(converted):
     result = run("estimate", HUBBLE, "--max-crops", 4, "--num-tokens", 300)
     assert result.returncode == 0, result.stderr

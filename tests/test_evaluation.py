@@ -732,6 +732,7 @@ class TestResuming:
         command = [sys.executable, "-m", "mc_llava", "eval", "--model", str(model), "--output", str(output)]
         return [*command, *self.options, *knobs, "--dtype", "float32", "--device", "cpu"]
 
+    @pytest.mark.slow
     def test_killed_and_started_again(self, converted, tmp_path):
         unfinished = tmp_path / "killed" / "scenes.partial.jsonl"
         process = subprocess.Popen(self.command(converted, tmp_path / "killed"), cwd=ROOT, stderr=subprocess.DEVNULL)

@@ -88,6 +88,7 @@ class TestFolder:
         for name in ("handler.py", "requirements.txt"):  # an endpoint installs these
             assert (trial.folder / name).read_bytes() == (ROOT / name).read_bytes()
 
+    @pytest.mark.slow
     def test_it_needs_nothing_but_the_folder(self, trial, tmp_path):
         """Away from the checkout and without the package."""
         shutil.copytree(trial.folder, tmp_path / "model")

@@ -366,6 +366,7 @@ def run_recipe(output) -> dict[str, dict[int, float]]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp_path):
     work = tmp_path / "tiny-work"
     whole = run_recipe(tmp_path / "tiny")
@@ -378,6 +379,7 @@ def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp
         assert again[stage] == pytest.approx(whole[stage], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypatch):
     monkeypatch.setattr(language_model, "SHARD", 3)
     tested, encode = set(), language_model.encode_scenes

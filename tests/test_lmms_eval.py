@@ -16,6 +16,9 @@ from mc_llava.evaluation.running import evaluate
 from mc_llava.evaluation.tasks import SHORT
 
 
+pytestmark = pytest.mark.slow
+
+
 pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see scripts/test.sh")
 datasets = pytest.importorskip("datasets", reason='the package datasets is not here: pip install "mc-llava[eval]"')
 if "mc_llava" not in importlib.metadata.entry_points(group="lmms_eval.models").names:

@@ -9,6 +9,9 @@ from conftest import ROOT
 from huggingface_hub.utils import filter_repo_objects
 
 
+pytestmark = pytest.mark.slow
+
+
 jupytext = pytest.importorskip("jupytext", reason='pip install "mc-llava[notebooks]" to run the notebooks')
 nbclient = pytest.importorskip("nbclient", reason='pip install "mc-llava[notebooks]" to run the notebooks')
 

@@ -60,12 +60,14 @@ def installed(clone, tmp_path_factory) -> Path:
     return folder / "site"
 
 
+@pytest.mark.slow
 def test_a_bare_clone_works(clone, trial):
     assert Path(run("-c", "import mc_llava; print(mc_llava.__file__)", cwd=clone).strip()).parent.parent == clone
     answer = run("-m", "mc_llava", "ask", f"examples/{trial.pictures[0].name}", trial.questions[0], cwd=clone)
     assert trial.is_right(0, answer)
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_works_away_from_the_checkout(installed, trial, tmp_path):
     code = "import mc_llava; print(mc_llava.__file__, mc_llava.modeling_mc_llava.__file__)"
     files = run("-c", code, cwd=tmp_path, python_path=installed).split()

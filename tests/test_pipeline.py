@@ -10,6 +10,9 @@ from PIL import Image
 from transformers import TextIteratorStreamer, pipeline
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def pipe(trial):
     return pipeline("image-text-to-text", model=str(trial.folder), trust_remote_code=True)

@@ -53,7 +53,7 @@ class Recording:
         return {"input_ids": ids, "attention_mask": (ids != PAD).long(), **inputs}
 
 
-@pytest.fixture(scope="module", params=["shipped", "full"])
+@pytest.fixture(scope="module", params=["shipped", pytest.param("full", marks=pytest.mark.slow)])
 def recording(request, tmp_path_factory) -> Recording:
     if request.param == "shipped":
         return Recording(SHIPPED, restore_checkpoint(SHIPPED, tmp_path_factory.mktemp("shipped") / "checkpoint"))
@@ -93,28 +93,44 @@ def test_features(recording):
             assert (features[::every] - recording.tensors[f"features.{index}.{name}"]).abs().max() < 1e-4
 
 
-@torch.no_grad()
-def test_logits_and_greedy_tokens(recording):
-    model, scored = recording.model, recording.tensors.get("scored_ids", slice(None))
-    batched = 0
-    for index, row in enumerate(recording.expected["generation"]):
+def questions(recording):
+    """Of each recorded question its row, its prompts as ids, and how many crops and tokens it was asked with."""
+    for row in recording.expected["generation"]:
         prompts = [[id for id in ids if id != PAD] for ids in row["input_ids"]]
-        options = {"max_new_tokens": row["max_new_tokens"], "do_sample": False, "pad_token_id": PAD}
-        knobs = {"max_crops": row["max_crops"], "num_tokens": row["num_tokens"]}
+        yield row, prompts, {"max_crops": row["max_crops"], "num_tokens": row["num_tokens"]}
+
+
+@torch.no_grad()
+def test_logits(recording):
+    scored = recording.tensors.get("scored_ids", slice(None))
+    for index, (row, prompts, knobs) in enumerate(questions(recording)):
         inputs = recording.inputs(prompts, row["images"], **knobs)
         assert inputs["input_ids"].shape[1] == row["sequence_length"]
-        logits = model(**inputs).logits[:, -1, scored]
+        logits = recording.model(**inputs, logits_to_keep=1).logits[:, -1, scored]
         assert (logits - recording.tensors[f"generation.{index}.last_logits"]).abs().max() < 1e-4
-        for use_cache in (True, False):
-            output = model.generate(**inputs, **options, use_cache=use_cache)
-            assert output[:, inputs["input_ids"].shape[1] :].tolist() == row["new_tokens"], (index, use_cache)
 
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_greedy_tokens(recording, use_cache):
+    """In a batch as recorded, and each prompt alone."""
+    batched = 0
+    for row, prompts, knobs in questions(recording):
+        asked = [(prompts, row["images"], row["new_tokens"])]
         if len(prompts) > 1:
             batched += 1
-            for prompt, image, tokens in zip(prompts, row["images"], row["new_tokens"]):
-                alone = recording.inputs([prompt], [image], **knobs)
-                output = model.generate(**alone, **options)
-                assert output[0, alone["input_ids"].shape[1] :].tolist() == tokens
+            alone = zip(prompts, row["images"], row["new_tokens"])
+            asked += [([prompt], [image], [tokens]) for prompt, image, tokens in alone]
+        for some_prompts, images, new_tokens in asked:
+            inputs = recording.inputs(some_prompts, images, **knobs)
+            output = recording.model.generate(
+                **inputs,
+                max_new_tokens=row["max_new_tokens"],
+                do_sample=False,
+                pad_token_id=PAD,
+                use_cache=use_cache,
+            )
+            assert output[:, inputs["input_ids"].shape[1] :].tolist() == new_tokens
     assert batched
 
 
@@ -122,11 +138,9 @@ def test_the_processor_makes_the_recorded_prompts(recording):
     if not (recording.checkpoint / "tokenizer.json").exists():
         pytest.skip("the published tokenizer (3 MB) is not shipped: the full recording has it")
     processor = MCLlavaProcessor.from_pretrained(recording.checkpoint)
-    for row in recording.expected["generation"]:
-        prompts = [[id for id in ids if id != PAD] for ids in row["input_ids"]]
+    for row, prompts, knobs in questions(recording):
         texts = processor.batch_decode(prompts)
         assert processor.tokenizer(texts)["input_ids"] == prompts
-        knobs = {"max_crops": row["max_crops"], "num_tokens": row["num_tokens"]}
         inputs = processor(texts, [recording.images[name] for name in row["images"]] or None, **knobs)
         expected = recording.inputs(prompts, row["images"], **knobs)
         assert all(torch.equal(inputs[name], expected[name]) for name in expected)

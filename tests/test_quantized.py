@@ -17,6 +17,9 @@ from mc_llava.evaluation.running import evaluate
 from mc_llava.loading import find_device, load, load_model
 
 
+pytestmark = pytest.mark.slow
+
+
 # Phi-2's heads of 80, and widths that fill the quantised kernels' blocks.
 SIZES = {
     "text": {"hidden_size": 320, "intermediate_size": 1280, "num_attention_heads": 4, "num_hidden_layers": 2},

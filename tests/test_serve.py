@@ -13,6 +13,9 @@ import pytest
 from conftest import NEW_TOKENS
 
 
+pytestmark = pytest.mark.slow
+
+
 openai = pytest.importorskip("openai", reason='pip install "transformers[serving]" to test transformers serve')
 pytest.importorskip("uvicorn", reason='pip install "transformers[serving]" to test transformers serve')
 

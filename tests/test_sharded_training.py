@@ -14,6 +14,9 @@ from conftest import ROOT, picture, write_untrained_tiny
 from mc_llava import MCLlavaForConditionalGeneration
 
 
+pytestmark = pytest.mark.slow
+
+
 pytest.importorskip("trl", reason='what trains is not here: pip install "mc-llava[train]"')
 
 

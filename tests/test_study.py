@@ -22,6 +22,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "SETTINGS", ((0, 128), (2, 128), (32, 40)))
     found = study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=2)
@@ -45,6 +46,7 @@ def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monke
     assert study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=2) == found
 
 
+@pytest.mark.slow
 def test_the_command_prints_the_table_of_all_settings(folder, tmp_path):
     command = [sys.executable, "-m", "mc_llava", "study", "--model", str(folder), "--num-scenes", "1"]
     command += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "docs")]

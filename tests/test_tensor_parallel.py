@@ -3,11 +3,15 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT, picture
 from safetensors.torch import load_file, save_file
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
+
+
+pytestmark = pytest.mark.slow
 
 
 def torchrun(*arguments) -> str:

@@ -17,6 +17,9 @@ from mc_llava.loading import load
 from mc_llava.scenes.study import MAX_NEW_TOKENS, NAMES, markdown
 
 
+pytestmark = pytest.mark.slow
+
+
 STUDY = json.loads((ROOT / "docs" / "study.json").read_text())
 NUM_ASKED = 50  # of each kind
 

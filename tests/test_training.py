@@ -185,6 +185,7 @@ def test_broken_rows_are_named_skipped_and_refused_past_the_limit(folder, recipe
         check(replace(recipe, data=str(path)), processor)
 
 
+@pytest.mark.slow
 def test_the_command_checks_and_trains_nothing(recipe):
     values = {"model": recipe.model, "data": recipe.data, "images": recipe.images, "output": recipe.output}
     path = Path(recipe.output).with_suffix(".yaml")
