@@ -345,4 +345,4 @@ class MCLlavaProcessor(ProcessorMixin):
 
 MCLlavaProcessor.register_for_auto_class()
 
-__all__ = ["MCLlavaProcessor", "MCLlavaProcessorKwargs"]
+__all__ = ["CHAT_TEMPLATE", "MCLlavaProcessor", "MCLlavaProcessorKwargs"]

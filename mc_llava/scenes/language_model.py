@@ -250,6 +250,10 @@ class CachedTower(MCLlavaModel):
     def encode_crops(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         return pixel_values
 
+    def get_image_features(self, *fields, output_hidden_states=None, output_attentions=None, **kwargs):
+        # Those of the language model are wanted where the loss of looking asks for attentions: no tower is here.
+        return super().get_image_features(*fields, **kwargs)
+
 
 class LanguageModelTrainee(MCLlavaForConditionalGeneration):
     """The same parameters as the model's own, over a `CachedTower`."""
