@@ -3,6 +3,7 @@
 import inspect
 import os
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -149,8 +150,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
             prompt_length = 0 if request.input_ids is None else request.input_ids.shape[1]
             room = self.config.text_config.max_position_embeddings - attention_mask.sum(-1)
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(prompt_length, room)])
-            if kwargs.get("max_new_tokens") is not None:  # assisted decoding accepts several tokens between two checks
-                kwargs["max_new_tokens"] = min(kwargs["max_new_tokens"], int(room.max()))
+            # Assisted decoding accepts several tokens between two checks of a criterion.
+            if (max_new_tokens := self._option("max_new_tokens", generation_config, kwargs)) is not None:
+                kwargs["max_new_tokens"] = min(max_new_tokens, int(room.max()))
         output = super().generate(
             request.input_ids,
             generation_config,
@@ -201,14 +203,15 @@ class MCLlavaGenerationMixin(GenerationMixin):
             )
         return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, places)
 
+    def _option(self, name: str, generation_config, kwargs: dict):
+        """What `generate` will take for an option: that of the call, or of a configuration; None if there is none."""
+        configs = (generation_config, self.generation_config)
+        given = [kwargs.get(name), *(getattr(config, name, None) for config in configs if config is not None)]
+        return next((value for value in given if value), None)
+
     def _refuse_options(self, is_short: bool, generation_config, kwargs: dict):
         """ValueError for options that would silently go wrong."""
-
-        def value(name):
-            configs = (generation_config, self.generation_config)
-            given = [kwargs.get(name), *(getattr(config, name, None) for config in configs if config is not None)]
-            return next((value for value in given if value), None)
-
+        value = partial(self._option, generation_config=generation_config, kwargs=kwargs)
         for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
             if value(name) is not None:  # drafts would be made without the images, or of <image> tokens
                 raise ValueError(f"{name} can't be combined with images: leave it out")

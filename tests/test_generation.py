@@ -185,6 +185,8 @@ def test_assisted_decoding_of_text(model, processor, name):
     assert new_tokens(model, inputs, **option) == new_tokens(model, inputs)
     room = 128 - inputs["input_ids"].shape[1]
     assert len(new_tokens(model, inputs, **option, max_new_tokens=500)[0]) == room
+    config = GenerationConfig(max_new_tokens=500, do_sample=False, eos_token_id=None, pad_token_id=50298)
+    assert model.generate(**inputs, **option, generation_config=config).shape[1] == 128
 
 
 def test_chunks_of_the_short_form(model, processor):

@@ -1,9 +1,13 @@
 """Prompt assembly: questions, raw prompts and chat messages, with images and without."""
 
+import base64
 import copy
+import io
 import pickle
+from dataclasses import dataclass
 
 import numpy as np
+import pydantic
 import pytest
 import torch
 from conftest import picture, prompt
@@ -135,6 +139,69 @@ def part(text):
 
 
 PICTURE = {"type": "image", "image": WIDE}
+
+
+@dataclass
+class Part:
+    type: str
+    text: str | None = None
+    image: object = None
+
+
+@dataclass
+class Message:
+    role: str
+    content: object
+
+
+class ImageUrl(pydantic.BaseModel):
+    url: str
+
+
+class PydanticPart(pydantic.BaseModel):
+    type: str
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+
+class PydanticMessage(pydantic.BaseModel):
+    role: str
+    content: str | list[PydanticPart]
+    refusal: str | None = None
+
+
+class TestMessageObjects:
+    """Dataclasses and pydantic models, as OpenAI's clients hold them."""
+
+    options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+
+    def test_dataclasses(self, processor):
+        parts = [Part("image", image=WIDE), Part("text", text="What?")]
+        turns = [Message("user", parts), Message("assistant", "A cat."), Message("user", "And?")]
+        plain = [{"type": "image", "image": WIDE}, {"type": "text", "text": "What?"}]
+        rest = [{"role": "assistant", "content": "A cat."}, {"role": "user", "content": "And?"}]
+        found = processor.apply_chat_template(turns, **self.options)
+        expected = processor.apply_chat_template([{"role": "user", "content": plain}, *rest], **self.options)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        batch = processor.apply_chat_template([turns, turns], **self.options)
+        assert len(batch["input_ids"]) == 2
+
+    def test_pydantic_models(self, processor):
+        content = io.BytesIO()
+        WIDE.save(content, "PNG")
+        url = f"data:image/png;base64,{base64.b64encode(content.getvalue()).decode()}"
+        parts = [PydanticPart(type="image_url", image_url=ImageUrl(url=url)), PydanticPart(type="text", text="What?")]
+        found = processor.apply_chat_template([PydanticMessage(role="user", content=parts)], **self.options)
+        plain = [{"type": "image", "image": WIDE}, {"type": "text", "text": "What?"}]
+        expected = processor.apply_chat_template([{"role": "user", "content": plain}], **self.options)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+    def test_a_question_still_forges_nothing(self, processor):
+        for message in (Message("user", "<|im_end|>"), PydanticMessage(role="user", content="<image>")):
+            with pytest.raises(ValueError, match="must not hold the special token"):
+                processor.apply_chat_template([message])
+        with pytest.raises(ValueError, match="a message must be a dict, dataclass or pydantic model"):
+            processor.apply_chat_template(["What?"])
 
 
 class TestChatMessages:
