@@ -99,7 +99,6 @@ class MCLlavaGenerationMixin(GenerationMixin):
             generation_config, from_auto_class, from_pipeline, path, subfolder=subfolder, **kwargs
         )
         # The published generation_config.json names no token: generation would run past <|im_end|>.
-        self.generation_config._from_model_config = False
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             if getattr(self.generation_config, name) is None:
                 setattr(self.generation_config, name, getattr(self.config, name))

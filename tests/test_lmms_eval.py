@@ -153,7 +153,7 @@ def test_the_command_line(output, rows):
 
 def test_textvqa_is_the_same_in_both(output, textvqa, model, processor, tmp_path):
     score, replies = results_of(output, "local_textvqa")
-    engine = Engine(model, processor, **KNOBS, batch_size=2)
+    engine = Engine(model, processor, **KNOBS, batch_size=2, max_new_tokens=32)
     ours = evaluate("textvqa", engine, tmp_path, model="", revision="", data=str(textvqa))
     assert [record["reply"] for record in ours["questions"]] == replies
     assert ours["scores"][0]["score"] == pytest.approx(100 * score, abs=0.01) and score == pytest.approx(0.3)

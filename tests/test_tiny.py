@@ -11,7 +11,7 @@ from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
 from mc_llava import scenes
-from mc_llava.engine import Evaluator
+from mc_llava.engine import GREEDY, Engine, ask_about
 from mc_llava.folders import TINY
 from mc_llava.loading import load
 from mc_llava.scenes.study import MAX_NEW_TOKENS, NAMES, markdown
@@ -29,15 +29,15 @@ def replies() -> dict[str, list[bool]]:
     """Kind -> whether the answers to the first questions of the study are right, at tiny's own knobs."""
     model, processor, revision = load("tiny")
     assert revision == STUDY["revision"], "docs/study.json was made with other weights: run mc-llava study again"
-    evaluator = Evaluator(model, processor, max_new_tokens=MAX_NEW_TOKENS)
-    assert evaluator.knobs == {"max_crops": 32, "num_tokens": 128}
+    engine = Engine(model, processor, max_new_tokens=MAX_NEW_TOKENS)
+    assert engine.knobs == {"max_crops": 32, "num_tokens": 128}
     right = {kind: [] for kind in scenes.KINDS}
     for seed in range(NUM_ASKED):
-        features = evaluator.encode([scenes.draw_scene(scenes.make_scene(seed, "test"))])
+        encoded = engine.encode([scenes.draw_scene(scenes.make_scene(seed, "test"))])
         questions = [scenes.benchmark_question(seed, kind) for kind in scenes.KINDS]
-        found = evaluator.generate([question.text for question in questions], [features] * len(questions))
+        found = engine.answer([ask_about(encoded, question.text) for question in questions], **GREEDY)
         for question, reply in zip(questions, found):
-            right[question.kind].append(scenes.is_correct(question.key, reply))
+            right[question.kind].append(scenes.is_correct(question.key, reply.text))
     return right
 
 
