@@ -13,7 +13,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
-from conftest import NEW_TOKENS, ROOT
+from helpers import NEW_TOKENS, ROOT
 from PIL import Image
 
 from mc_llava import MCLlavaProcessor

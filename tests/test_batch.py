@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, picture, plain_reply
 from filelock import FileLock
+from helpers import ROOT, picture, plain_reply
 
 from mc_llava import batch
 from mc_llava.batch import Job, open_rows, run

@@ -8,7 +8,7 @@ import traceback
 
 import pytest
 import torch
-from conftest import ROOT, picture, prompt
+from helpers import ROOT, picture, prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mc_llava import CACHE

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, prompt
+from helpers import ROOT, prompt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, cli

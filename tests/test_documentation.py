@@ -18,7 +18,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image
 from torch.distributed.run import get_args_parser
 from typer.main import get_command

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import picture, prompt, small_model
+from helpers import picture, prompt, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import picture
+from helpers import picture
 
 from mc_llava import EncodedImages
 from mc_llava.engine import GREEDY, Engine, ask_about

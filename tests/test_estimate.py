@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import ROOT, picture, small_config, small_model
+from helpers import ROOT, picture, small_config, small_model
 from test_cli import HUBBLE, error_of, run
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, picture, prompt
 from filelock import FileLock
+from helpers import ROOT, picture, prompt
 from PIL import Image
 
 from mc_llava import MCLlavaForConditionalGeneration, cli, scenes

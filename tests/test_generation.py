@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import picture, prompt, small_model
+from helpers import picture, prompt, small_model
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer

@@ -16,7 +16,7 @@ import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import NEW_TOKENS, ROOT, plain_reply
+from helpers import NEW_TOKENS, ROOT, plain_reply
 from huggingface_hub import InferenceClient, constants
 from PIL import Image
 

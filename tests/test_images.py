@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, picture
+from helpers import ROOT, picture
 from PIL import Image
 
 from mc_llava import MCLlavaImageProcessor, flatten_images, image_loading_mc_llava, load_image

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 import mc_llava
 from mc_llava import folders
@@ -59,7 +59,7 @@ def test_every_name_that_a_root_file_exports_is_there():
 
 
 def test_nothing_else_of_the_root_is_a_module():
-    for name in ("mc_llava", "scripts", "tests", "handler", "conftest"):
+    for name in ("mc_llava", "scripts", "tests", "handler", "helpers"):
         with pytest.raises(ModuleNotFoundError):
             __import__(f"mc_llava.{name}")
         with pytest.raises(ImportError):

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from transformers import TrainingArguments
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, picture, prompt
+from helpers import ROOT, picture, prompt
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
 from mc_llava.engine import GREEDY, Engine, ask_about
@@ -94,7 +94,7 @@ dataset_kwargs:
 def textvqa(rows, model, processor, tmp_path_factory) -> Path:
     """A file in TextVQA's format; two people say what the model says to the first question, one to the second."""
     path = tmp_path_factory.mktemp("textvqa") / "rows.parquet"
-    engine = Engine(model, processor, **KNOBS)
+    engine = Engine(model, processor, **KNOBS, max_new_tokens=32)
     said = [
         reply.text
         for reply in engine.answer([ask_about([row["image"]], row["question"] + SHORT) for row in rows], **GREEDY)

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import PATCH, SIDE, picture, prompt, small_model
+from helpers import PATCH, SIDE, picture, prompt, small_model
 from transformers import SiglipVisionConfig
 
 from mc_llava import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration, count_image_tokens

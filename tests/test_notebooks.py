@@ -5,7 +5,7 @@ import os
 import re
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from huggingface_hub.utils import filter_repo_objects
 
 

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 from huggingface_hub import ModelCard, constants
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, picture
+from helpers import ROOT, picture
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn

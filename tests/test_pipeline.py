@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import NEW_TOKENS, plain_reply
+from helpers import NEW_TOKENS, plain_reply
 from PIL import Image
 from transformers import TextIteratorStreamer, pipeline
 

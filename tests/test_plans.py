@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import picture, prompt, small_model
+from helpers import picture, prompt, small_model
 from PIL import Image
 
 from mc_llava import Crop, EncodedImages, FeatureCache, MCLlavaImageProcessor, check_plan, cut_crops, load_image

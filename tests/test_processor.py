@@ -10,7 +10,7 @@ import numpy as np
 import pydantic
 import pytest
 import torch
-from conftest import picture, prompt
+from helpers import picture, prompt
 from jinja2 import TemplateError
 
 

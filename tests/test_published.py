@@ -10,7 +10,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from PIL import Image
 from record_published import restore_checkpoint
 from safetensors.torch import load_file

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, picture
+from helpers import ROOT, picture
 from make_published_checkpoint import write_published_checkpoint
 from torch import nn
 

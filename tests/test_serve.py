@@ -10,7 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from conftest import NEW_TOKENS
+from helpers import NEW_TOKENS
 
 
 pytestmark = pytest.mark.slow

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT, picture, write_untrained_tiny
+from helpers import ROOT, picture, write_untrained_tiny
 
 from mc_llava import MCLlavaForConditionalGeneration
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, write_untrained_tiny
+from helpers import ROOT, write_untrained_tiny
 from PIL import Image
 
 from mc_llava import MCLlavaConfig, scenes

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, picture
+from helpers import ROOT, picture
 from safetensors.torch import load_file, save_file
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, write_untrained_tiny
+from helpers import ROOT, write_untrained_tiny
 from safetensors.torch import load_file
 from trl import SFTTrainer
 

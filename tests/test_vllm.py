@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, picture, prompt
+from helpers import ROOT, picture, prompt
 from make_published_checkpoint import write_published_checkpoint
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor

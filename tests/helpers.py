@@ -1,0 +1,79 @@
+"""What many tests share: the small random model, drawn pictures, the card's prompt, `tiny` with its questions."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
+
+
+ROOT = Path(__file__).parent.parent
+SIDE, PATCH = 56, 14  # of the small model: 16 patches a crop
+EXAMPLES = json.loads((ROOT / "examples" / "questions.json").read_text())
+NEW_TOKENS = 24  # enough for any answer about a scene
+
+
+class Trial(NamedTuple):
+    """`tiny` in a folder made by `convert`, pictures with a question to each, and what is right to answer."""
+
+    folder: Path
+    pictures: list[Path]
+    questions: list[str]
+    keys: list[str]
+
+    def is_right(self, index: int, reply: str) -> bool:
+        return scenes.is_correct(self.keys[index], reply)
+
+
+def plain_reply(folder: Path, image, question: str, options: dict | None = None, **knobs) -> str:
+    """What `generate` gives for the processor's pixels."""
+    model = MCLlavaForConditionalGeneration.from_pretrained(folder)
+    processor = MCLlavaProcessor.from_pretrained(folder)
+    inputs = processor(question, [image], **knobs)
+    output = model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **(options or {})})
+    return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def write_untrained_tiny(folder: Path, layers: int):
+    """A random model of `tiny`'s kind with its processor, for what trains one."""
+    from mc_llava.scenes import language_model  # needs the extra train, which vLLM's environment lacks
+
+    torch.manual_seed(0)
+    processor = language_model.build_processor()
+    vision = language_model.vision_config(width=32, layers=layers)
+    language_model.build_model(processor, vision, width=32, layers=layers).save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def small_config(**kwargs) -> MCLlavaConfig:
+    text = {"hidden_size": 48, "intermediate_size": 64, "num_attention_heads": 3, "num_hidden_layers": 2}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return MCLlavaConfig(
+        text_config={"model_type": "phi", "partial_rotary_factor": 0.4, "max_position_embeddings": 128, **text},
+        vision_config={"model_type": "siglip_vision_model", "image_size": SIDE, "patch_size": PATCH, **vision},
+        **kwargs,
+    )
+
+
+def small_model(seed: int = 0, attn_implementation: str = "sdpa") -> MCLlavaForConditionalGeneration:
+    torch.manual_seed(seed)
+    model = MCLlavaForConditionalGeneration._from_config(small_config(), attn_implementation=attn_implementation)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and "position" not in name:  # wide enough for every input to change the logits
+                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+    return model.eval()
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def prompt(question: str, images: int = 1) -> str:
+    """The card's prompt."""
+    return "<|im_start|>user\n" + "<image>\n" * images + question + "<|im_end|>\n<|im_start|>assistant\n"
