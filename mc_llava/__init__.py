@@ -1,9 +1,9 @@
 """
 The toolbox around MC-LLaVA's remote code, and the names of that code.
 
-The remote code lies once, in the root of the repository, where the Hub wants it; a wheel carries it inside of this
+The remote code is stored once, in the root of the repository, where the Hub expects it; a wheel has it inside this
 package. Either way its files are modules of this package, `mc_llava.modeling_mc_llava` and so on, and what they export
-can be imported from here. Nothing is loaded before it is asked for: `mc-llava --help` needs no torch.
+can be imported from here. Everything is loaded on first use: `mc-llava --help` needs no torch.
 """
 
 import sys
@@ -35,7 +35,7 @@ ROOT_FILES = (
     "generation_mc_llava",
     "modeling_mc_llava",
 )
-# Where they lie, and `tiny` and the endpoint's handler with them.
+# The folder of these files, of `tiny` and of the endpoint's handler.
 _here = Path(__file__).parent
 ROOT = _here if (_here / f"{ROOT_FILES[0]}.py").exists() else _here.parent
 
@@ -58,7 +58,7 @@ if ROOT != _here:
 def __getattr__(name: str):
     if name in ROOT_FILES:
         return import_module(f"{__name__}.{name}")
-    # The toolbox's modules are imported by Python itself once this has failed.
+    # Python itself imports the toolbox's modules once this has failed.
     if not name.startswith("_") and not any((_here / found).exists() for found in (name, f"{name}.py")):
         for file in ROOT_FILES:
             module = import_module(f"{__name__}.{file}")

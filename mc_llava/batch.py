@@ -1,9 +1,9 @@
 """
-Questions about many images, from a file or a folder into a file, by one model or by a pool of Ray actors.
+Ask about many images, from a file or a folder into a file, with one model or a pool of Ray actors.
 
-A worker reads rows by their numbers, wherever it runs; `open_rows` alone knows the formats. While a run goes on, its
-journal `OUT.partial` holds the settings and then the records in the order of the rows, written batch by batch. A run
-that was stopped goes on there, with Ray or without; the finished file is `OUT`.
+A worker reads rows by their numbers, wherever it runs; `open_rows` alone knows the formats. During a run, its
+journal `OUT.partial` holds the settings and then the records in the order of the rows, written batch by batch. An
+interrupted run resumes there, with Ray or without; the finished file is `OUT`.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ from .loading import find_device, identify, identify_code, load_model, load_proc
 
 
 COLUMNS = ("id", "question", "image", "images")
-CODE = ("engine.py", "batch.py")  # that answers depend on, in addition to the model's
-MAX_BLOCKS = 10_000  # that Ray Data keeps track of
+CODE = ("engine.py", "batch.py")  # answers depend on these, in addition to the model's code
+MAX_BLOCKS = 10_000  # for Ray Data to keep track of
 MAX_RESTARTS = 10  # of one of Ray's workers
 GPU_TIMEOUT = 1800  # seconds for a cluster without a GPU to start a node that has one
 
@@ -109,7 +109,7 @@ class Parquet:
 
 
 class Folder:
-    """The images in a folder and in those inside of it, by name."""
+    """The images in a folder and its subfolders, by name."""
 
     def __init__(self, path: Path):
         self.folder = path
@@ -119,7 +119,7 @@ class Folder:
             for file in path.rglob("*")
             if file.suffix.lower() in suffixes and file.is_file()
         )
-        # A name on a disk can be bytes that are no UTF-8.
+        # A file name can be bytes that are not UTF-8.
         self.digest = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
@@ -131,7 +131,7 @@ class Folder:
 
 def open_rows(source: str | os.PathLike) -> JsonLines | Parquet | Folder:
     """
-    The rows of an input by their numbers, each `{"id", "question", "image" or "images"}`, of which some may lack.
+    The rows of an input by their numbers, each `{"id", "question", "image" or "images"}`, any of which may be missing.
 
     Raises:
         ValueError: if there is no such file or folder, or it has another format or no rows.
@@ -169,7 +169,7 @@ def read_image(cell: str | bytes | dict, folder: Path) -> Image.Image:
         return load_image(cell)
     if not isinstance(cell, str):
         raise ValueError(f"an image must be a path, a data URI or a file's bytes, got {type(cell).__name__}")
-    if cell.lower().startswith(("http://", "https://")):  # a list of rows is no order to visit whatever it names
+    if cell.lower().startswith(("http://", "https://")):  # rows must not make this machine send requests
         raise ValueError(f"{cell[:200]} is not fetched: download the image and name its file")
     return load_image(cell if cell.startswith("data:") else Path(folder, cell))
 
@@ -180,12 +180,12 @@ def read_image(cell: str | bytes | dict, folder: Path) -> Image.Image:
 @dataclass(frozen=True)
 class Job:
     """
-    What is asked of which model. A worker on any machine that sees the same files can do a part of it.
+    The questions and the model. A worker on any machine that sees the same files can do a part of it.
 
     Args:
         source: a JSON lines file, a parquet file or a folder of images.
-        question: of the rows that have none.
-        max_crops, num_tokens: as the processor was saved where None.
+        question: for the rows that have none.
+        max_crops, num_tokens: by default as the processor was saved.
         batch_size: rows that are asked at once.
         dtype, device, quantize: of the model, see `load_model`.
     """
@@ -204,7 +204,7 @@ class Job:
 
 
 class Worker:
-    """A model that answers a job's rows. ValueError if they have another digest than the one that is given."""
+    """A model that answers a job's rows. Raises ValueError if their digest is not the given one."""
 
     def __init__(self, job: Job, digest: str | None = None):
         self.job, self.rows = job, open_rows(job.source)
@@ -215,7 +215,7 @@ class Worker:
         self.engine = Engine(model, processor, job.max_crops, job.num_tokens, job.batch_size, job.max_new_tokens)
 
     def answer_batch(self, start: int) -> list[dict]:
-        """Records of the batch that starts at a row, in the order of the rows. A row that fails has its error."""
+        """Records of the batch that starts at a row, in the order of the rows. A failed row's record has the error."""
         begin = time.perf_counter()
         read = [self.read(index) for index in range(start, min(start + self.job.batch_size, len(self.rows)))]
         asked = [row for row in read if "error" not in row[0]]
@@ -225,7 +225,7 @@ class Worker:
         return [{**records.get(record["row"], record), "seconds": seconds} for record, _ in read]
 
     def read(self, index: int) -> tuple[dict, list[Image.Image]]:
-        """What a row's record begins with, and the row's images."""
+        """The first fields of a row's record, and the row's images."""
         record, images = {"row": index, "id": str(index)}, []
         try:
             row = self.rows[index]
@@ -234,7 +234,7 @@ class Worker:
             if not isinstance(question, str) or not question:
                 raise ValueError("the row has no question: give it one, or pass one for all rows")
             record["question"] = question
-            question.encode()  # JSON can hold what is no text: half of a surrogate pair
+            question.encode()  # JSON can hold half of a surrogate pair, which is not text
             images = read_images(row, self.rows.folder)
         except (ValueError, OverflowError, RecursionError) as error:  # of a far date, of a line that is all brackets
             record["error"] = str(error)
@@ -246,7 +246,7 @@ class Worker:
         except torch.OutOfMemoryError as error:
             if len(rows) > 1:
                 raise
-            raise ValueError(f"too little memory: {error}") from error  # else each new start would end at this row
+            raise ValueError(f"too little memory: {error}") from error  # otherwise each new run would end at this row
         return [
             {**record, "answer": reply.text, "crops": reply.crops, "tokens": reply.image_tokens}
             for (record, _), reply in zip(rows, replies)
@@ -254,7 +254,7 @@ class Worker:
 
 
 class RayWorker(Worker):
-    """A worker as Ray Data calls it: with columns of numbers, for columns of what Arrow need not understand."""
+    """A worker as Ray Data calls it: with columns of numbers, for columns that Arrow need not understand."""
 
     def __call__(self, batch: dict) -> dict:
         return {"records": [json.dumps(self.answer_batch(int(start))) for start in batch["start"]]}
@@ -264,13 +264,13 @@ def answer_with_ray(
     job: Job, starts: range, workers: int | None = None, digest: str | None = None
 ) -> Iterator[list[dict]]:
     """
-    The batches in their order, answered by an actor pool of Ray Data, on the cluster that Ray finds or else here.
+    The batches in order, answered by an actor pool of Ray Data, on the cluster that Ray finds or on this machine.
 
     Args:
-        workers: actors, each with a model of its own; as many as the cluster has GPUs if None, or one.
-        digest: of the rows that each of them must find.
+        workers: the number of actors, each with its own model; by default one per GPU of the cluster, at least one.
+        digest: the digest of the rows, which each actor checks.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which would be sent to Ray's makers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which would be sent to Ray's developers
     try:
         import ray.data
     except ImportError as error:
@@ -283,9 +283,9 @@ def answer_with_ray(
         needs_gpu = (job.device or ("cuda" if gpus else "cpu")).startswith("cuda")
         context = ray.data.DataContext.get_current()
         if needs_gpu and not gpus:
-            context.wait_for_min_actors_s = GPU_TIMEOUT  # else a cluster that gets none is waited for without end
+            context.wait_for_min_actors_s = GPU_TIMEOUT  # otherwise Ray waits forever if none starts
         context.execution_options.preserve_order = True
-        context.enable_progress_bars = False  # there is one already
+        context.enable_progress_bars = False  # the run shows its own
         answered = ray.data.from_items(
             [{"start": start} for start in starts], override_num_blocks=min(len(starts), MAX_BLOCKS)
         ).map_batches(
@@ -294,7 +294,7 @@ def answer_with_ray(
             batch_size=1,
             num_gpus=int(needs_gpu),
             compute=ray.data.ActorPoolStrategy(size=workers or max(gpus, 1)),
-            # Ray Data's own defaults have no bound: a row that kills its worker would be asked for ever.
+            # Ray Data's own defaults have no bound: a row that kills its worker would be retried forever.
             max_restarts=MAX_RESTARTS,
             max_task_retries=1,
         )
@@ -308,24 +308,24 @@ def answer_with_ray(
 
 def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: int | None = None) -> tuple[int, int]:
     """
-    Do a job, or what a stopped run left of it, and write `output`: a record per row, in the order of the rows.
+    Run a job, or resume an interrupted run of it, and write `output`: a record per row, in the order of the rows.
 
-    A record is `{"row", "id", "question", "answer", "crops", "tokens", "seconds"}`, with `error` in place of the
-    middle ones where the row failed.
+    A record is `{"row", "id", "question", "answer", "crops", "tokens", "seconds"}`, with `error` in place of answer,
+    crops and tokens if the row failed.
 
     Returns:
         The number of rows, and of those that failed.
 
     Raises:
-        ValueError: if the input can't be read, a number is out of range, `output` is there already, or what a stopped
-            run left was made with other settings, or another run writes `output`.
+        ValueError: if the input can't be read, a number is out of range, `output` already exists, an interrupted run
+            had other settings, or another run writes `output`.
     """
     check_knob("batch_size", job.batch_size, 1)
     check_knob("max_new_tokens", job.max_new_tokens, 1)
     rows = open_rows(job.source)
     if isinstance(rows, Folder) and not job.question:
         raise ValueError(f"the images in the folder {job.source} have no questions: pass --question, one for all")
-    # Ray's workers start in folders of their own, and a run may go on from another one. "tiny" each finds for itself.
+    # Ray's workers start in their own folders, and a run may be resumed from another one. Each finds "tiny" itself.
     is_folder = find_model(job.model) == job.model and os.path.isdir(job.model)
     job = replace(
         job, source=os.path.abspath(job.source), model=os.path.abspath(job.model) if is_folder else job.model
@@ -341,7 +341,7 @@ def _run(
 ) -> tuple[int, int]:
     unfinished = output.with_name(output.name + ".partial")
     if output.exists():
-        raise ValueError(f"{output} is there already: choose another output")
+        raise ValueError(f"{output} already exists: choose another output")
     commit = identify(job.model, job.revision)
     settings = {
         **asdict(job),
@@ -358,7 +358,7 @@ def _run(
         job = replace(job, revision=commit)  # a branch may move before a worker loads it
     total, done, failed = len(rows), len(records), sum("error" in record for record in records)
     starts = range(done, total, job.batch_size)
-    digest = None if isinstance(rows, Parquet) else rows.digest  # that of a parquet file is read once
+    digest = None if isinstance(rows, Parquet) else rows.digest  # of a parquet file, computed once
     if use_ray:
         batches = answer_with_ray(job, starts, workers, digest)
     else:
@@ -374,9 +374,9 @@ def _run(
             done, failed = done + len(records), failed + sum("error" in record for record in records)
             progress.update(len(records))
     if done != total:
-        raise RuntimeError(f"{total - done} of {total} rows were not answered: start the command again")
+        raise RuntimeError(f"{total - done} of {total} rows were not answered: run the command again")
 
-    # Without the settings, and all of it or nothing.
+    # Without the settings, written whole or not at all.
     with open(unfinished, "rb") as journal, replacing(output) as final:
         next(journal)
         final.writelines(journal)

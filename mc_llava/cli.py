@@ -1,7 +1,7 @@
 """
 The command line: `mc-llava --help` lists its commands.
 
-Each command imports what it needs when it runs: neither help texts, nor wrong options, nor `crops` wait for torch.
+Each command imports what it needs when it runs: help texts, errors about options and `crops` don't wait for torch.
 """
 
 import json
@@ -34,20 +34,21 @@ app = typer.Typer(
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Quantize = Literal["nf4", "int8", "int4"]
 ModelOption = Annotated[str, typer.Option(help="A model folder, a Hub id, or tiny, which is bundled.")]
-MaxCrops = Annotated[int | None, typer.Option(help="Upper bound of the crops in addition to the whole image.")]
-NumTokens = Annotated[int | None, typer.Option(help="Upper bound of the visual tokens of one image.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Upper bound of the answer's tokens.", min=1)]
+MaxCrops = Annotated[int | None, typer.Option(help="The most crops of an image, in addition to the whole image.")]
+NumTokens = Annotated[int | None, typer.Option(help="The most visual tokens of an image.")]
+MaxNewTokens = Annotated[int, typer.Option(help="The most tokens of an answer.", min=1)]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default an accelerator if there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="auto: as the checkpoint was saved.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; auto keeps the checkpoint's.")]
 QuantizeOption = Annotated[Quantize | None, typer.Option(help="Store the language model's weights in fewer bits.")]
-BatchSize = Annotated[int, typer.Option(help="Questions that are asked at once.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="How many questions to ask at once.", min=1)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 
 
 @app.command()
 def ask(
     images_and_question: Annotated[
-        list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Paths, URLs or - for standard input; a question.")
+        list[str],
+        typer.Argument(metavar="IMAGE... QUESTION", help="Paths, URLs or - for standard input, then the question."),
     ],
     model: ModelOption = DEFAULT_MODEL,
     max_crops: MaxCrops = None,
@@ -103,7 +104,7 @@ def chat(
     quantize: QuantizeOption = None,
 ):
     """
-    Talk about a picture: one question a line, and an empty one ends.
+    Talk about a picture: one question per line. An empty line ends the chat.
 
     The picture is encoded once. Earlier turns are remembered; /new forgets them.
     """
@@ -118,7 +119,7 @@ def chat(
     plan = processor.image_processor.plan(*picture.size, max_crops, num_tokens)
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
     engine = Engine(load_model(model, dtype, device, quantize=quantize), processor, max_new_tokens=max_new_tokens)
-    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is no text is refused like any other question
+    sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused like any other bad question
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     turns, encoded = [], None
@@ -150,7 +151,7 @@ def chat(
 def crops(
     image: Annotated[str, typer.Argument(help="A path, a URL, or - for standard input.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")],
-    model: Annotated[str | None, typer.Option(help="Take crop side and knobs from this model, not the 3B's.")] = None,
+    model: Annotated[str | None, typer.Option(help="Take crop size and defaults from this model, not the 3B.")] = None,
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
 ):
@@ -172,10 +173,10 @@ def crops(
 @app.command()
 def estimate(
     image: Annotated[str, typer.Argument(help="A path, a URL, or - for standard input.")],
-    model: Annotated[str | None, typer.Option(help="A model folder or a Hub id; the 3B's sizes without it.")] = None,
+    model: Annotated[str | None, typer.Option(help="A model folder or a Hub id; by default the 3B.")] = None,
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
-    text_tokens: Annotated[int, typer.Option(help="Tokens of the prompt beside the picture.")] = 27,
+    text_tokens: Annotated[int, typer.Option(help="Tokens of the prompt without the picture.")] = 27,
     max_new_tokens: MaxNewTokens = 200,
     dtype: DtypeOption = "auto",
 ):
@@ -212,11 +213,13 @@ def estimate(
 @app.command()
 def convert(
     source: Annotated[str, typer.Argument(help="A folder or a Hub id in the published layout.")],
-    target: Annotated[str, typer.Argument(help="The folder to write; new or empty.")],
+    target: Annotated[str, typer.Argument(help="The folder to write, new or empty.")],
     revision: Revision = None,
-    push_to_hub: Annotated[str | None, typer.Option(metavar="REPO", help="Upload the folder there.")] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="REPO", help="Also upload the folder to this Hub repository.")
+    ] = None,
 ):
-    """Make a folder with code, configurations, tokenizer and weights that loads by transformers' Auto classes."""
+    """Convert a checkpoint to a folder that transformers' Auto classes load, code included."""
     from .convert import convert as convert_checkpoint
 
     say(f"wrote {convert_checkpoint(source, target, revision, push_to_hub)}")
@@ -224,13 +227,13 @@ def convert(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file; examples/ has some.")],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, such as those in examples/.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Taken instead of the recipe's values.")
+        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Override values of the recipe.")
     ] = None,
-    check: Annotated[bool, typer.Option("--check", help="Only validate the data, and name its broken rows.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only validate the data and list broken rows.")] = False,
 ):
-    """Fine-tune a model on data in LLaVA's format, or make `tiny`, as a recipe says."""
+    """Run a recipe: fine-tune a model on data in LLaVA's format, or train tiny from scratch."""
     with extra("train"):
         from . import training
         from .scenes import language_model
@@ -242,7 +245,7 @@ def train(
             from .loading import load_processor
 
             rows = training.check(finetune, load_processor(finetune.model))
-            say(f"{len(rows.good)} rows are good; {len(rows.broken)} are broken, named in {rows.report}")
+            say(f"{len(rows.good)} rows are good; {len(rows.broken)} are broken, listed in {rows.report}")
         else:
             output = training.train(finetune)
             if training.is_main_process():
@@ -260,24 +263,24 @@ def train(
 @app.command(name="eval")
 def evaluate_tasks(
     model: ModelOption = DEFAULT_MODEL,
-    tasks: Annotated[str, typer.Option(help=f"Of {', '.join(TASK_NAMES)}, with commas between them.")] = "",
+    tasks: Annotated[str, typer.Option(help=f"Comma-separated, of {', '.join(TASK_NAMES)}.")] = "",
     data: Annotated[
-        list[str], typer.Option(metavar="TASK=SOURCE", help="A Hub id, folder or parquet file instead of the task's.")
+        list[str], typer.Option(metavar="TASK=SOURCE", help="Read a task from another Hub id, folder or file.")
     ] = [],  # noqa: B006
-    output: Annotated[Path, typer.Option(help="The folder for results; a stopped run goes on there.")] = Path(
+    output: Annotated[Path, typer.Option(help="The folder for results; an interrupted run resumes there.")] = Path(
         "results"
     ),
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
     limit: Annotated[int | None, typer.Option(help="Ask only the first questions of each task.", min=1)] = None,
     batch_size: BatchSize = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Upper bound of an answer's tokens.", min=1)] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.", min=1)] = 32,
     dtype: DtypeOption = "auto",
     device: Device = None,
     quantize: QuantizeOption = None,
     revision: Revision = None,
 ):
-    """Measure a model on benchmarks."""
+    """Score a model on benchmarks."""
     from .engine import Engine
     from .evaluation.results import score_table
     from .evaluation.running import evaluate
@@ -299,7 +302,7 @@ def evaluate_tasks(
         if name not in names or not source:
             raise ValueError(f"--data must be TASK=SOURCE with one of the tasks {', '.join(names)}, got {entry!r}")
         sources[name] = source
-    for name in names:  # what can't be read is said before the weights are loaded
+    for name in names:  # report unreadable data before loading the weights
         if not (output / f"{name}.json").exists():
             TASKS[name].read(sources.get(name, TASKS[name].data))
     network, processor, commit = load(model, revision, dtype, device, quantize)
@@ -322,7 +325,7 @@ def compare_results(
     first: Annotated[Path, typer.Argument(metavar="A", help="A results file of mc-llava eval.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="Another one, of the same task.")],
 ):
-    """Compare two results: their scores, whether they differ by more than chance, and the questions that changed."""
+    """Compare two results: scores, whether their difference is significant, and the questions that changed."""
     from .evaluation.comparison import compare
 
     print(compare(first, second))
@@ -331,13 +334,13 @@ def compare_results(
 @app.command()
 def study(
     model: ModelOption = DEFAULT_MODEL,
-    num_scenes: Annotated[int, typer.Option(help="Scenes to ask about, a question of each kind.", min=1)] = 500,
-    work: Annotated[Path, typer.Option(help="The folder for all replies; a stopped run goes on there.")] = Path(
+    num_scenes: Annotated[int, typer.Option(help="Scenes to ask about, with a question of each kind.", min=1)] = 500,
+    work: Annotated[Path, typer.Option(help="The folder for replies; an interrupted run resumes there.")] = Path(
         "results/study"
     ),
     output: Annotated[Path, typer.Option(help="The folder for study.json and the figures.")] = Path("docs"),
 ):
-    """Measure what crops and tokens bring on drawn scenes, and print the README's table."""
+    """Measure how crops and tokens affect accuracy on drawn scenes, and print the table of docs/tiny.md."""
     with extra("eval"):
         from .scenes.study import markdown, run_study
     print(markdown(run_study(model, work, output, num_scenes)))
@@ -346,9 +349,11 @@ def study(
 @app.command()
 def batch(
     source: Annotated[str, typer.Argument(help="A .jsonl or .parquet file of rows, or a folder of images.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="The .jsonl file to write; a stopped run goes on.")],
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="The .jsonl file to write; an interrupted run resumes.")
+    ],
     model: ModelOption = DEFAULT_MODEL,
-    question: Annotated[str | None, typer.Option(help="Of the rows that have none.")] = None,
+    question: Annotated[str | None, typer.Option(help="The question for rows that have none.")] = None,
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
     max_new_tokens: MaxNewTokens = 200,
@@ -358,22 +363,23 @@ def batch(
     quantize: QuantizeOption = None,
     revision: Revision = None,
     ray: Annotated[
-        bool, typer.Option("--ray", help="On the Ray cluster of RAY_ADDRESS, or on one started here.")
+        bool, typer.Option("--ray", help="Run on the Ray cluster at RAY_ADDRESS, or start one here.")
     ] = False,
-    workers: Annotated[int | None, typer.Option(help="Models on the Ray cluster; one per GPU.", min=1)] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Models on the Ray cluster; by default one per GPU.", min=1)
+    ] = None,
 ):
     """
-    Ask about many images: rows of question and image (or images) in, a record of each with its answer out.
+    Ask about many images: reads rows with a question and images, and writes a record per row with its answer.
 
-    A row that fails has its error in the record. A run that was killed goes on where it stopped when it is started
-    again.
+    The record of a row that fails has its error. Run the same command again to resume an interrupted run.
     """
     from .batch import Job
     from .batch import run as run_job
 
     check_revision(model, revision)
     if workers and not ray:
-        raise ValueError("workers are Ray's: pass --ray, too")
+        raise ValueError("--workers needs Ray: pass --ray too")
     job = Job(
         source,
         model,
@@ -405,7 +411,7 @@ def check_revision(model: str, revision: str | None):
 
 
 def read_question() -> str:
-    """A line of standard input without the space around it; empty at its end."""
+    """A line of standard input, stripped; empty at the end of the input."""
     if sys.stdin.isatty():
         print("> ", end="", file=sys.stderr, flush=True)
     return sys.stdin.readline().strip()
@@ -418,7 +424,7 @@ def describe(plan: "list[Crop]") -> str:
 
 @contextmanager
 def extra(name: str):
-    """ValueError that names the extra to install where an optional package is missing."""
+    """ValueError that names the extra to install if an optional package is missing."""
     try:
         yield
     except ImportError as error:

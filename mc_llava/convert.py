@@ -1,4 +1,4 @@
-"""From a checkpoint in the published layout to a model folder that loads by the Auto classes."""
+"""Converts a checkpoint in the published layout to a model folder that the Auto classes load."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, 
 from .folders import find_model
 
 
-# Inference Endpoints run the one and install the other where they find them.
+# Inference Endpoints run the handler and install the requirements.
 ENDPOINT = ("handler.py", "requirements.txt")
 
 
@@ -23,17 +23,17 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
     Write a folder with code, configurations, chat template, tokenizer and the untouched weights of `source`.
 
     Args:
-        source: a folder, a Hub id, or "tiny" for the checkpoint that comes along.
-        target: a folder that doesn't exist yet, or is empty. Files appear in it only when all of them are right.
+        source: a folder, a Hub id, or "tiny" for the bundled checkpoint.
+        target: a folder that doesn't exist yet, or is empty. Files appear in it only once all of them are valid.
         revision: branch, tag or commit of a Hub id.
-        push_to_hub: repository id to upload the folder to, made if need be.
+        push_to_hub: repository id to upload the folder to, created if necessary.
 
     Raises:
-        ValueError: if the target is taken, or the source has no safetensors weights or not exactly the model's.
+        ValueError: if the target is not empty, or the source lacks safetensors weights that match the model exactly.
     """
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is not empty: pass a new or an empty folder")
+        raise ValueError(f"{target} is not empty: pass a new or empty folder")
     folder = Path(find_model(source))
     if folder.is_dir():
         if revision is not None:
@@ -44,7 +44,7 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
         patterns = ["*.json", "*.safetensors", "*.txt"]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
-    # Beside the target, or where its first missing parent will be: moving it there then takes no time.
+    # Next to the target, or where its first missing parent will be, so that moving it is instant.
     parent = next(parent for parent in target.parents if parent.is_dir())
     unfinished = parent / f".{target.name}-{os.getpid()}"
     unfinished.mkdir()
@@ -67,13 +67,13 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
 
 def _copy_weights(source: Path, target: Path):
     index = source / SAFE_WEIGHTS_INDEX_NAME
-    if (source / SAFE_WEIGHTS_NAME).exists():  # what transformers, too, looks for first
+    if (source / SAFE_WEIGHTS_NAME).exists():  # transformers looks for this first, too
         names = [SAFE_WEIGHTS_NAME]
     elif index.exists():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index} is no index of weights ({error!r}): fetch it again") from error
+            raise ValueError(f"{index} is not an index of weights ({error!r}): fetch it again") from error
         shutil.copyfile(index, target / index.name)
     else:
         raise ValueError(f"{source} has neither {SAFE_WEIGHTS_NAME} nor {index.name}: convert it to safetensors")
@@ -91,7 +91,7 @@ def _copy_weights(source: Path, target: Path):
 
 
 def _load_and_save(source: Path, target: Path):
-    """Write all but the weights, and load the weights that were written as users will: every tensor must fit."""
+    """Write all but the weights, and load the result as users will: every tensor must fit."""
     if not (source / CONFIG_NAME).is_file():
         raise ValueError(f"{source} has no {CONFIG_NAME}: fetch it again")
     config = MCLlavaConfig.from_pretrained(source)

@@ -11,8 +11,8 @@ def draw_crop_grid(image: Image.Image, plan: list[Crop]) -> Image.Image:
     """
     A copy of an RGB image with the crops of its plan as numbered frames, each with its number of tokens.
 
-    Neighbours overlap by half, so frames are set inwards by turns and have a colour of their own. Crop 0, the whole
-    image, is the frame around everything.
+    Neighbours overlap by half, so frames are alternately inset and differ in colour. Crop 0, the whole image, is the
+    frame around everything.
     """
     image = image.copy()
     draw = ImageDraw.Draw(image)
@@ -22,7 +22,7 @@ def draw_crop_grid(image: Image.Image, plan: list[Crop]) -> Image.Image:
         color = tuple(round(255 * value) for value in colorsys.hsv_to_rgb(index * 0.381966 % 1, 0.9, 1))
         inset = line * (1 + index % 4) if index else 0
         left, top, right, bottom = crop.box
-        # Where frames would meet in an image of a few pixels, there is nothing to set inwards.
+        # In an image of a few pixels, inset frames would meet: leave them where they are.
         inset = max(0, min(inset, (right - left) // 2 - line, (bottom - top) // 2 - line))
         draw.rectangle((left + inset, top + inset, right - 1 - inset, bottom - 1 - inset), outline=color, width=line)
         if index or len(plan) == 1:

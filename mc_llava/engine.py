@@ -18,7 +18,7 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 from . import EncodedImages, FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_knob
 
 
-# What `Engine.answer` is told where two runs must give the same replies, whatever the checkpoint's defaults are.
+# Options of `Engine.answer` for reproducible replies, whatever the checkpoint's defaults are.
 GREEDY = {"do_sample": False, "num_beams": 1}
 Asked = TypeVar("Asked")
 
@@ -36,7 +36,7 @@ class Reply(NamedTuple):
     images: list[EncodedImages]  # one for each image of the conversation: its crops' boxes and tokens
     prompt_tokens: int  # visual ones included
     new_tokens: int
-    finish_reason: str  # "stop" at the end of the turn, "length" where a bound cut it off
+    finish_reason: str  # "stop" at the end of the turn, "length" if a bound cut it off
 
     @property
     def crops(self) -> int:
@@ -49,13 +49,13 @@ class Reply(NamedTuple):
 
 class Likelihood(NamedTuple):
     """
-    Of an answer's tokens, the end of its turn among them: without it "red" could never be less likely than "red and
-    blue".
+    The likelihood of an answer, including the end of its turn: without that, "red" could never be less likely than
+    "red and blue".
     """
 
     log_probability: float  # the sum over the tokens, natural
     num_tokens: int
-    is_greedy: bool  # whether each token is the likeliest
+    is_greedy: bool  # whether each token is the most likely one
 
 
 class Engine:
@@ -90,7 +90,7 @@ class Engine:
 
     def encode(self, images: list, plans: list | None = None, **knobs) -> list[EncodedImages]:
         """
-        An `EncodedImages` for each image that `load_image` reads.
+        Encode images, each anything that `load_image` reads. Returns an `EncodedImages` for each.
 
         Args:
             plans: a crop plan for each image instead of the usual grid.
@@ -136,7 +136,7 @@ class Engine:
         return (len(new_ids), "length") if end is None else (end + 1, "stop")
 
     def stream(self, conversation: list[dict], **options) -> Iterator[str]:
-        """The pieces of an answer as they come. Whoever stops listening stops the generation."""
+        """The pieces of an answer as they are generated. Closing the iterator stops the generation."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped, errors = threading.Event(), []
 
@@ -166,7 +166,7 @@ class Engine:
         How likely each of some answers is as the whole next turn of a conversation.
 
         Raises:
-            ValueError: if an answer doesn't fit into the context, or its likelihood is no finite number.
+            ValueError: if an answer doesn't fit into the context, or its likelihood is not finite.
         """
         (conversation,) = self._encode_parts([conversation])
         prompt = self._write_prompt(conversation, add_generation_prompt=True)
@@ -200,7 +200,7 @@ class Engine:
     def _row_likelihoods(
         self, rows: list[torch.Tensor], lengths: list[int], images: list[EncodedImages]
     ) -> list[Likelihood]:
-        """Of the last `lengths[i]` tokens of row i. Each row is about all the images."""
+        """The likelihoods of the last `lengths[i]` tokens of each row i. Each row is about all the images."""
         padding = self.processor.tokenizer.pad_token_id
         input_ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
         attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
@@ -223,7 +223,7 @@ class Engine:
         ]
 
     def _encode_parts(self, conversations: list[list[dict]]) -> list[list[dict]]:
-        """The conversations with an `EncodedImages` in every image part. All that lack one are encoded in one call."""
+        """The conversations with an `EncodedImages` in every image part. Those without one are encoded in one call."""
         held = [part["image"] for conversation in conversations for part in image_parts(conversation)]
         encoded = iter(self.encode([image for image in held if not isinstance(image, EncodedImages)]))
         values = iter([image if isinstance(image, EncodedImages) else next(encoded) for image in held])
@@ -279,11 +279,11 @@ def answer_all(
     """
     The records that `answer` makes of a batch.
 
-    A batch that fails is asked again one by one: what fails then has the record that `fail` makes of it and the error.
+    A batch that fails is asked again one by one; `fail` makes the record of each one that fails again.
 
     Raises:
-        OSError, RuntimeError: of the machine, not of what was asked, and so no wrong answer: a lost device or network,
-            too little memory for a single question. A run resumes there when it is started again.
+        OSError, RuntimeError: if the machine fails (a lost device or network, too little memory for a single
+            question), which must not count as a wrong answer. The run can be resumed.
     """
     if not batch:
         return []
@@ -293,7 +293,7 @@ def answer_all(
         if isinstance(error, torch.OutOfMemoryError) and len(batch) == 1:
             raise
         failure = str(error)
-    # Only now, without the error, is the failed batch's memory free.
+    # The failed batch's memory is freed only now, with the error.
     if len(batch) == 1:
         return [fail(batch[0], failure)]
     return [record for asked in batch for record in answer_all(answer, [asked], fail)]

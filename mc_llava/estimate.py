@@ -1,4 +1,4 @@
-"""What a question about a picture costs, worked out from configurations alone: no weights are loaded."""
+"""The cost of a question about a picture, computed from configurations alone: no weights are loaded."""
 
 from dataclasses import dataclass
 
@@ -46,7 +46,7 @@ def estimate(
     4 hidden + 2 m numbers, one of Phi, whose `gelu_new` is made of several operations, 4 hidden + 4 m.
 
     Args:
-        crops, image_tokens: of the picture, as a plan or an `EncodedImages` tells.
+        crops, image_tokens: of the picture, from a plan or an `EncodedImages`.
         text_tokens: of the prompt without the picture; 27 are the card's prompt with a question of four words.
         new_tokens: of the answer.
 

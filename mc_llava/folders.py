@@ -1,4 +1,4 @@
-"""Model folders and Hub ids, as far as that needs neither torch nor transformers."""
+"""Model folders and Hub ids: the part that needs neither torch nor transformers."""
 
 import json
 from pathlib import Path
@@ -14,18 +14,18 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # ours,
 
 
 def find_model(name: str) -> str:
-    """What `from_pretrained` takes for a model's name: "tiny" is the bundled checkpoint, all else stays unchanged."""
+    """The path or Hub id to load for a model's name: "tiny" is the bundled checkpoint, all else is unchanged."""
     return str(TINY) if name == "tiny" else name
 
 
 def read_plan_options(model: str | None = None) -> dict[str, int]:
     """
-    `max_crops`, `num_tokens`, `side` and `patch_size` as a model's processor was saved, by default those of the 3B.
+    `max_crops`, `num_tokens`, `side` and `patch_size` as a model's processor was saved, by default the 3B's.
 
     `MCLlavaImageProcessor.plan` plans with the same numbers, and needs transformers.
 
     Raises:
-        ValueError: if the model has no readable configuration of a processor.
+        ValueError: if the model has no readable processor configuration.
     """
     saved = {} if model is None else _read_processor(find_model(model))
     size = saved.get("size") or {}

@@ -1,8 +1,8 @@
 """
-Files that survive a kill: a journal that a stopped run resumes from, and results that are written whole or not at all.
+Files that survive a kill: a journal from which a run resumes, and results that are written whole or not at all.
 
-While a run lasts, its journal holds the settings and then records, each a line of JSON, written batch by batch. A run
-that was stopped resumes there if its settings are the same. Nothing here knows what the records say.
+During a run, its journal holds the settings and then records, each a line of JSON, written batch by batch. An
+interrupted run resumes there if its settings are the same. Nothing here depends on what the records contain.
 """
 
 import hashlib
@@ -42,28 +42,28 @@ def append(journal: BinaryIO, records: list[dict]):
 
 
 def to_line(entry: dict) -> bytes:
-    # Half of a surrogate pair, as a cut text may end with, is no UTF-8; its escape is JSON.
+    # Half of a surrogate pair, which may end a cut text, is not UTF-8; its escape is JSON.
     return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
     """
-    The records of a stopped run, and its journal cut to them; none and a new journal if there was no run.
+    The records of an interrupted run, and its journal cut to them; none and a new journal if there was no run.
 
     A batch of which a record is missing is asked again as a whole.
 
     Raises:
-        ValueError: if the journal is damaged, or of a run with other settings.
+        ValueError: if the journal is damaged, or is of a run with other settings.
     """
     records = []
-    # What follows the last line's end was torn by the kill.
+    # Anything after the last newline was cut off by the kill.
     lines = unfinished.read_bytes().split(b"\n")[:-1] if unfinished.exists() else []
     if lines:
         try:
             found, *records = map(json.loads, lines)
         except ValueError as error:
             raise ValueError(f"{unfinished} is damaged ({error}): remove it, or the lines from there on") from error
-        if records:  # else nothing is lost that other settings could not have
+        if records:  # without records, nothing is lost by starting again
             check_settings(found, settings, unfinished)
         records = records[: len(records) // batch_size * batch_size]
     with replacing(unfinished) as journal:
@@ -82,7 +82,7 @@ def check_settings(found: dict, wanted: dict, path: Path):
 
 
 def versions() -> dict[str, str | None]:
-    """Those of the packages that results depend on; None if one is not installed."""
+    """The versions of the packages that results depend on; None for one that is not installed."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

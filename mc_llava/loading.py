@@ -1,4 +1,4 @@
-"""A model by its name: where it lies, how it is loaded, and what its results are known by."""
+"""Loads a model by its name, and identifies the weights and code that its results depend on."""
 
 import hashlib
 from pathlib import Path
@@ -21,7 +21,7 @@ WHOLE = ["model.vision_tower", "model.coord_embed", "model.multi_modal_projector
 
 def find_device(name: str | None = None) -> str:
     """
-    Where a model is put: the accelerator where None, or the CPU if there is none.
+    The device for a model: by default the accelerator, or the CPU if there is none.
 
     Raises:
         ValueError: if there is no such device.
@@ -47,8 +47,8 @@ def load_model(
 
     Args:
         path: a folder, a Hub id or "tiny".
-        dtype: "auto" is as the checkpoint was saved.
-        device: an accelerator, if there is one, where None.
+        dtype: "auto" keeps the checkpoint's.
+        device: by default an accelerator if there is one.
         revision: branch, tag or commit of a Hub id.
         quantize: one of `QUANTIZED`, for the weights of the language model's layers.
 
@@ -73,7 +73,7 @@ def load_model(
 
 def quantization(name: str, dtype: torch.dtype) -> QuantizationConfigMixin:
     """
-    What transformers takes as `quantization_config`: 4 bits of a normal distribution by bitsandbytes, which computes
+    transformers' `quantization_config`: 4 bits of a normal distribution by bitsandbytes, which computes
     in `dtype`, integers by quanto. Both run on CPUs, too.
     """
     if name == "nf4":
@@ -94,7 +94,7 @@ def load_processor(path: str, revision: str | None = None) -> MCLlavaProcessor:
 
 def identify(path: str, revision: str | None = None) -> str:
     """
-    What a model's results are known by: the commit of a Hub id, a digest of a folder's weights, configurations,
+    Identifies a model for its results: the commit of a Hub id, or a digest of a folder's weights, configurations,
     tokenizer and chat template.
     """
     path = find_model(path)
@@ -110,8 +110,8 @@ def identify(path: str, revision: str | None = None) -> str:
 
 def identify_code(*names: str) -> str:
     """
-    What the code behind results is known by: a digest of the remote code, of this file and of the package's files
-    `names`. Results of a stopped run are not added to when it has changed.
+    Identifies the code behind results: a digest of the remote code, of this file and of the package's files
+    `names`. An interrupted run is not resumed if it has changed.
     """
     digest = hashlib.sha256()
     files = [ROOT / f"{name}.py" for name in ROOT_FILES] + [PACKAGE / name for name in ("loading.py", *names)]
@@ -128,6 +128,6 @@ def load(
     device: str | None = None,
     quantize: str | None = None,
 ) -> tuple[MCLlavaForConditionalGeneration, MCLlavaProcessor, str]:
-    """A model, its processor, and what their results are known by."""
+    """A model, its processor, and the identity of the model for results."""
     processor = load_processor(path, revision)
     return load_model(path, dtype, device, revision, quantize), processor, identify(path, revision)

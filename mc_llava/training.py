@@ -78,20 +78,20 @@ class Recipe:
         data: a file of rows in LLaVA's format, JSON or JSON lines.
         images: folder that the rows' `image` is relative to.
         output: folder for the model, checkpoints, TensorBoard's logs and the list of broken rows.
-        train: which of `PARTS` learn; all else stays as it is.
-        lora: adapters for the language model, which then is no part of `train`.
+        train: which of `PARTS` learn; the others are unchanged.
+        lora: adapters for the language model, which then must not be in `train`.
         max_crops, num_tokens: bounds [low, high] from which both knobs are drawn for each row, so that one checkpoint
             serves every budget.
         max_broken: how many broken rows are skipped before training is refused.
-        epochs, max_steps: how long; `max_steps` wins where it is above 0.
+        epochs, max_steps: how long; `max_steps` wins if it is above 0.
         batch_size: rows per device and step, `accumulation` of which make an update.
         warmup: of the learning rate, as a share of all steps below 1, or a number of steps.
         dtype: of the weights that don't learn and of the saved model. What learns is in float32.
         bf16: compute in bfloat16.
-        resume: go on from the last checkpoint in `output`, if there is one.
+        resume: continue from the last checkpoint in `output`, if there is one.
 
     Raises:
-        ValueError: for a value that can't be.
+        ValueError: if a value is invalid.
     """
 
     model: str
@@ -129,7 +129,7 @@ class Recipe:
         if self.lora is None and not self.train:
             raise ValueError(f"nothing learns: name parts in train (of {list(PARTS)}), or set lora")
         if self.lora is not None and "language_model" in self.train:
-            raise ValueError("lora stands for the language model: take language_model out of train, or lora away")
+            raise ValueError("lora trains the language model: remove language_model from train, or remove lora")
 
 
 def read_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> dict:
@@ -137,10 +137,10 @@ def read_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
     The names and values of a YAML file.
 
     Args:
-        overrides: "name=value" each, the value in YAML, taken instead of the file's; "part.name=value" inside of one.
+        overrides: "name=value" each, the value in YAML, which replaces the file's; "part.name=value" inside a part.
 
     Raises:
-        ValueError: if the file can't be read or an override is none.
+        ValueError: if the file can't be read or an override is malformed.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
@@ -155,11 +155,11 @@ def read_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
         for part in parts:
             inner = inner.setdefault(part, {}) if isinstance(inner, dict) else None
         if not equals or not isinstance(inner, dict):
-            raise ValueError(f"an override must read name=value, or part.name=value inside of a mapping: {override!r}")
+            raise ValueError(f"an override must read name=value, or part.name=value inside a mapping: {override!r}")
         try:
             inner[name] = yaml.safe_load(value)
         except yaml.YAMLError as error:
-            raise ValueError(f"the value of the override {override!r} is no YAML: {error}") from error
+            raise ValueError(f"the value of the override {override!r} is not YAML: {error}") from error
     return values
 
 
@@ -169,7 +169,7 @@ def build_recipe(kind: type, values: dict):
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         reasons = (f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
-        raise ValueError(f"the recipe can't be: {'; '.join(reasons)}") from None
+        raise ValueError(f"the recipe is invalid: {'; '.join(reasons)}") from None
 
 
 # Rows
@@ -177,7 +177,7 @@ def build_recipe(kind: type, values: dict):
 
 @dataclass
 class Rows:
-    """What a file holds: rows to train on, as {"id", "image", "messages"}, and what is wrong with the others."""
+    """The rows of a file: good ones as {"id", "image", "messages"}, and broken ones with their reasons."""
 
     good: list[dict] = field(default_factory=list)
     broken: list[dict] = field(default_factory=list)  # {"row": position in the file, "id", "reason"}
@@ -195,7 +195,7 @@ def read_rows(recipe: Recipe, processor: MCLlavaProcessor, context: int) -> Rows
     out, as LLaVA does.
 
     Args:
-        context: in tokens. A row of which no answer begins there would teach nothing, and its loss be no number.
+        context: in tokens. A row without an answer that begins within it teaches nothing, and its loss is NaN.
 
     Raises:
         ValueError: if the file itself can't be read.
@@ -280,11 +280,11 @@ def check_room(row: dict, processor: MCLlavaProcessor, room: int):
     prompt = processor.apply_chat_template(messages[:first], add_generation_prompt=True)
     length = len(processor.tokenizer.backend_tokenizer.encode(prompt)) + (row["image"] is not None)  # its newline
     if length >= room:
-        raise ValueError(f"the first question has {length} tokens, room is for {room - 1}")
+        raise ValueError(f"the first question has {length} tokens, there is room for {room - 1}")
 
 
 def is_main_process() -> bool:
-    """Of those that torchrun or accelerate launch started."""
+    """Whether this is the main process of those that torchrun or accelerate launch started."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -312,7 +312,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
         raise ValueError(
             f"{len(rows.broken)} of {len(rows.good) + len(rows.broken)} rows are broken, max_broken is "
             f"{recipe.max_broken}; the first is row {first['row']} (id {first['id']}): {first['reason']}. "
-            f"See {report}; mend them or raise max_broken"
+            f"See {report}; fix them or raise max_broken"
         )
     if not rows.good:
         raise ValueError(f"{recipe.data} has no rows to train on")
@@ -324,8 +324,8 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
 
 class Collator:
     """
-    Rows into a batch: int[batch, length] `input_ids`, `attention_mask` and `labels`, padded on the right, and the
-    processor's image fields. Labels are -100 but for what the assistant says, each `<|im_end|>` of its included:
+    Turns rows into a batch: int[batch, length] `input_ids`, `attention_mask` and `labels`, padded on the right, and
+    the processor's image fields. Labels are -100 except for what the assistant says, including its `<|im_end|>`:
 
         <|im_start|>user\\n<image>...<image>\\nWhat is it?<|im_end|>\\n<|im_start|>assistant\\nA bus.<|im_end|>\\n
         -100 ......................................................................... A bus .<|im_end|>  -100
@@ -357,7 +357,7 @@ class Collator:
         return batch
 
     def blank_row(self) -> dict[str, torch.Tensor]:
-        """One `<image>` that shows nothing, and no label."""
+        """One blank `<image>` without labels."""
         blank = Image.new("RGB", (1, 1))
         inputs = self.processor(text=self.processor.image_token, images=blank, num_tokens=1)
         inputs = {
@@ -394,7 +394,7 @@ class Collator:
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest of a run's checkpoints that was saved to its end, which is Trainer's state; None if there is none."""
+    """The newest complete checkpoint of a run, None if there is none. Trainer's state is the last file it saves."""
     whole = [path.parent for path in output.glob("checkpoint-[0-9]*/trainer_state.json")]
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
@@ -417,8 +417,8 @@ def train(recipe: Recipe) -> Path:
         in the folder `adapter` there.
 
     Raises:
-        ValueError: if the data has too many broken rows, `num_tokens` leaves no room in the context, or `output` holds
-            checkpoints that `resume` doesn't ask for.
+        ValueError: if the data has too many broken rows, `num_tokens` leaves no room in the context, or `output` has
+            checkpoints and `resume` is not set.
     """
     from datasets import Dataset
     from trl import SFTTrainer
@@ -454,7 +454,7 @@ def train(recipe: Recipe) -> Path:
 
 
 def build_trainee(recipe: Recipe) -> tuple[MCLlavaForConditionalGeneration, Any]:
-    """The model with what of it learns, and the configuration of LoRA adapters or None."""
+    """The model, with gradients for the parts that learn, and the configuration of LoRA adapters or None."""
     from peft import LoraConfig
 
     model = load_model(recipe.model, recipe.dtype, "cpu")
@@ -510,7 +510,7 @@ def training_arguments(recipe: Recipe):
 
 
 def save_whole(recipe: Recipe, trainer, weights: dict[str, torch.Tensor], processor: MCLlavaProcessor):
-    """Write a folder that `from_pretrained` reads, whatever was trained."""
+    """Write a folder that `from_pretrained` loads, whatever was trained."""
     from peft import PeftModel
 
     output = Path(recipe.output)
@@ -527,11 +527,11 @@ def save_whole(recipe: Recipe, trainer, weights: dict[str, torch.Tensor], proces
 
 def prepare_sharding(trainer, model: MCLlavaForConditionalGeneration):
     """
-    Where FSDP was asked for, let it gather the language model layer by layer and all else once a step: the vision
+    If FSDP was requested, let it gather the language model layer by layer and all else once a step: the vision
     tower runs once for each 16 crops, which differ from process to process, and each would wait for the others.
 
     Raises:
-        ValueError: if FSDP was asked for and accelerate would do something else, which it does without a word.
+        ValueError: if FSDP was requested and accelerate would silently do something else.
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None and os.environ.get("ACCELERATE_USE_FSDP", "false") != "true":

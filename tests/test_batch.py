@@ -285,7 +285,7 @@ def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypat
         with pytest.raises(ValueError, match="has code 'sha256:.*', this run 'another'"):
             run(job(folder, converted), output)
     output.write_text("mine")
-    with pytest.raises(ValueError, match="is there already: choose another output"):
+    with pytest.raises(ValueError, match="already exists: choose another output"):
         run(job(folder, converted), output)
     assert output.read_text() == "mine"
 

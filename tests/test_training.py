@@ -164,7 +164,7 @@ def row(value="<image>\nWhat?", answer="That.", image="00000/000000000.jpg", **c
         (row(conversations=["Hi."]), "a turn must have from"),
         (row(conversations=[{"from": "gpt", "value": "Hi."}]), "must alternate"),
         (row(answer="\ud800"), "surrogates not allowed"),
-        (row(value="<image>" + 2040 * "7"), "tokens, room is for 2031"),
+        (row(value="<image>" + 2040 * "7"), "tokens, there is room for 2031"),
         (row(image=["a.jpg", "b.jpg"]), "image must be one path"),
         ("text", "no conversations"),
     ],
@@ -193,7 +193,7 @@ def test_the_command_checks_and_trains_nothing(recipe):
     command = [sys.executable, "-m", "mc_llava", "train", str(path), "--check"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert f"9 rows are good; 0 are broken, named in {recipe.output}" in result.stderr
+    assert f"9 rows are good; 0 are broken, listed in {recipe.output}" in result.stderr
     assert [file.name for file in Path(recipe.output).iterdir()] == ["broken.jsonl"]
 
 
@@ -302,7 +302,7 @@ def test_a_recipe_is_read_with_overrides(tmp_path):
         (["train=[]"], "nothing learns"),
         (["num_tokens=[8, 4]"], "lower one first"),
         (["num_tokens=[0, 4]"], "num_tokens.0 Input should be greater than 0"),
-        (["train=[language_model]", "lora={r: 4}"], "lora stands for the language model"),
+        (["train=[language_model]", "lora={r: 4}"], "lora trains the language model"),
         (["lora={rank: 4}"], "lora.rank Unexpected keyword argument"),
         (["dtype=int8"], "dtype Input should be 'float32' or 'bfloat16'"),
         (["batch_size"], "must read name=value"),

@@ -1,10 +1,10 @@
 """
-A model on a benchmark: batched replies, option likelihoods, results that survive a kill, comparison of two of them.
+Run a model on a benchmark: batched replies, option likelihoods, resumable results, comparison of two runs.
 
-    tasks.py             the benchmarks: where their data lie, how they ask, how a reply is scored
+    tasks.py             the benchmarks: where their data is, their prompts, how a reply is scored
     metrics.py           the scores as the benchmarks' own scripts compute them, intervals and tests
     running.py           puts a task's questions to an engine and writes the results file
-    results.py           what is in that file, and the table of its scores
+    results.py           the contents of that file, and the table of its scores
     comparison.py        two results files side by side
     lmms_eval_model.py   the model in lmms-eval
 

@@ -1,4 +1,4 @@
-"""Two results files of one task side by side: is the difference more than chance, and which replies changed?"""
+"""Compares two results files of one task: is the difference significant, and which replies changed?"""
 
 import os
 from typing import Any
@@ -12,7 +12,7 @@ def compare(first: str | os.PathLike, second: str | os.PathLike) -> str:
     """
     Two results files side by side: a table of scores, differences and paired tests, then the questions that changed.
 
-    Only questions that are in both count. The interval of a difference is bootstrapped over questions; p is that of
+    Only questions in both files count. The interval of a difference is bootstrapped over questions; p is that of
     McNemar's exact test, which for VQA accuracy is the sign test.
 
     Raises:

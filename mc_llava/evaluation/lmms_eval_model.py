@@ -3,7 +3,7 @@ MC-LLaVA in lmms-eval, which finds it by the entry point `lmms_eval.models`:
 
     lmms-eval --model mc_llava --model_args pretrained=FOLDER,max_crops=20,num_tokens=728 --tasks textvqa_val
 
-lmms-eval asks; `mc_llava.engine` answers. Its exit code is 0 on failure too: look at its results.
+lmms-eval asks; `mc_llava.engine` answers. lmms-eval exits with 0 on failure too: check its results.
 """
 
 import json
@@ -30,10 +30,10 @@ class MCLlavaForLmmsEval(lmms):
     Args:
         pretrained: a model folder or a Hub id.
         revision: branch, tag or commit of a Hub id.
-        max_crops, num_tokens: as the processor was saved where None.
+        max_crops, num_tokens: by default as the processor was saved.
         dtype: "auto", "float32", "bfloat16" or "float16".
         batch_size: rows of a forward pass.
-        device: an accelerator where there is one; each of several processes has its own.
+        device: by default an accelerator if there is one; each of several processes has its own.
         max_batch_size: not used: there is no automatic batch size.
     """
 
@@ -60,7 +60,7 @@ class MCLlavaForLmmsEval(lmms):
         self.device = model.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """Replies, cut where one of the task's `until` begins; empty to a question that can't be asked."""
+        """Replies, cut where one of the task's `until` begins; empty if a question can't be asked."""
         # Only requests with the same options can be generated together.
         order = sorted(range(len(requests)), key=lambda index: options_of(requests[index]))
         replies = [""] * len(requests)
@@ -84,11 +84,11 @@ class MCLlavaForLmmsEval(lmms):
     def _generate(self, batch: list[Instance]) -> list[str]:
         until = batch[0].args[1].get("until") or []
         until = [until] if isinstance(until, str) else until
-        # Tasks also hold options for one model or another, such as image_aspect_ratio: what `generate` knows is kept.
+        # Tasks also have options for particular models, such as image_aspect_ratio: keep those that `generate` knows.
         known = self.engine.model.generation_config.to_dict()
         given = {name: value for name, value in batch[0].args[1].items() if name in known}
         if not given.get("temperature"):
-            for name in ("temperature", "top_p", "top_k"):  # they go with sampling alone
+            for name in ("temperature", "top_p", "top_k"):  # used only with sampling
                 given.pop(name, None)
         options = {"do_sample": "temperature" in given, **given}
         conversations = [ask_about(self._images(request), request.args[0]) for request in batch]
@@ -99,7 +99,7 @@ class MCLlavaForLmmsEval(lmms):
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """
-        Of answers as whole turns: the loss, and whether the model would say just that.
+        The loss of each answer as a whole turn, and whether greedy decoding gives exactly that answer.
 
         lmms-eval's own models return the mean loss of the tokens here too, and its scores take the smallest. Its
         release 0.7.3 turns what any model returns into a string, and so can't score tasks that ask for it.

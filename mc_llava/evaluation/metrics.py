@@ -1,7 +1,7 @@
 """
-The benchmarks' metrics, as their own scripts compute them, and how sure their results are.
+The benchmarks' metrics, as their own scripts compute them, and the uncertainty of their results.
 
-Pure functions of strings and numbers; nothing here knows of a model or a data set. Whose script each follows:
+Pure functions of strings and numbers; nothing here depends on a model or a data set. Whose script each follows:
 
     normalize_answer   EvalAIAnswerProcessor in mmf (facebookresearch/mmf, pythia/tasks/processors.py), which LLaVA
                        (llava/eval/m4c_evaluator.py) and lmms-eval carry copies of
@@ -56,7 +56,7 @@ def normalize_answer(text: str) -> str:
 
 
 def _remove_punctuation(text: str) -> str:
-    """A mark that touches a space goes, as all do next to a number with a comma; else a space takes its place."""
+    """Marks that touch a space are removed, all marks if a number has a comma; others become a space."""
     has_number = COMMA_IN_NUMBER.search(text) is not None
     kept = text
     for mark in PUNCTUATION:
@@ -74,7 +74,7 @@ def _leave_one_out(reply: str, answers: Sequence[str]) -> float:
     """
     The mean of min(matches / 3, 1) over all ways to leave one of the answers out.
 
-    With all ten answers there are 0, 0.3, 0.6, 0.9 and 1 to be had, for 0, 1, 2, 3 and more matches.
+    With ten answers, the values are 0, 0.3, 0.6, 0.9 and 1 for 0, 1, 2, 3 and more matches.
     """
     matches = [answer == reply for answer in answers]
     return sum(min((sum(matches) - match) / 3, 1.0) for match in matches) / len(matches)
@@ -82,7 +82,7 @@ def _leave_one_out(reply: str, answers: Sequence[str]) -> float:
 
 def _check_answers(answers: Sequence[str]):
     if not answers or not all(isinstance(answer, str) for answer in answers):
-        raise ValueError(f"answers must be the people's, ten texts as a rule, got {answers!r:.200}")
+        raise ValueError(f"answers must be the people's, usually ten texts, got {answers!r:.200}")
 
 
 def textvqa_accuracy(reply: str, answers: Sequence[str]) -> float:
@@ -90,10 +90,10 @@ def textvqa_accuracy(reply: str, answers: Sequence[str]) -> float:
     VQA accuracy with everything normalized by `normalize_answer`.
 
     Args:
-        answers: what people said, ten as a rule.
+        answers: the people's answers, usually ten.
 
     Raises:
-        ValueError: if there are no answers, or one is no text; so do the other metrics.
+        ValueError: if there are no answers, or one is not a text; the other metrics raise the same.
     """
     _check_answers(answers)
     return _leave_one_out(normalize_answer(reply), [normalize_answer(answer) for answer in answers])
@@ -101,7 +101,7 @@ def textvqa_accuracy(reply: str, answers: Sequence[str]) -> float:
 
 def vqav2_accuracy(reply: str, answers: Sequence[str]) -> float:
     """
-    VQA accuracy as vqaEval.py has it: nothing is normalized where all people said the same.
+    VQA accuracy as vqaEval.py has it: nothing is normalized if all people said the same.
 
     Copies differ: the script's earlier versions normalize every reply, lmms-eval replies and answers alike. Where
     people agree this one takes "Yes" for wrong, and what LLaVA hands in, `normalize_answer(reply)`, for "t-shirt". Our
@@ -126,7 +126,7 @@ def find_letter(reply: str, letters: str) -> str | None:
     The option that a reply names: `B`, `(b)`, `**B**`, `B) red`, `The answer is (B).`; None for any other reply.
 
     The letter stands at the beginning or after "answer", "option" or "choice", and a mark or the line's end follows:
-    in `The answer is A red car` it is a word. None, too, where another letter is marked so: `A, B or C`.
+    in `The answer is A red car` it is a word. Also None if another letter is marked so: `A, B or C`.
 
     lmms-eval takes the first letter of any reply: `Blue` as B, and `Answer: C` as A.
     """
@@ -138,7 +138,7 @@ def find_letter(reply: str, letters: str) -> str | None:
     return match.group(1).upper() if match and len(marked) == 1 else None
 
 
-# How sure a result is
+# Uncertainty
 
 
 def wilson_interval(successes: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -160,8 +160,8 @@ def bootstrap_interval(scores: Sequence[float], resamples: int = 10_000, seed: i
     """
     The 95 % percentile bootstrap interval of a mean (Efron 1979). Questions count as independent.
 
-    Scores have few distinct values: to draw how often each of them comes up is the same as to draw questions, at a
-    cost that does not grow with their number.
+    Scores have few distinct values: drawing how often each occurs is the same as drawing questions, at a cost that
+    does not grow with their number.
     """
     values, counts = np.unique(np.asarray(scores, dtype=float), return_counts=True)
     if not len(values):
@@ -175,8 +175,8 @@ def mcnemar(gained: int, lost: int) -> float:
     """
     The two-sided p-value of McNemar's exact test (1947), from the questions on which two models differ.
 
-    If neither is better, each such question falls to one of them as a coin does. With scores between 0 and 1 in the
-    place of right and wrong it is the sign test.
+    If neither is better, each such question is a fair coin flip. With scores between 0 and 1 instead of right and
+    wrong, this is the sign test.
 
     >>> round(mcnemar(10, 2), 4)
     0.0386

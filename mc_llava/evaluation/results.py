@@ -1,4 +1,4 @@
-"""What a results file holds: records of questions, the scores that follow from them, and a table of these."""
+"""The contents of a results file: records of questions, their scores, and a table of the scores."""
 
 import json
 import os

@@ -2,7 +2,7 @@
 Puts a task's questions to a model and writes what it said: `TASK.json`, a record per question and the scores.
 
 While a task runs, its journal is `TASK.partial.jsonl`. Batches depend on the data set and the batch size alone, so
-that a run that was stopped ends in the same file as one that was not.
+that an interrupted run ends in the same file as an uninterrupted one.
 """
 
 import hashlib
@@ -47,19 +47,19 @@ def evaluate(
     limit: int | None = None,
 ) -> dict:
     """
-    Put a task's questions to a model, or go on with those that a stopped run left, and write `output`/TASK.json.
+    Put a task's questions to a model, or resume an interrupted run, and write `output`/TASK.json.
 
     Args:
-        model, revision: what the results file calls the model.
-        data: a Hub id, a folder or a file; the task's own Hub id where None.
-        limit: ask the first questions only.
+        model, revision: the model's name and revision in the results file.
+        data: a Hub id, a folder or a file; by default the task's own Hub id.
+        limit: ask only the first questions.
 
     Returns:
-        What the file holds.
+        The contents of the file.
 
     Raises:
-        ValueError: if the task or its data are not there, or if `output` holds results of other settings or questions
-            or is another run's.
+        ValueError: if the task or its data don't exist, if `output` has results of other settings or questions, or if
+            another run writes it.
     """
     if task_name not in TASKS:
         raise ValueError(f"there is no task {task_name!r}: choose from {', '.join(TASKS)}")
@@ -96,10 +96,10 @@ def _evaluate(task: Task, engine: Engine, output: Path, settings: dict) -> dict:
     if final.exists():
         results = read_results(final)
         check_settings(results["settings"], settings, final)
-        # What is made here is made again; what is on the Hub is not downloaded for this.
+        # Questions made here are made again and compared; data on the Hub is not downloaded again for this.
         if not settings["data"] or Path(settings["data"]).exists():
             check_questions(results["questions"], islice(task.read(settings["data"])[1], limit), final)
-        unfinished.unlink(missing_ok=True)  # a kill between the last two lines below
+        unfinished.unlink(missing_ok=True)  # left if a run was killed between the last two lines below
         return results
 
     count, questions = task.read(settings["data"])
@@ -136,7 +136,7 @@ def check_questions(records: list[dict], questions: Iterable[Question], path: Pa
 
 
 def identify_question(question: Question) -> dict:
-    """What a record must have for it to be this question's; `image` is a digest of the file, or of drawn pixels."""
+    """The fields that identify a question's record; `image` is a digest of the file, or of drawn pixels."""
     image = question.image
     if isinstance(image, Path):
         image = image.read_bytes()
@@ -192,5 +192,5 @@ def _answer_together(engine: Engine, task: Task, questions: list[Question]) -> l
 
 
 def is_best(values: list[float], right: int) -> float:
-    """1 if the right one's value is above all others. A tie is no choice: V*-bench's right option is always first."""
+    """1 if the right option's value is above all others. A tie is wrong: V*-bench's right option is always first."""
     return float(all(value < values[right] for index, value in enumerate(values) if index != right))

@@ -1,5 +1,5 @@
 """
-The benchmarks' questions: where each data set lies, what its columns are called, how it asks, and how it scores.
+The benchmarks' questions: where each data set is, what its columns are called, its prompts, and its scores.
 
 A `Task` turns a data set in its usual format into `Question`s and knows nothing of the model that answers them. The
 formats are those of lmms-eval's data sets on the Hub and of the V*-bench repository, and the same things as local
@@ -23,7 +23,7 @@ from .. import scenes
 from .metrics import find_letter, gqa_accuracy, textvqa_accuracy, vqav2_accuracy
 
 
-# What LLaVA's evaluation asks beside the question. It reads no OCR tokens for TextVQA here.
+# The instructions of LLaVA's evaluation, which follow the question. TextVQA is asked without OCR tokens here.
 SHORT = "\nAnswer the question using a single word or phrase."
 UNANSWERABLE = "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -48,10 +48,10 @@ class Question:
     """
     Args:
         id: unique within the data set.
-        prompt: what the model is to answer, the task's instruction included; None where a row has no question, which
+        prompt: what the model is asked, including the task's instruction; None if a row has no question, which
             then fails.
         image: whatever `load_image` reads.
-        expected: what `Task.score` compares a reply with.
+        expected: the answer that `Task.score` compares a reply with.
         part: the row of the results that it counts in.
         choice: set for multiple choice.
     """
@@ -68,11 +68,11 @@ class Question:
 class Task:
     """
     Args:
-        data: a Hub id; empty for questions that are made here.
-        read: from a source (a Hub id, folder or file) to the number of its questions, where it is known beforehand,
+        data: a Hub id; empty for questions that are generated.
+        read: from a source (a Hub id, folder or file) to the number of its questions, if it is known beforehand,
             and the questions.
         instruction: what follows the question in a prompt.
-        metric: the name of what `score` gives, from 0 to 1.
+        metric: the name of the score, which is from 0 to 1.
         score: from a question and a reply.
         overall: the parts that make up the overall score; empty for all.
     """
@@ -92,15 +92,15 @@ def load_rows(
     source: str, split: str, columns: tuple[str, ...], config: str | None = None
 ) -> tuple[int | None, Iterator[dict]]:
     """
-    The rows of a data set, images as the files' bytes. A Hub id is streamed: to prepare it would take all its splits.
+    The rows of a data set, images as the files' bytes. A Hub id is streamed: preparing it would download all splits.
 
     Args:
         source: a parquet file; a folder of them as on the Hub (`data/validation-00000-of-00003.parquet`, in a folder
             of the configuration's name if it has one); a folder by `save_to_disk`; or a Hub id.
-        columns: what each row must have.
+        columns: the columns that each row must have.
 
     Returns:
-        How many rows there are, None where that is not known, and the rows.
+        The number of rows, None if unknown, and the rows.
 
     Raises:
         ValueError: if there is no such data set or it lacks a column.
@@ -127,7 +127,7 @@ def load_rows(
             count = sum(ParquetFile(file).metadata.num_rows for file in files)
             rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
         elif source.startswith((".", "/", "~")) or path.suffix == ".parquet":
-            raise FileNotFoundError("no such file or folder")  # a mistyped path is not for the Hub to know
+            raise FileNotFoundError("no such file or folder")  # don't send a mistyped path to the Hub
         else:
             rows = datasets.load_dataset(source, config, split=split, streaming=True)
             count = rows.info.splits[split].num_examples if rows.info.splits else None
@@ -145,7 +145,9 @@ def _without_decoding(rows, source: str, columns: tuple[str, ...]) -> Iterator[d
             rows = rows.cast_column(name, datasets.Image(decode=False))
     for row in rows:
         if missing := [name for name in columns if name not in row]:
-            raise ValueError(f"the data set {source} has no column {missing[0]!r}, only {list(row)}: is it another's?")
+            raise ValueError(
+                f"the data set {source} has no column {missing[0]!r}, only {list(row)}: is it another data set?"
+            )
         yield row
 
 
@@ -185,7 +187,7 @@ def _read_vqa(
 
 
 def _read_gqa(source: str) -> tuple[int | None, Iterator[Question]]:
-    """Questions and images lie in two configurations; rows that carry their image are read too."""
+    """Questions and images are in two configurations; rows that contain their image are read too."""
     config = "testdev_balanced_{}"
     columns = ("id", "imageId", "question", "answer")
     count, rows = load_rows(source, "testdev", columns, config.format("instructions"))
@@ -213,7 +215,7 @@ def _read_gqa(source: str) -> tuple[int | None, Iterator[Question]]:
 
 
 def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
-    """The repository's folders with an annotation beside each image, or rows in lmms-eval's format."""
+    """The repository's folders, with an annotation next to each image, or rows in lmms-eval's format."""
     folder = Path(source)
     if source == TASKS["vstar"].data and not folder.exists():
         try:
@@ -231,10 +233,10 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
         published = {entry["image"]: entry for entry in entries}
     for part in VSTAR_PARTS:
         for path in sorted((folder / part).glob("*.json")):
-            beside = path.parent.glob(f"{glob.escape(path.stem)}.*")
-            images = [file for file in beside if file.suffix.lower() in IMAGE_SUFFIXES]
+            neighbors = path.parent.glob(f"{glob.escape(path.stem)}.*")
+            images = [file for file in neighbors if file.suffix.lower() in IMAGE_SUFFIXES]
             if len(images) != 1:
-                raise ValueError(f"{path} has {len(images)} images beside it, must have 1: download V*-bench again")
+                raise ValueError(f"{path} has {len(images)} images next to it, expected 1: download V*-bench again")
             id = images[0].relative_to(folder).as_posix()
             questions.append(_vstar_annotation(path, images[0], id, part, published.get(id)))
     return len(questions), questions
@@ -318,7 +320,7 @@ TASKS = {
         partial(_read_vqa, split="validation", instruction=SHORT, part="answer_type"),
         SHORT,
         "vqa_accuracy",
-        # vqaEval.py would take "Yes." for wrong where all people said "yes"; where they differ it normalizes the rest.
+        # vqaEval.py counts "Yes." as wrong if all people said "yes"; if they differ, it normalizes the rest.
         lambda question, reply: vqav2_accuracy(reply.strip().lower().removesuffix("."), question.expected),
     ),
     "vizwiz": Task(

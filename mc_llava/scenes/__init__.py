@@ -2,17 +2,17 @@
 Drawn scenes: everything here exists only to make and to measure `tiny`, the small checkpoint that is bundled.
 
 Scenes are street-like pictures with small signs, shapes and objects, with questions whose answers need the crops. A
-`Scene` is a plain description; `draw_scene` alone turns it into pixels and `ask` alone into questions, so that an
-answer never comes from looking. Everything follows from a seed. The two splits share nothing that a model could learn
-by heart: their seeds, backgrounds and font families differ.
+`Scene` is a plain description; `draw_scene` alone turns it into pixels and `ask` alone into questions, so that
+answers never depend on pixels. Everything follows from a seed. The two splits share nothing that a model could
+memorize: their seeds, backgrounds and font families differ.
 
     scene.py            what scenes are made of, how they are laid out and drawn
     questions.py        questions, captions, and whether a reply is right
     tower.py            trains the vision tower on single crops
     language_model.py   builds `tiny` and trains all but the tower, on whole scenes
-    study.py            measures what crops and tokens bring
+    study.py            measures how crops and tokens affect accuracy
 
-The first two need Pillow alone and are offered here; the others, which need torch, are imported by their names.
+The first two need only Pillow and are exported here; import the others, which need torch, by their names.
 """
 
 from .questions import KINDS, SceneQuestion, ask, benchmark_question, caption, is_correct

@@ -54,15 +54,15 @@ LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while
 @checked
 class TinyRecipe:
     """
-    How `tiny` is made. A call with the same `output` goes on where an earlier one stopped; see `check_made_of`.
+    How `tiny` is made. A call with the same `output` resumes an earlier one; see `check_made_of`.
 
     Args:
-        output: the folder of the model; the stages leave their checkpoints beside it, in `output`-work.
+        output: the folder of the model; the stages write their checkpoints next to it, in `output`-work.
         tower: the vision tower's stage, on single crops.
-        language_model: the stage of all else, on whole scenes.
+        language_model: the stage for everything else, on whole scenes.
         num_images: how many scenes are encoded for the language model.
-        short_steps: of the language model, the first, which show one token a crop, see `SceneCollator`.
-        num_tested: how many scenes, of those never trained on, are asked about along the way.
+        short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
+        num_tested: how many scenes that are never trained on are asked about during training.
         tower_width, tower_layers, width, layers: sizes of the SigLIP and of the Phi architecture.
         workers: processes that draw.
     """
@@ -81,7 +81,7 @@ class TinyRecipe:
 
 
 def build_processor() -> MCLlavaProcessor:
-    """A byte-level BPE of what is asked and said about scenes. The signs' characters stay single."""
+    """A byte-level BPE trained on questions and answers about scenes. The signs' characters stay single tokens."""
     rng = random.Random(0)
     texts = ["user\nassistant\nsystem\n"] * 100
     for seed in range(300):
@@ -200,8 +200,8 @@ def encode_scenes(model, processor, seeds, split: str, budgets, workers: int = 0
 
 def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> list[CachedImage]:
     """
-    The first `count` training scenes, each under a budget drawn from `CROP_BUDGETS`. What lies in `folder` from an
-    earlier run is taken from there.
+    The first `count` training scenes, each under a budget drawn from `CROP_BUDGETS`. Those that an earlier run left in
+    `folder` are reused.
     """
     images = []
     folder.mkdir(parents=True, exist_ok=True)
@@ -228,8 +228,8 @@ def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> li
 
 def scene_rows(images: list[CachedImage], stage: Stage, short_steps: int) -> Dataset:
     """
-    What `SceneCollator` takes, in training's order: in each part all images that suit it in turn, shuffled each time
-    around, each row with a seed of its own. More steps begin as fewer do.
+    The input of `SceneCollator`, in training's order: each part repeats all images that suit it, reshuffled each time,
+    and each row has its own seed. A longer run begins like a shorter one.
     """
     everything = range(len(images))
     many = [index for index in everything if images[index].budget[0] >= MANY_CROPS] or everything
@@ -245,7 +245,7 @@ def scene_rows(images: list[CachedImage], stage: Stage, short_steps: int) -> Dat
 
 
 class CachedTower(MCLlavaModel):
-    """Takes the features that its frozen tower gave before for pixels: right-aligned, [crops, longest, width]."""
+    """Takes cached features of the frozen tower in place of pixels: right-aligned, [crops, longest, width]."""
 
     def encode_crops(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         return pixel_values
@@ -258,7 +258,7 @@ class CachedTower(MCLlavaModel):
 class LanguageModelTrainee(MCLlavaForConditionalGeneration):
     """The same parameters as the model's own, over a `CachedTower`."""
 
-    _auto_class = None  # its checkpoints are for resuming alone: no code goes along
+    _auto_class = None  # its checkpoints are only for resuming: no code is saved with them
 
     def __init__(self, config: MCLlavaConfig):
         super().__init__(config)
@@ -266,7 +266,7 @@ class LanguageModelTrainee(MCLlavaForConditionalGeneration):
 
 
 class LookingTrainer(Trainer):
-    """Adds what `looking_loss` finds to the loss on the answers."""
+    """Adds `looking_loss` to the loss on the answers."""
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         looks = inputs.pop("looks")
@@ -312,7 +312,7 @@ def looking_loss(
 
 
 def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
-    """What a `LanguageModelTrainee` takes for a batch of images."""
+    """The inputs of a `LanguageModelTrainee` for a batch of images."""
     counts = torch.cat([image.num_tokens for image in images])
     longest = int(counts.max())
     features = torch.zeros(len(counts), longest, images[0].features.shape[1])
@@ -326,7 +326,7 @@ def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
 
 
 class Look(NamedTuple):
-    """Where the language model should look from one position of a conversation."""
+    """The positions that the language model should attend to from one position of a conversation."""
 
     layer: int
     position: int
@@ -337,10 +337,10 @@ class Look(NamedTuple):
 class SceneCollator:
     """
     Fresh conversations about cached images: some questions of all kinds, or a caption, with the loss on the answers.
-    They follow from the rows alone: a run that is resumed draws what one that was not stopped does.
+    They depend on the rows alone: a resumed run draws the same as an uninterrupted one.
 
-    With the conversations comes where to look, as the generator knows which crops show a thing. It is what a language
-    model is slow to find out by itself among thirty crops:
+    Each conversation also has its attention targets, as the generator knows which crops contain an object. A language
+    model is slow to find these among thirty crops by itself:
 
         visual tokens              question                       answer
         [whole] [1] [2] ... [31]   What does the red sign say?    It says 48H7.
@@ -392,7 +392,7 @@ class SceneCollator:
                 inside = [start < end <= stop for start, stop in asked["offset_mapping"]]
                 looks.append(Look(NAMING_LAYER, len(ids) + inside.index(True), targets, place))
                 if len(question.named) == 1:
-                    # From where each token of the reply is foretold, its end excepted.
+                    # The position that predicts each token of the reply, except its end.
                     positions = range(answer_start - 1, answer_start + len(replied) - 2)
                     looks += [Look(ANSWERING_LAYER, position, targets, place) for position in positions]
             ids += asked["input_ids"] + replied
@@ -458,7 +458,7 @@ def last_tokens(image: CachedImage) -> CachedImage:
 def answer_cached(
     model, processor, images: list[CachedImage], questions: list[str], batch_size: int = 64
 ) -> list[str]:
-    """Greedy replies of a `LanguageModelTrainee`, which takes cached features for pixels."""
+    """Greedy replies of a `LanguageModelTrainee`, which takes cached features in place of pixels."""
     replies = []
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size]
@@ -476,7 +476,7 @@ def answer_cached(
 
 
 def prompt(processor, question: str, num_tokens: int) -> str:
-    """The template's prompt of a question about one image of so many visual tokens."""
+    """The template's prompt of a question about one image with the given number of visual tokens."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     written = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     return written.replace(processor.image_token, processor.image_token * num_tokens)
@@ -500,8 +500,8 @@ def measure_language_model(model, processor, images: list[CachedImage], split: s
 @torch.no_grad()
 def whiten_projector(projector: torch.nn.Module, images: list[CachedImage]):
     """
-    Start a projector such that all directions of the tower's features count the same: by nature the widest are a
-    hundred times the narrowest, and hide them.
+    Initialize a projector so that all directions of the tower's features have the same variance. Otherwise the largest
+    variances exceed the smallest a hundredfold and mask them.
     """
     features = torch.cat([last_tokens(image).features for image in images[:500]]).float()
     mean, covariance = features.mean(0), features.T.cov()
@@ -517,7 +517,7 @@ def whiten_projector(projector: torch.nn.Module, images: list[CachedImage]):
 def train_language_model(
     model, processor, images: list[CachedImage], output: Path, stage: Stage, short_steps: int, num_tested: int
 ):
-    """Train all but the tower on cached images, or go on from the last checkpoint in `output`."""
+    """Train all but the tower on cached images, or resume from the last checkpoint in `output`."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     seeds = range(FIRST_TESTED, FIRST_TESTED + num_tested)
     with_crops = encode_scenes(model, processor, seeds, "test", [(MAX_CROPS, NUM_TOKENS)] * num_tested)
@@ -537,7 +537,7 @@ def train_language_model(
     for layer in trainee.model.language_model.layers:
         layer.compile()  # saves time on a CPU; needs a C++ compiler
     set_trainable(trainee, ("coordinates", "projector", "language_model"))
-    # See `training.train`: a run could not go on from checkpoints under the published names.
+    # See `training.train`: a run could not resume from checkpoints under the published names.
     trainee.save_pretrained = functools.partial(trainee.save_pretrained, save_original_format=False)
     trainer = LookingTrainer(
         trainee,
@@ -553,7 +553,7 @@ def train_language_model(
 
 
 def made_of(recipe: TinyRecipe) -> dict[str, dict]:
-    """Folder of a stage -> what its files follow from. A stage may take more steps: it goes on."""
+    """Folder of a stage -> the settings that its files depend on. More steps are allowed: the stage is continued."""
     values = TypeAdapter(TinyRecipe).dump_python(recipe, mode="json")
     tower, language_model = (
         {f"{stage}.{name}": value for name, value in values[stage].items() if name not in LENGTHS}
@@ -567,10 +567,10 @@ def made_of(recipe: TinyRecipe) -> dict[str, dict]:
 
 def check_made_of(folder: Path, wanted: dict):
     """
-    Note in a stage's folder what its files are made of.
+    Record in a stage's folder the settings that its files depend on.
 
     Raises:
-        ValueError: if it holds what is made of something else.
+        ValueError: if its files were made with other settings.
     """
     path = folder / MADE_OF
     if path.exists():
@@ -590,7 +590,7 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     Make `tiny` from scratch, or resume an interrupted call. Returns the model's folder.
 
     Raises:
-        ValueError: if the earlier call had a recipe whose results can't be gone on from.
+        ValueError: if the earlier call had a recipe that this one can't resume.
     """
     output = Path(recipe.output)
     work = output.with_name(output.name + "-work")

@@ -41,7 +41,7 @@ COLORS = {
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
 OBJECTS = ("house", "tree", "car", "boat", "flag")
 BACKGROUNDS = {"train": ("street", "bricks", "hills", "clouds", "stripes"), "test": ("harbor", "tiles")}
-# Matplotlib's files; None is the font inside of Pillow: drawing the test split needs Pillow alone.
+# Matplotlib's files; None is the font inside Pillow: drawing the test split needs only Pillow.
 FONTS = {
     "train": (
         "DejaVuSans.ttf",
@@ -120,7 +120,7 @@ def make_scene(seed: int, split: str = "train") -> Scene:
         if not MIN_SIDE <= width <= MAX_SIDE:
             continue
         # Half of the pictures have crops that magnify too little for both bounds in their stretched last row or
-        # column: things are laid elsewhere, and where no place is found the next try has another size.
+        # column: things are laid elsewhere, and if no place is found, the next try has another size.
         groups = _lay_out(rng, width, height, split)
         if groups:
             return Scene(width, height, rng.choice(BACKGROUNDS[split]), rng.getrandbits(32), groups)
@@ -213,7 +213,7 @@ def _shade(rng: random.Random, color: str) -> tuple[int, int, int]:
 
 
 def move(group: tuple[Thing, ...], right: int, down: int) -> tuple[Thing, ...]:
-    """The same things elsewhere."""
+    """The same things, moved."""
     offset = (right, down, right, down)
     return tuple(
         Thing(**{**thing.__dict__, "box": tuple(side + shift for side, shift in zip(thing.box, offset))})
@@ -234,7 +234,7 @@ def distance(box: tuple, other: tuple) -> float:
 
 def legible_height(box: tuple, glyph: float, crops: list[tuple]) -> float:
     """
-    How many pixels of the tower a glyph has in the best of the crops that hold all of `box`; 0 where none does.
+    How many pixels of the tower a glyph has in the best of the crops that hold all of `box`; 0 if none does.
 
     The smaller of the two scales counts: a crop that is squashed sideways is no easier to read.
     """
@@ -302,7 +302,7 @@ def load_font(name: str | None, size: int) -> ImageFont.FreeTypeFont:
     try:
         import matplotlib
     except ImportError as error:
-        raise ValueError(f"the font {name} comes with matplotlib: pip install matplotlib") from error
+        raise ValueError(f"the font {name} is matplotlib's: pip install matplotlib") from error
     return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts", "ttf", name)), size)
 
 
@@ -428,7 +428,7 @@ class _Ground:
 
 @lru_cache(maxsize=1024)
 def _background(kind: str, seed: int) -> Image.Image:
-    """A small, muted picture, to be stretched over the scene: no color of `COLORS` is found in it."""
+    """A small, muted picture, to be stretched over the scene. It has none of `COLORS`."""
     ground = _Ground(seed)
     PAINTERS[kind](ground, ground.rng)
     return Image.blend(ground.image, ground.noise(ground.rng.randint(16, 64), 60, 200), 0.12)

@@ -1,8 +1,8 @@
 """
-The published claim, "more crops, more detail, at no more tokens", measured on scenes that nothing was trained on.
+The published claim, "more crops, more detail, at no more tokens", measured on scenes that no model was trained on.
 
 The same questions are asked under every setting: `max_crops` grows while `num_tokens` stays, then the other way round.
-Beside them stand what a model answers that sees nothing, and what always giving a kind's commonest answer would score.
+The baselines are the model without the picture, and always giving a kind's most common answer.
 """
 
 from collections import Counter
@@ -35,15 +35,15 @@ MAX_NEW_TOKENS = 24
 
 def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dict:
     """
-    Ask about the first `num_scenes` scenes of the test split under all settings, or go on where an interrupted call
-    stopped, and write `study.json`, `study_crops.png` and `study_tokens.png`.
+    Ask about the first `num_scenes` scenes of the test split under all settings, or resume an interrupted call, and
+    write `study.json`, `study_crops.png` and `study_tokens.png`.
 
     Args:
         work: folder for every reply, one results file of `evaluate` per setting.
-        output: folder for what the study found.
+        output: folder for the study's results.
 
     Returns:
-        What `study.json` holds: accuracies in percent with Wilson's 95 % intervals, and FLOPs of a question.
+        The contents of `study.json`: accuracies in percent with Wilson's 95 % intervals, and FLOPs per question.
 
     Raises:
         ValueError: if there are fewer scenes, or a question fails.
@@ -62,7 +62,7 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
         if failed := next((record for record in records if "failed" in record), None):
             raise ValueError(
                 f"the question {failed['id']} failed: {failed['failed']}; all settings must have the same questions: "
-                f"mend it, and remove {folder} to ask again"
+                f"fix it, and remove {folder} to ask again"
             )
         rows.append(
             {
@@ -113,9 +113,9 @@ def blind_scores(engine: Engine, records: list[dict]) -> list[float]:
 
 def majority(records: list[dict]) -> dict[str, dict]:
     """
-    The commonest answer of each kind, and what giving it always would score.
+    The most common answer of each kind, and the score of always giving it.
 
-    A question of position names two directions: there it is the commoner of these.
+    A question of position names two directions: there it is the more common of these.
     """
     found = {}
     for kind in KINDS:
@@ -139,7 +139,7 @@ def mean_flops(config, records: list[dict]) -> float:
 
 
 def markdown(study: dict) -> str:
-    """The README's table: accuracy by `max_crops`, and what it is to be compared with."""
+    """The table of docs/tiny.md: accuracy by `max_crops`, and the baselines."""
     lines = [
         "| `max_crops` | crops | " + " | ".join(NAMES.values()) + " | GFLOPs |",
         "|---" * (len(NAMES) + 3) + "|",
@@ -158,7 +158,7 @@ def markdown(study: dict) -> str:
 
 
 def draw_figures(study: dict, output: Path):
-    """Accuracy and cost over one knob while the other stays, a figure each."""
+    """One figure per knob: accuracy and cost over that knob, with the other fixed."""
     for knob, other, fixed in (("max_crops", "num_tokens", NUM_TOKENS), ("num_tokens", "max_crops", MAX_CROPS)):
         rows = sorted((row for row in study["settings"] if row[other] == fixed), key=lambda row: row[knob])
         figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -1,13 +1,13 @@
 """
-The vision tower of `tiny`, trained from scratch: what SigLIP brings to the 3B model ready-made.
+The vision tower of `tiny`, trained from scratch: the counterpart of the 3B model's pretrained SigLIP.
 
 Captions alone leave a small tower on a plateau for a long time. Here every crop gives dense targets, on two heads that
 are dropped afterwards:
 
 - the patch head says for each patch which character, shape or object has its centre there, and in which color: this
   breaks the plateau;
-- the gather head says from the mean of the last K patches alone what the whole crop holds. The language model will see
-  no more than those: with 32 crops and 128 tokens, K is 3.
+- the gather head says from the mean of the last K patches alone what the whole crop contains. The language model will
+  see only those: with 32 crops and 128 tokens, K is 3.
 """
 
 import json
@@ -48,8 +48,8 @@ NAMES = SHAPES + OBJECTS
 NAME_IDS = {name: index for index, name in enumerate(NAMES)}
 LONGEST_SIGN = 4
 IGNORED = -100
-# The patch head reads before these last blocks, the gather head after them: what is recognised in the last block can't
-# be gathered any more.
+# The patch head reads before these last blocks, the gather head after them: what the last block recognises can no
+# longer be gathered.
 GATHERING_LAYERS = 2
 # How often the gather head reads from the last 1, 3, 8 and 24 patches.
 GATHERED = (1, 3, 3, 3, 8, 24)
@@ -74,7 +74,7 @@ def make_crop(seed: int, split: str, side: int) -> tuple[Scene, tuple[int, int, 
     """
     A scene and the box of a crop in which some of its things lie, whole or cut by the edge.
 
-    It costs a twentieth of a scene of full size: nothing is drawn outside of the crop.
+    It costs a twentieth of a full scene: nothing outside the crop is drawn.
     """
     rng = random.Random(f"crop {split} {seed}")
     scale = rng.uniform(1.5, 3.2)  # pixels of the scene to one of the tower
@@ -112,7 +112,7 @@ def make_crop(seed: int, split: str, side: int) -> tuple[Scene, tuple[int, int, 
 
 def label_crop(scene: Scene, box: tuple[int, int, int, int], side: int, patch_size: int) -> dict[str, np.ndarray]:
     """
-    What is to be seen in a crop. 0 is nothing, `IGNORED` what can't be told: things cut by the edge or too small.
+    The labels of a crop. 0 is nothing; `IGNORED` is undecidable: things cut by the edge or too small.
 
     Returns:
         patch_names: int[patches], 1 + the character, or 1 + len(CHARACTERS) + the shape, centred in the patch.
@@ -175,7 +175,7 @@ class CropLabels:
             index = CHARACTERS.index(character)
             name = IGNORED if small else 1 + index
             self.note_patch(center, name, sign.color, 1 + order if uncut and not small else IGNORED)
-            # What another sign has shown clearly stays found.
+            # A character that another sign shows clearly stays found.
             if self.patch_at(center) is not None and self.arrays["characters"][index] != 1:
                 self.arrays["characters"][index] = found
             if uncut and self.arrays["ordered_characters"][order, index] != 1:
@@ -186,7 +186,7 @@ class CropLabels:
             self.arrays["places"][index] = self.relative(thing.center)
 
     def note_patch(self, point: tuple[float, float], name: int, color: str, order: int):
-        """What has its center in a patch; of two things in one neither can be told."""
+        """The thing centered in a patch. If two are centered in one patch, neither can be identified."""
         patch = self.patch_at(point)
         if patch is not None:
             taken = self.arrays["patch_names"][patch] != 0
@@ -198,7 +198,7 @@ class CropLabels:
         return (point[0] - self.left) / (self.right - self.left), (point[1] - self.top) / (self.bottom - self.top)
 
     def patch_at(self, point: tuple[float, float]) -> int | None:
-        """The number of the patch that holds a point of the scene; None outside of the crop."""
+        """The number of the patch that holds a point of the scene; None outside the crop."""
         x, y = self.relative(point)
         return int(y * self.grid) * self.grid + int(x * self.grid) if 0 <= x < 1 and 0 <= y < 1 else None
 
@@ -221,7 +221,7 @@ class CropLabels:
 
 
 class CropDataset(torch.utils.data.Dataset):
-    """Drawn and labelled crops, made when asked for; number i is always the same."""
+    """Crops that are drawn and labelled on demand; number i is always the same."""
 
     def __init__(self, size: int, split: str, side: int, patch_size: int, first: int = 0):
         self.size, self.split, self.side, self.patch_size, self.first = size, split, side, patch_size, first
@@ -240,7 +240,7 @@ def _weighted_loss(logits: torch.Tensor, targets: torch.Tensor, nothing: float, 
     """
     Mean cross-entropy in which the frequent class 0 counts less.
 
-    With `ends` it counts in full where the last dimension holds anything else: a text's end matters as its characters.
+    With `ends` it counts in full if the last dimension has any other class: a text's end matters as its characters do.
     """
     something = targets > 0
     if ends:
@@ -256,7 +256,7 @@ def sine_positions(grid: int, width: int) -> torch.Tensor:
     """
     Sines and cosines of each patch's column and row: float[grid * grid, width], with mean square 1/2.
 
-    SigLIP's own random start is a tenth of what the patches bring and tells no patch which others are near: after 160
+    SigLIP's own random start is a tenth of the patch embeddings and doesn't show which patches are near: after 160
     thousand crops the tower knew seven characters in ten, but not which of them came first.
     """
     turns = 20.0 ** -torch.linspace(0, 1, width // 4)  # wavelengths from 6 to 126 patches
@@ -325,7 +325,7 @@ class TowerForPretraining(nn.Module):
 @torch.no_grad()
 def measure_tower(model: TowerForPretraining, dataset: CropDataset, gathered: int = 3, batch_size: int = 128) -> dict:
     """
-    Accuracies in percent where something is to be seen.
+    Accuracies in percent, over targets that are visible.
 
     Returns:
         characters, orders: of the patch head.
@@ -420,7 +420,7 @@ class Stage:
 
 
 class Report(TrainerCallback):
-    """Prints what `measure` finds every so many steps, and keeps it in `accuracy.jsonl` of the stage's folder."""
+    """Prints the result of `measure` at regular steps, and appends it to `accuracy.jsonl` in the stage's folder."""
 
     def __init__(self, every: int, measure):
         self.every, self.measure, self.start = every, measure, time.time()
@@ -437,10 +437,10 @@ def pretrain_tower(
     output: Path, vision_config: PreTrainedConfig, stage: Stage, workers: int = 1
 ) -> TowerForPretraining:
     """
-    Train a tower, or go on from the last checkpoint in `output`.
+    Train a tower, or resume from the last checkpoint in `output`.
 
     Returns:
-        The trained tower, its heads still on.
+        The trained tower, with its heads.
     """
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     torch.manual_seed(stage.seed)
@@ -459,8 +459,8 @@ def pretrain_tower(
         TrainingArguments(
             **stage.options(output), dataloader_num_workers=workers, train_sampling_strategy="sequential"
         ),
-        # As many as are drawn: none is seen twice, a longer run goes on in the same order, and a finished one, called
-        # again, takes no further step.
+        # One epoch of exactly as many crops as the steps take: none is seen twice, a longer run continues in the same
+        # order, and a finished run that is started again takes no further step.
         train_dataset=CropDataset(stage.steps * stage.batch_size, "train", side, patch_size),
         optimizers=(MuonAndAdamW(model, stage.learning_rate, stage.weight_decay), None),
         callbacks=[
