@@ -22,7 +22,7 @@ SIGLIP_SO400M = {
     "patch_size": 14,
 }
 
-# Phi-2. Written out where `PhiConfig` has another default: the rotary factor, and ids that the outer config owns.
+# Phi-2. Spelled out where `PhiConfig` has another default: the rotary factor, and ids that the outer config owns.
 PHI_2 = {
     "model_type": "phi",
     "bos_token_id": None,
@@ -55,12 +55,12 @@ class MCLlavaConfig(PreTrainedConfig):
         text_config (`dict` or `PhiConfig`, *optional*): the language model; Phi-2 by default.
         image_token_index (`int`, defaults to 50297): id of `<image>`; also readable as `image_token_id`.
         projector_hidden_act (`str`, defaults to `"gelu"`): activation between the projector's two layers.
-        eos_token_id, pad_token_id, bos_token_id (`int`): ids of `<|im_end|>`, `<pad>` and `<|endoftext|>`. They stand
+        eos_token_id, pad_token_id, bos_token_id (`int`): ids of `<|im_end|>`, `<pad>` and `<|endoftext|>`. They are
             here because the published `generation_config.json` names none.
 
-    The published configuration is read as it is. Of its other keys, `projector_tokens_num` must be 1 (ValueError
-    otherwise: no other projector was ever published), and `ignore_index` and the outer `vocab_size` are dropped, the
-    loss function and `text_config` own them.
+    The published configuration is read unchanged. `projector_tokens_num` must be 1 (ValueError otherwise: no other
+    projector was ever published). `ignore_index` and the outer `vocab_size` are dropped: the loss function and
+    `text_config` own them.
 
     ```python
     >>> MCLlavaConfig().text_config.hidden_size
@@ -104,7 +104,7 @@ class MCLlavaConfig(PreTrainedConfig):
             return config
         config = dict(default if config is None else config)
         config.pop("auto_map", None)  # the published text_config points to code in a third repository
-        # transformers 5.19 would put PhiConfig's own 0.5 beside the factor that newer releases save in here.
+        # transformers 5.19 would use PhiConfig's default of 0.5, not the factor that newer releases save in here.
         rope_parameters = config.get("rope_parameters") or {}
         if "partial_rotary_factor" in rope_parameters:
             config.setdefault("partial_rotary_factor", rope_parameters["partial_rotary_factor"])

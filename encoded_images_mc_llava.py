@@ -35,15 +35,15 @@ def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw:
 @dataclass(frozen=True)
 class EncodedImages:
     """
-    Images that passed the vision tower and the projector, to be asked about any number of times.
+    Images that passed the vision tower and the projector: encoded once, asked about any number of times.
 
-    Made by `encode_images`; `generate` and `forward` take it as `image_features`.
+    `encode_images` makes it; `generate` and `forward` take it as `image_features`.
 
     Args:
         features: float[tokens, hidden], the visual tokens of all images one after another.
         crop_boxes, crop_coords, crop_num_tokens, image_grid_thw: the crops that they came from, as the image processor
             returns them: int64[crops, 4], float[crops, 2], int64[crops] and int64[images, 3].
-        weights_hash: of the weights that made them, see `MCLlavaForConditionalGeneration.hash_encoder`.
+        weights_hash: hash of the weights that made the features, see `MCLlavaForConditionalGeneration.hash_encoder`.
 
     Raises:
         ValueError: if the features are not finite floats, or not as many as the crops give tokens.
@@ -106,7 +106,7 @@ class EncodedImages:
         return self._map(torch.clone)
 
     def save(self, path: str | os.PathLike):
-        """Write a safetensors file; what made the features stands in its header."""
+        """Write a safetensors file with the hash of the weights in its header."""
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         save_file(tensors, path, metadata={"format": "pt", "weights_hash": self.weights_hash})
 
@@ -137,17 +137,17 @@ def hash_tensors(tensors) -> str:
     """
     A hash of the bits, dtypes and shapes of tensors, the same on every device.
 
-    Each tensor's 64-bit words are mixed with their places and summed up where they lie: copying a vision tower from a
-    GPU for a hash on the CPU would take longer than encoding a picture.
+    Each tensor's 64-bit words are mixed with their positions and summed up on the tensor's device: copying a vision
+    tower from a GPU for a hash on the CPU would take longer than encoding a picture.
 
     Raises:
-        ValueError: if a tensor has no data here, as where weights wait on a disk.
+        ValueError: if a tensor is on the meta device, as weights are that are offloaded to a disk.
     """
     odd = 0x5851F42D4C957F2D
     digest = hashlib.sha256()
     for tensor in tensors:
         if tensor.is_meta:
-            raise ValueError("weights that wait on a disk can't be hashed: load the vision tower to a device")
+            raise ValueError("weights that are offloaded to a disk can't be hashed: load the vision tower to a device")
         octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         words = nn.functional.pad(octets, (0, -len(octets) % 8)).view(torch.int64)
         keys = (2 * torch.arange(len(words), device=words.device) + 1) * odd  # int64 wraps around
@@ -159,14 +159,15 @@ def hash_tensors(tensors) -> str:
 
 class FeatureCache:
     """
-    Keeps the features of the images used last: the processor's `feature_cache`.
+    Keeps the most recently used encoded images: the processor's `feature_cache`.
 
-    An image is known by its pixels, the image processor's options (`max_crops` and `num_tokens` among them), the
-    weights that encode it and the dtype that they encode it in. Each image is encoded by itself, so that what it gives
-    does not depend on the others. Threads may share a cache.
+    An entry's key is the image's pixels, the image processor's options (`max_crops` and `num_tokens` among them), the
+    weights that encode it and the dtype that they encode it in. Each image is encoded separately, so that its features
+    do not depend on the others. Threads may share a cache.
 
     Args:
-        max_bytes: upper bound of the features kept, on whatever device they were made. Those unused for longest go.
+        max_bytes: upper bound of the features kept, on the device where they were made. The least recently used ones
+            are dropped first.
 
     Raises:
         ValueError: if `max_bytes` is negative.

@@ -26,7 +26,7 @@ KNOBS = ("max_crops", "num_tokens")
 # Whole numbers or any, from the least to the greatest that make sense.
 NUMBERS = {
     "max_new_tokens": (int, 1, 10**6),
-    "temperature": (float, 0.01, 100),  # or 0, for the likeliest answer
+    "temperature": (float, 0.01, 100),  # or 0, for greedy decoding
     "top_k": (int, 0, 10**6),
     "top_p": (float, 0, 1),
     "repetition_penalty": (float, 0.01, 100),
@@ -91,7 +91,7 @@ class EndpointHandler:
         if not isinstance(question, str) or image is None:
             raise ValueError(f"pass a question (a string) and an image, got {', '.join(sorted(data))}")
         if data.get("inputs", image) != image:  # the hub's client sends the image as inputs, too
-            raise ValueError("inputs must be the image where a question stands beside them: leave them out")
+            raise ValueError("inputs must be the image if there is a question as well: leave them out")
         parameters = dict(self._parameters(data))
         if parameters.pop("top_k", None) not in (None, 1):  # as the hub's client means it
             raise ValueError("top_k is the number of answers to return here, and there is only one: leave it out")
@@ -210,7 +210,7 @@ class EndpointHandler:
     def _generate(self, conversation: list[dict], parameters: dict) -> tuple[str, dict]:
         options = {name: value for name, value in parameters.items() if value is not None}
         check_names(options, set(OPTIONS))
-        if options.get("temperature") == 0:  # as OpenAI's clients ask for the likeliest answer
+        if options.get("temperature") == 0:  # as OpenAI's clients ask for greedy decoding
             del options["temperature"]
         if not isinstance(options.get("do_sample", False), bool):
             raise ValueError(f"do_sample must be true or false, got {options['do_sample']!r:.100}")

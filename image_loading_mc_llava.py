@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 MAX_IMAGE_SIDE = 20_000  # pixels; Pillow's own Image.MAX_IMAGE_PIXELS bounds the area
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
-# What Pillow may decode: its other plugins are rare, and one of them hands files to a PostScript interpreter.
+# What Pillow may decode: its other plugins are rare, and one of them passes files to a PostScript interpreter.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 

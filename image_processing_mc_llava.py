@@ -52,13 +52,13 @@ FIXED_OPTIONS = {
     "do_pad": False,
     "data_format": ChannelDimension.FIRST,
 }
-# What a saved configuration holds besides options.
+# Keys of a saved configuration that are no options.
 CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type"}
 
 
 class MCLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     """
-    max_crops (`int`): upper bound of the crops beside the whole image, at least 0.
+    max_crops (`int`): upper bound of the crops in addition to the whole image, at least 0.
     num_tokens (`int`): upper bound of the visual tokens of one image, at least 1.
     patch_size (`int`): side of the vision tower's patches in pixels.
     plans (`list`, *optional*): where to look instead of on the usual grid, a plan for each image: boxes (left, top,

@@ -167,7 +167,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 f"got {low} to {high}"
             )
 
-        # Parameters may be spread over devices or wait on a disk: data moves by its own device, never by theirs.
+        # Parameters may be spread over devices or offloaded to a disk: data moves by its own device, never by theirs.
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         passes = pixel_values.split(CROPS_PER_PASS)
         kept = [
@@ -353,7 +353,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
         Takes all that the processor or the image processor returned, and reads its image fields.
 
         Raises:
-            ValueError: as `get_image_features`, if `crop_boxes` are missing, and if weights wait on a disk.
+            ValueError: as `get_image_features`, if `crop_boxes` are missing, and if weights are offloaded to a disk.
         """
         if crop_boxes is None:
             raise ValueError("crop_boxes are missing: pass all that the processor returned")
@@ -376,7 +376,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             (module.disable_adapters, module.active_adapters)
             for part in parts
             for module in part.modules()
-            if isinstance(getattr(module, "disable_adapters", None), bool)  # a method where none was added
+            if isinstance(getattr(module, "disable_adapters", None), bool)  # a method unless adapters were added
         ]
         return hashlib.sha256(f"{weights} {adapters}".encode()).hexdigest()
 
@@ -408,7 +408,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             cache, past_key_values: keys and values of earlier tokens, by either name.
             image_features: the images, encoded: what `encode_images` or `get_image_features(...).pooler_output` gives,
                 or one float[images, tokens, hidden] tensor.
-            labels: int[batch, length], -100 where there is nothing to learn.
+            labels: int[batch, length], -100 at positions without a loss.
             logits_to_keep: how many logits to compute, counted from the end; 0 for all.
             mm_encoder_outputs: the images, encoded, as transformers hands them around: `{"image": ...}`.
 
@@ -454,7 +454,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             return {name: copy.copy(output) for name, output in (mm_encoder_outputs or {}).items()} or None
         if mm_encoder_outputs:
             raise ValueError("pass either image_features or mm_encoder_outputs, not both")
-        # Each copy of the code that transformers loads has an EncodedImages of its own: ask for what it can do.
+        # transformers loads this code in several copies, each with another EncodedImages: isinstance would not do.
         given = [image_features] if hasattr(image_features, "weights_hash") else list(image_features)
         encoded = [entry for entry in given if hasattr(entry, "weights_hash")]
         if encoded and {entry.weights_hash for entry in encoded} != {self.hash_encoder()}:
@@ -478,8 +478,8 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
 
 class MCLlavaAutoModel(MCLlavaPreTrainedModel):
     """
-    What `AutoModel` finds; never an object. The published card calls `AutoModel.from_pretrained` and then `generate`;
-    vLLM calls `AutoModel.from_config` for the model without its head, and brings its own.
+    What `AutoModel` finds; it is never instantiated. The published card calls `AutoModel.from_pretrained` and then
+    `generate`; vLLM calls `AutoModel.from_config` for the model without its head, and adds one itself.
     """
 
     @classmethod
@@ -492,7 +492,7 @@ class MCLlavaAutoModel(MCLlavaPreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        # Under a name of its own: as AutoModel it would take this class's place in every folder that it saves.
+        # Not as AutoModel: it would take this class's place in every folder that it saves.
         MCLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 

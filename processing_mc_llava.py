@@ -129,9 +129,9 @@ class MCLlavaProcessor(ProcessorMixin):
     ) -> BatchFeature:
         r"""
         Args:
-            text (`str` or `list[str]`): a question, or a raw prompt. Text that holds a special token is a raw prompt
-                and taken as it is, with one `<image>` per image; text without one is a question and is put into the
-                chat template after its images.
+            text (`str` or `list[str]`): a question, or a raw prompt. Text that contains a special token is a raw
+                prompt and is used unchanged, with one `<image>` per image; text without one is a question and is put
+                into the chat template after its images.
             images (*optional*): whatever `load_image` reads. A flat list gives all images to a single question, else
                 one to each question and to each raw prompt as many as it has `<image>`; a list of lists gives each
                 text its own.
@@ -165,7 +165,7 @@ class MCLlavaProcessor(ProcessorMixin):
         )
         inputs = self.tokenizer(prompts, **kwargs["text_kwargs"])
         self._check_special_mm_tokens(prompts, inputs, ["image"])
-        # Weights that wait on a disk say "meta"; their hooks then move what they need.
+        # Weights that are offloaded to a disk say "meta"; their hooks then move what they need.
         device = "cpu" if model.device.type == "meta" else model.device
         inputs = BatchFeature(dict(inputs)).to(device)
         if images:

@@ -3,9 +3,6 @@
 import json
 from pathlib import Path
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-
 from . import MAX_CROPS, NUM_TOKENS, PATCH_SIZE, ROOT, SIDE
 
 
@@ -40,11 +37,24 @@ def read_plan_options(model: str | None = None) -> dict[str, int]:
 def _read_processor(model: str) -> dict:
     for name in PROCESSOR_FILES:
         try:
-            path = Path(model, name) if Path(model).is_dir() else Path(hf_hub_download(model, name))
-            content = json.loads(path.read_text(encoding="utf-8"))
-            return content.get("image_processor", content)
-        except (FileNotFoundError, EntryNotFoundError):
-            continue
+            if (path := _find_file(model, name)) is not None:
+                content = json.loads(path.read_text(encoding="utf-8"))
+                return content.get("image_processor", content)
         except (OSError, ValueError, AttributeError) as error:
             raise ValueError(f"cannot read {name} of {model} ({error}): pass a model folder or a Hub id") from error
     raise ValueError(f"{model} has neither {' nor '.join(PROCESSOR_FILES)}: pass a model folder or a Hub id")
+
+
+def _find_file(model: str, name: str) -> Path | None:
+    """A file of a folder, or of a repository on the Hub; None if there is no such file."""
+    if Path(model).is_dir():
+        return Path(model, name) if Path(model, name).exists() else None
+    from huggingface_hub import hf_hub_download  # takes as long to import as the rest of `mc-llava crops`
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(model, name))
+    except LocalEntryNotFoundError:  # offline, or out of reach
+        raise
+    except EntryNotFoundError:
+        return None

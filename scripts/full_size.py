@@ -3,7 +3,7 @@ The 3B's size on this machine: `python scripts/full_size.py FOLDER` (13 GB of di
 
 1. Make a random checkpoint of 6.4 GB in the published layout in FOLDER/published, unless it is there.
 2. Convert it to FOLDER/converted, unless it is there: 0 missing and 0 unexpected tensors.
-3. Load it in bfloat16 and ask about a photograph with more and more crops, in a process of its own, so that its peak
+3. Load it in bfloat16 and ask about a photograph with more and more crops, in a separate process, so that its peak
    memory is its own.
 
 Ends with one line of JSON. The answers are gibberish: what is measured is time and memory.

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Brings scripts/pins/ up to date: resolves what each script installs anew, to the newest releases that fit together,
+# Brings scripts/pins/ up to date: resolves what each script installs to the newest releases that fit together,
 # for Python 3.11 on Linux. `bash scripts/test.sh --newest` tells beforehand whether the tests pass on them.
 #
 # vLLM's CPU build asks for torch's, which lies on torch's own index: PIP_FIND_LINKS names a folder or page with it.

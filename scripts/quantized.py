@@ -54,7 +54,7 @@ def main(folder: str, *names: str):
             "weights": name or "float32",
             "megabytes": round(size / 1e6),
             "tokens_per_second": round(1 / sorted(seconds)[len(seconds) // 2], 1),
-            "same_likeliest_token": round(float(same), 3),
+            "same_top_token": round(float(same), 3),
             "cosine_of_logits": round(float(torch.cosine_similarity(logits, expected, dim=-1).mean()), 4),
         }
         print(json.dumps(row), flush=True)

@@ -122,7 +122,7 @@ class TestWeights:
         assert small_model().hash_encoder() == copy.deepcopy(model).hash_encoder() == model.hash_encoder()
 
     def test_weights_on_a_disk_are_refused(self, inputs):
-        with pytest.raises(ValueError, match="wait on a disk"):
+        with pytest.raises(ValueError, match="offloaded to a disk"):
             small_model().to("meta").hash_encoder()
 
     def test_an_adapter_that_is_switched_off_is_noticed(self, processor):

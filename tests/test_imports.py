@@ -85,6 +85,9 @@ def test_a_folder_without_a_processor_is_refused(tmp_path):
     (tmp_path / "processor_config.json").write_text("[]")
     with pytest.raises(ValueError, match="cannot read processor_config.json"):
         folders.read_plan_options(str(tmp_path))
+    for model in ("someone/something", "/nosuch/folder"):
+        with pytest.raises(ValueError, match=f"cannot read processor_config.json of {model}.*pass a model folder"):
+            folders.read_plan_options(model)
 
 
 def test_the_help_names_all_tasks():

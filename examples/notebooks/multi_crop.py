@@ -1,8 +1,8 @@
 # %% [markdown]
 # # MC-LLaVA: what the two knobs do
 #
-# `max_crops` bounds the crops beside the whole picture, `num_tokens` the visual tokens that all crops share. More
-# crops show smaller things, and cost time in the vision tower; more tokens cost room in the prompt.
+# `max_crops` bounds the crops in addition to the whole picture, `num_tokens` the visual tokens that all crops share.
+# More crops show smaller things, and cost time in the vision tower; more tokens cost room in the prompt.
 
 # %%
 # What Colab lacks. The repository is the model's own: all of it is fetched but the weights in its root, 6.4 GB.

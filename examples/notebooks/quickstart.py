@@ -59,7 +59,7 @@ print("Right:", scenes.is_correct(question.key, reply), f"({question.key})")
 # %% [markdown]
 # ## Look at the crops
 #
-# `max_crops` bounds their number beside the whole picture, `num_tokens` the visual tokens that they share.
+# `max_crops` bounds their number in addition to the whole picture, `num_tokens` the visual tokens that they share.
 
 # %%
 plan = processor.image_processor.plan(*picture.size)
