@@ -135,6 +135,14 @@ def check_plan(plan, width: int, height: int, num_tokens: int, side: int, patch_
     return crops
 
 
+def check_plans(plans) -> list:
+    """`plans` as a list; ValueError if it is not a list with a list, an array or a tensor for each image."""
+    is_list = isinstance(plans, (list, tuple))
+    if not is_list or not all(isinstance(plan, (list, tuple)) or hasattr(plan, "tolist") for plan in plans):
+        raise ValueError(f"plans must be a list with a plan for each image, each a list of boxes, got {plans!r:.200}")
+    return list(plans)
+
+
 def make_plans(
     sizes: list[tuple[int, int]],
     plans: list | None,
@@ -203,6 +211,7 @@ __all__ = [
     "SIDE",
     "check_knob",
     "check_plan",
+    "check_plans",
     "make_plans",
     "max_tokens_per_crop",
     "plan_crops",

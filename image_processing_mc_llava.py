@@ -14,6 +14,7 @@ from .crops_mc_llava import (
     SIDE,
     Crop,
     check_knob,
+    check_plans,
     make_plans,
     plan_crops,
     refuse_unknown,
@@ -132,9 +133,7 @@ class MCLlavaImageProcessor(PilBackend):
         if kwargs.get("plans") is not None:
             if kwargs.get("max_crops") is not None:
                 raise ValueError("plans say which crops there are: leave max_crops out")
-            if not isinstance(kwargs["plans"], (list, tuple)):
-                raise ValueError(f"plans must be a list with a plan for each image, got {kwargs['plans']!r:.200}")
-            kwargs = {**kwargs, "plans": list(kwargs["plans"])}
+            kwargs = {**kwargs, "plans": check_plans(kwargs["plans"])}
         for name, fixed in FIXED_OPTIONS.items():
             if kwargs.get(name) not in (None, fixed):
                 raise ValueError(f"{name} must be {fixed}, got {kwargs[name]}: leave it out")

@@ -152,6 +152,10 @@ class MCLlavaProcessor(ProcessorMixin):
                 be read, or truncation would cut visual tokens.
         """
         kwargs = self._check_kwargs(kwargs)
+        plans = {**kwargs, **kwargs.get("images_kwargs", {})}.get("plans")
+        count = 0 if images is None else len(flatten_images(images))
+        if plans is not None and len(plans) != count:  # without an image nobody else would look at them
+            raise ValueError(f"got {len(plans)} plans for {count} images: pass a plan for each image, in order")
         if text is None:
             raise ValueError("text is missing: pass a question or a prompt, or call the image processor for images")
         if model is None:

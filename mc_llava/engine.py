@@ -110,6 +110,8 @@ class Engine:
         Raises:
             ValueError: if a message, an image or an option is refused, or there is no room for an answer.
         """
+        if not conversations:
+            return []
         conversations = self._encode_parts(conversations)
         images = [images_of(conversation) for conversation in conversations]
         prompts = [self._write_prompt(conversation, add_generation_prompt=True) for conversation in conversations]
@@ -244,20 +246,33 @@ class Engine:
         )
 
 
-def image_parts(conversation: list[dict]) -> list[dict]:
-    contents = [turn["content"] for turn in conversation if not isinstance(turn["content"], str)]
-    return [part for content in contents for part in content if part.get("type") == "image"]
-
-
 def map_image_parts(conversation: list[dict], function: Callable[[dict], dict]) -> list[dict]:
-    """A copy of a conversation with the function's value in the place of each image part."""
+    """
+    A copy of a conversation with the function's value in the place of each image part.
 
-    def fill(content):
-        if isinstance(content, str):
-            return content
-        return [function(part) if part.get("type") == "image" else part for part in content]
+    Raises:
+        ValueError: if an image part has no `image`. Whatever else may be wrong, the processor finds.
+    """
 
-    return [{**turn, "content": fill(turn["content"])} for turn in conversation]
+    def fill(part):
+        if not isinstance(part, dict) or part.get("type") != "image":
+            return part
+        if "image" not in part:
+            raise ValueError(f"an image part must be {{'type': 'image', 'image': ...}}, got {part!r:.200}")
+        return function(part)
+
+    return [
+        {**turn, "content": list(map(fill, turn["content"]))}
+        if isinstance(turn.get("content"), (list, tuple))
+        else turn
+        for turn in conversation
+    ]
+
+
+def image_parts(conversation: list[dict]) -> list[dict]:
+    parts = []
+    map_image_parts(conversation, lambda part: parts.append(part) or part)
+    return parts
 
 
 def images_of(conversation: list[dict]) -> list[EncodedImages]:

@@ -107,6 +107,15 @@ def test_errors_reach_who_listens(engine):
         list(engine.stream(ask_about([SMALL], "<|im_end|>")))
     with pytest.raises(ValueError, match="cannot read an image from int"):
         engine.answer([ask_about([3], "What?")])
+    for content, message in (
+        ([{"type": "image", "path": "a.png"}], "an image part must be"),
+        ([{"type": "audio"}], "a content part must be a text"),
+        (["What?"], "a content part must be a text"),
+        (3, "content must be a string or a list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.answer([[{"role": "user", "content": content}]])
+    assert engine.answer([]) == []
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Engine(engine.model, engine.processor, batch_size=0)
     with pytest.raises(ValueError, match="max_crops must be at least 0"):

@@ -67,7 +67,7 @@ def test_boxes_are_of_the_picture_after_its_orientation():
         ([(0, 0, True, 20)], "a box's edge must be an integer, got True"),
         ([(0, 0, 20)], "must be a list of boxes"),
         ([3], "must be a list of boxes"),
-        (3, "must be a list of boxes"),
+        (3, "each a list of boxes"),
         ([(0, 0, 20, 20), ((0, 0, 20, 20), 3)], "must be a list of boxes"),
         ([((0, 0, 20), 3)], "a box must be four integers"),
         ([((0, 0, 20, 20), 0)], "a crop's tokens must be at least 1, got 0"),
@@ -92,8 +92,12 @@ def test_plans_and_images_are_equally_many(processor):
             FeatureCache().encode(small_model(), processor.image_processor, [WIDE], plans=plans)
     with pytest.raises(ValueError, match="leave max_crops out"):
         processor("What?", WIDE, plans=[BOXES], max_crops=3)
-    with pytest.raises(ValueError, match="plans must be a list"):
-        processor("What?", WIDE, plans="all")
+    for wrong in ("all", np.array([BOXES]), {"a": BOXES}, [None], [(box for box in BOXES)], [{*BOXES}]):
+        with pytest.raises(ValueError, match="plans must be a list with a plan for each image"):
+            processor("What?", WIDE, plans=wrong)
+    for options in ({"plans": [BOXES]}, {"images_kwargs": {"plans": [BOXES]}}):
+        with pytest.raises(ValueError, match="got 1 plans for 0 images"):
+            processor("What?", **options)
 
 
 def test_a_plan_is_not_saved(processor, tmp_path):
