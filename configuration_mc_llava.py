@@ -22,7 +22,7 @@ SIGLIP_SO400M = {
     "patch_size": 14,
 }
 
-# Phi-2. Spelled out where `PhiConfig` has another default: the rotary factor, and ids that the outer config owns.
+# Phi-2. Spelled out where `PhiConfig` has a different default: the rotary factor, and ids that the outer config owns.
 PHI_2 = {
     "model_type": "phi",
     "bos_token_id": None,
@@ -49,6 +49,8 @@ AUTO_MAP = {
 @strict
 class MCLlavaConfig(PreTrainedConfig):
     r"""
+    Configuration of `MCLlavaForConditionalGeneration`; by default that of the published 3B model.
+
     Args:
         vision_config (`dict` or `SiglipVisionConfig`, *optional*): the vision tower; SigLIP so400m by default. Its
             pooling head is never built: the model reads patch tokens.
@@ -56,11 +58,14 @@ class MCLlavaConfig(PreTrainedConfig):
         image_token_index (`int`, defaults to 50297): id of `<image>`; also readable as `image_token_id`.
         projector_hidden_act (`str`, defaults to `"gelu"`): activation between the projector's two layers.
         eos_token_id, pad_token_id, bos_token_id (`int`): ids of `<|im_end|>`, `<pad>` and `<|endoftext|>`. They are
-            here because the published `generation_config.json` names none.
+            kept here because the published `generation_config.json` names none.
 
-    The published configuration is read unchanged. `projector_tokens_num` must be 1 (ValueError otherwise: no other
-    projector was ever published). `ignore_index` and the outer `vocab_size` are dropped: the loss function and
-    `text_config` own them.
+    The published configuration can be loaded unchanged. Its keys `ignore_index` and outer `vocab_size` are dropped,
+    because the loss function and `text_config` own them.
+
+    Raises:
+        ValueError: if `projector_tokens_num`, another key of the published configuration, is not 1. No other projector
+            was ever published.
 
     ```python
     >>> MCLlavaConfig().text_config.hidden_size
@@ -91,7 +96,7 @@ class MCLlavaConfig(PreTrainedConfig):
         kwargs.pop("ignore_index", None)
         kwargs.pop("vocab_size", None)
 
-        # The published map names files that no longer exist; a map of ours may point to another repository: keep it.
+        # The published map names files that no longer exist. A map to our files, in whatever repository, is kept.
         auto_map = kwargs.pop("auto_map", None) or {}
         if not str(auto_map.get("AutoConfig", "")).endswith(AUTO_MAP["AutoConfig"]):
             auto_map = AUTO_MAP
@@ -104,7 +109,7 @@ class MCLlavaConfig(PreTrainedConfig):
             return config
         config = dict(default if config is None else config)
         config.pop("auto_map", None)  # the published text_config points to code in a third repository
-        # transformers 5.19 would use PhiConfig's default of 0.5, not the factor that newer releases save in here.
+        # Newer releases save the factor in here. transformers 5.19 would add PhiConfig's default of 0.5 to it.
         rope_parameters = config.get("rope_parameters") or {}
         if "partial_rotary_factor" in rope_parameters:
             config.setdefault("partial_rotary_factor", rope_parameters["partial_rotary_factor"])

@@ -1,17 +1,17 @@
-"""Where the crops of an image lie and how many tokens each of them gives: integers only, no pixels and no tensors."""
+"""Where the crops of an image are and how many tokens each of them gives. Integers only: no pixels, no tensors."""
 
 import operator
 from difflib import get_close_matches
 from typing import NamedTuple
 
 
-# The published model's: SigLIP so400m reads squares of 384 pixels in patches of 14.
+# The published model's values: SigLIP so400m reads 384 x 384 pixels in patches of 14 x 14.
 SIDE, PATCH_SIZE = 384, 14
 MAX_CROPS, NUM_TOKENS = 100, 728
 
 
 class Crop(NamedTuple):
-    """A box in pixels of the picture after its EXIF orientation was applied, and the tokens that are kept of it."""
+    """A box in pixels of the picture after its EXIF orientation was applied, and how many of its tokens are kept."""
 
     box: tuple[int, int, int, int]  # left, top, right, bottom
     num_tokens: int
@@ -21,11 +21,11 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
     r"""
     Lay an overlapping grid of crops over an image and share `num_tokens` tokens among them.
 
-    Both knobs are upper bounds: there are at most `max_crops` crops, and at most `num_tokens - 1`, in addition to the
-    whole image, and all crops together give at most `num_tokens` tokens.
+    Both knobs are upper bounds. In addition to the whole image there are at most `max_crops` crops, and at most
+    `num_tokens - 1`; all crops together give at most `num_tokens` tokens.
 
-    A base side c, at first `side`, grows in steps of 10 until a grid with stride s = c // 2 has few enough crops.
-    Column i spans [i * s, i * s + c]; the last one reaches to the right edge. Rows likewise. For 1000 x 700 pixels,
+    A base side c starts at `side` and grows in steps of 10 until a grid with stride s = c // 2 has few enough crops.
+    Column i spans [i * s, i * s + c]; the last one extends to the right edge. Rows likewise. For 1000 x 700 pixels,
     side 384 and at least 8 crops, c = 384 and s = 192, and the grid has 4 columns and 2 rows:
 
         0    192   384   576   768   1000
@@ -74,10 +74,10 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
 
 def share_tokens(boxes: list[tuple[int, int, int, int]], num_tokens: int, side: int, patch_size: int) -> list[Crop]:
     """
-    Crops with these boxes that together give at most `num_tokens` tokens.
+    Share at most `num_tokens` tokens among crops with these boxes.
 
-    Each of M crops gives K = num_tokens // M tokens and the last one what remains, but none can give more than
-    `max_tokens_per_crop`. Of 728 tokens, 9 crops at side 384 give 80 each and the last one 88.
+    Each of M crops gives num_tokens // M tokens and the last one the rest, but none more than `max_tokens_per_crop`.
+    With 728 tokens and side 384, each of 9 crops gives 80 and the last one 88.
 
     Raises:
         ValueError: if there are more boxes than tokens, or `side` has fewer than two patches.
@@ -92,8 +92,13 @@ def share_tokens(boxes: list[tuple[int, int, int, int]], num_tokens: int, side: 
 
 def max_tokens_per_crop(side: int, patch_size: int) -> int:
     """
-    A crop's patches but one: the published model drops the first patch of every crop (as if SigLIP had a class token),
-    and its weights were trained that way.
+    All of a crop's patches but one.
+
+    The published model drops the first patch of every crop (as if SigLIP had a class token), and its weights were
+    trained that way.
+
+    Raises:
+        ValueError: if `side` has fewer than two patches.
     """
     most = (side // patch_size) ** 2 - 1
     if most < 1:
@@ -105,16 +110,16 @@ def max_tokens_per_crop(side: int, patch_size: int) -> int:
 
 def check_plan(plan, width: int, height: int, num_tokens: int, side: int, patch_size: int) -> list[Crop]:
     """
-    Somebody's plan for an image of width x height pixels as a list of `Crop`.
+    Check a caller's plan for an image of width x height pixels and return it as a list of `Crop`.
 
     Args:
         plan: `Crop`s (box and tokens, as `plan_crops` returns them), or boxes alone (left, top, right, bottom), among
             which `num_tokens` tokens are shared. Boxes may overlap, differ in size and lie anywhere in the image.
-            Lists, arrays and tensors are read alike.
+            Lists, arrays and tensors are accepted.
 
     Raises:
-        ValueError: if the plan is empty or mixes the two forms, a number is no integer, a box is empty or reaches out
-            of the image, or a crop can't give its number of tokens.
+        ValueError: if the plan is empty or mixes the two forms, a number is not an integer, a box is empty or extends
+            beyond the image, or a crop can't give its number of tokens.
     """
     plan = plan.tolist() if hasattr(plan, "tolist") else plan
     entries = list(plan) if isinstance(plan, (list, tuple)) else [plan]
@@ -152,10 +157,10 @@ def make_plans(
     patch_size: int,
 ) -> list[list[Crop]]:
     """
-    The plan of each image of the sizes (width, height): the one that was given for it, or the usual grid.
+    The plan of each image, given the images' sizes (width, height): the one in `plans`, or by default the usual grid.
 
     Raises:
-        ValueError: as `check_plan` and `plan_crops` do, or if plans and images are not equally many.
+        ValueError: as `check_plan` and `plan_crops` do, or if the numbers of plans and images differ.
     """
     if plans is None:
         return [plan_crops(*size, max_crops, num_tokens, side, patch_size) for size in sizes]
@@ -172,7 +177,7 @@ def _check_box(box, width: int, height: int) -> tuple[int, int, int, int]:
     left, top, right, bottom = (_to_integer("a box's edge", edge) for edge in box)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(
-            f"the box {(left, top, right, bottom)} is empty or reaches out of the {width} x {height} pixels of its "
+            f"the box {(left, top, right, bottom)} is empty or extends beyond the {width} x {height} pixels of its "
             "picture: pass 0 <= left < right <= width and 0 <= top < bottom <= height"
         )
     return left, top, right, bottom
@@ -190,13 +195,13 @@ def _to_integer(name: str, value, bound: str = "") -> int:
     try:
         if isinstance(value, bool):
             raise TypeError
-        return operator.index(value)  # takes NumPy's integers, refuses 2.0
+        return operator.index(value)  # accepts NumPy's integers, rejects 2.0
     except TypeError:
         raise ValueError(f"{name} must be an integer{bound}, got {value!r}") from None
 
 
 def refuse_unknown(names, known: set[str]):
-    """ValueError for names that are not known, with the most similar ones that are."""
+    """Raise a ValueError if any of `names` is unknown, and suggest the most similar known ones."""
     if unknown := sorted(set(names) - known):
         hints = [hint for name in unknown for hint in get_close_matches(name, known, n=1)]
         remedy = f"did you mean {', '.join(hints)}?" if hints else "leave them out"

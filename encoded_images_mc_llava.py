@@ -1,4 +1,4 @@
-"""Images that passed the vision tower and the projector: the value, its file, and a cache of those used last."""
+"""Encoded images: the outputs of vision tower and projector, their file, and a cache of the most recently used."""
 
 import hashlib
 import json
@@ -20,7 +20,15 @@ from .image_loading_mc_llava import load_image
 
 
 def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None) -> list[int]:
-    """How many tokens each image has: the sum over its crops."""
+    """
+    The number of tokens of each image: the sum over its crops.
+
+    Args:
+        crop_num_tokens, image_grid_thw: int64[crops] and int64[images, 3], as the image processor returns them.
+
+    Raises:
+        ValueError: if one of them is None, or they disagree on the number of crops.
+    """
     if crop_num_tokens is None or image_grid_thw is None:
         raise ValueError("pixel_values need crop_num_tokens and image_grid_thw: pass all that the processor returned")
     crops_per_image = image_grid_thw[:, 0].tolist()
@@ -35,18 +43,20 @@ def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw:
 @dataclass(frozen=True)
 class EncodedImages:
     """
-    Images that passed the vision tower and the projector: encoded once, asked about any number of times.
+    Images encoded by the vision tower and the projector, for any number of questions.
 
-    `encode_images` makes it; `generate` and `forward` take it as `image_features`.
+    `encode_images` returns it; `generate` and `forward` take it as `image_features`.
 
     Args:
-        features: float[tokens, hidden], the visual tokens of all images one after another.
-        crop_boxes, crop_coords, crop_num_tokens, image_grid_thw: the crops that they came from, as the image processor
-            returns them: int64[crops, 4], float[crops, 2], int64[crops] and int64[images, 3].
-        weights_hash: hash of the weights that made the features, see `MCLlavaForConditionalGeneration.hash_encoder`.
+        features: float[tokens, hidden], the visual tokens of all images, concatenated.
+        crop_boxes, crop_coords, crop_num_tokens, image_grid_thw: the crops that the features were computed from, as
+            the image processor returns them: int64[crops, 4], float[crops, 2], int64[crops] and int64[images, 3].
+        weights_hash: hash of the weights that computed the features, see
+            `MCLlavaForConditionalGeneration.hash_encoder`.
 
     Raises:
-        ValueError: if the features are not finite floats, or not as many as the crops give tokens.
+        ValueError: if the features are not finite floats, the counts are not int64 of at least 1, or the shapes don't
+            match.
     """
 
     features: torch.Tensor
@@ -78,7 +88,7 @@ class EncodedImages:
 
     @property
     def plans(self) -> list[list[Crop]]:
-        """The crop plan of each image: to draw it, or to give it to another call."""
+        """The crop plan of each image, to draw it or to pass it to another call."""
         crops = [
             Crop(tuple(box), tokens) for box, tokens in zip(self.crop_boxes.tolist(), self.crop_num_tokens.tolist())
         ]
@@ -87,10 +97,12 @@ class EncodedImages:
 
     @property
     def crops_per_image(self) -> list[int]:
+        """The number of crops of each image."""
         return self.image_grid_thw[:, 0].tolist()
 
     @property
     def tokens_per_image(self) -> list[int]:
+        """The number of visual tokens of each image."""
         return count_image_tokens(self.crop_num_tokens, self.image_grid_thw)
 
     def split(self) -> list[torch.Tensor]:
@@ -106,7 +118,7 @@ class EncodedImages:
         return self._map(torch.clone)
 
     def save(self, path: str | os.PathLike):
-        """Write a safetensors file with the hash of the weights in its header."""
+        """Write a safetensors file, with `weights_hash` in its header."""
         tensors = {name: tensor.contiguous() for name, tensor in self._tensors().items()}
         save_file(tensors, path, metadata={"format": "pt", "weights_hash": self.weights_hash})
 
@@ -116,7 +128,7 @@ class EncodedImages:
         Read what `save` wrote.
 
         Raises:
-            ValueError: if the file is no safetensors file, or not one of encoded images.
+            ValueError: if the file can't be read, or was not written by `save`.
         """
         names = [field.name for field in fields(cls) if field.name != "weights_hash"]
         try:
@@ -137,17 +149,17 @@ def hash_tensors(tensors) -> str:
     """
     A hash of the bits, dtypes and shapes of tensors, the same on every device.
 
-    Each tensor's 64-bit words are mixed with their positions and summed up on the tensor's device: copying a vision
-    tower from a GPU for a hash on the CPU would take longer than encoding a picture.
+    Each tensor's 64-bit words are mixed with their positions and summed on the tensor's device: copying a vision tower
+    from a GPU for a hash on the CPU would take longer than encoding a picture.
 
     Raises:
-        ValueError: if a tensor is on the meta device, as weights are that are offloaded to a disk.
+        ValueError: if a tensor is on the meta device, as weights offloaded to disk are.
     """
     odd = 0x5851F42D4C957F2D
     digest = hashlib.sha256()
     for tensor in tensors:
         if tensor.is_meta:
-            raise ValueError("weights that are offloaded to a disk can't be hashed: load the vision tower to a device")
+            raise ValueError("weights offloaded to disk can't be hashed: load the vision tower to a device")
         octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
         words = nn.functional.pad(octets, (0, -len(octets) % 8)).view(torch.int64)
         keys = (2 * torch.arange(len(words), device=words.device) + 1) * odd  # int64 wraps around
@@ -159,15 +171,19 @@ def hash_tensors(tensors) -> str:
 
 class FeatureCache:
     """
-    Keeps the most recently used encoded images: the processor's `feature_cache`.
+    Keeps the features of the most recently used images; the processor takes it as `feature_cache`.
 
-    An entry's key is the image's pixels, the image processor's options (`max_crops` and `num_tokens` among them), the
-    weights that encode it and the dtype that they encode it in. Each image is encoded separately, so that its features
-    do not depend on the others. Threads may share a cache.
+    The key of an image is made of its pixels, the image processor's options (including `max_crops` and `num_tokens`),
+    the weights that encode it and the dtype that they compute in. Each image is encoded separately, so that its
+    features do not depend on the others. Threads may share a cache.
 
     Args:
-        max_bytes: upper bound of the features kept, on the device where they were made. The least recently used ones
-            are dropped first.
+        max_bytes: upper bound of the features' size in bytes. They stay on the device that computed them; the least
+            recently used ones are dropped first.
+
+    Attributes:
+        nbytes: size of the features in the cache, in bytes.
+        hits, misses: how many images were found in the cache, and how many had to be encoded.
 
     Raises:
         ValueError: if `max_bytes` is negative.
@@ -188,15 +204,20 @@ class FeatureCache:
         self, model, image_processor, images: list, plans: list | None = None, **options
     ) -> list[EncodedImages]:
         """
-        One `EncodedImages` for each image that `load_image` reads: a copy of what is kept, or encoded now.
+        Encode images, or copy them from the cache.
 
         Args:
             model: `MCLlavaForConditionalGeneration`.
-            image_processor, plans, options: `MCLlavaImageProcessor` and what its call takes.
+            image_processor: `MCLlavaImageProcessor`.
+            images: anything that `load_image` reads.
+            plans, options: arguments of the image processor's call.
+
+        Returns:
+            One `EncodedImages` per image, in order, with features float[tokens, hidden] on the model's device.
 
         Raises:
-            ValueError: as `load_image`, the image processor and `get_image_features` do, or if plans and images are
-                not equally many.
+            ValueError: as `load_image`, the image processor and `get_image_features` do, if the numbers of plans and
+                images differ, or if weights are offloaded to disk.
         """
         if plans is not None and len(plans) != len(images):
             raise ValueError(f"got {len(plans)} plans for {len(images)} images: pass a plan for each image, in order")
@@ -223,7 +244,7 @@ class FeatureCache:
         crops = {name: inputs[name] for name in inputs if name != "pixel_values"}
         encoded = EncodedImages(features, **crops, weights_hash=made_by[1])
         with self._lock:
-            # Another thread may have been faster, and an image that is too large for the cache must not empty it.
+            # Another thread may have been faster. An image that is too large for the cache must not empty it.
             if key not in self._entries and features.nbytes <= self.max_bytes:
                 self._entries[key] = encoded
                 self.nbytes += features.nbytes

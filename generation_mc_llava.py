@@ -1,4 +1,4 @@
-"""`generate` for prompts with images: what may be asked for, where the context ends, a prompt's short form."""
+"""`generate` for prompts with images: checks of its options, the end of the context, and prompts in short form."""
 
 import inspect
 import os
@@ -16,8 +16,8 @@ from transformers.modeling_outputs import ModelOutput
 from .encoded_images_mc_llava import count_image_tokens
 
 
-# What the installed transformers calls keys and values of earlier tokens: `cache` since 5.24. Both names are accepted
-# from callers, this one is used for all that is called.
+# The installed transformers' name for the keys and values of earlier tokens, `cache` since 5.24. Callers may use
+# either name; calls to transformers use this one.
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
@@ -26,29 +26,29 @@ CACHE = next(
 
 def one_cache(cache, past_key_values):
     """
-    The cache, given by either of its names; None if there is none.
+    The cache, passed under either of its names, or None.
 
     Raises:
-        ValueError: if it was given by both names.
+        ValueError: if it was passed under both names.
     """
     if cache is not None and past_key_values is not None:
-        raise ValueError("cache and past_key_values are two names of one thing: pass one of them")
+        raise ValueError("cache and past_key_values are two names for the same argument: pass only one")
     return past_key_values if cache is None else cache
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """
-    What a call of `generate` asks for.
+    The arguments of a call to `generate`.
 
     Args:
-        input_ids: int[batch, length] as given, or None.
-        new_ids: int[batch, new] those of them that no cache holds; zeros where embeddings were given.
-        attention_mask: int[batch, all], those in a cache included; None without a prompt.
-        encoded: the encoded images as transformers hands them around, or None.
-        tokens_per_image: of the images that were given, in pixels or encoded.
-        places: how many `<image>` there are in `new_ids`.
-        is_short: whether the prompt has one `<image>` per image instead of one per visual token.
+        input_ids: int[batch, length] as passed, or None.
+        new_ids: int[batch, new], the ids that are not in a cache, or zeros if embeddings were passed. None without a
+            prompt.
+        attention_mask: int[batch, all], including tokens in a cache. None without a prompt.
+        encoded: the encoded images in the form that transformers passes around, or None.
+        tokens_per_image: the number of visual tokens of each image, whether passed as pixels or encoded.
+        places: the number of `<image>` tokens in `new_ids`.
     """
 
     input_ids: torch.LongTensor | None
@@ -60,15 +60,16 @@ class GenerationRequest:
 
     @property
     def is_short(self) -> bool:
+        """Whether the prompt has one `<image>` per image instead of one per visual token."""
         return self.encoded is not None and self.places == len(self.tokens_per_image) != sum(self.tokens_per_image)
 
 
 class ContextEnd(StoppingCriteria):
-    """Stops each row where its prompt and new tokens fill the language model's context."""
+    """Stops each row when its prompt and new tokens fill the language model's context."""
 
     def __init__(self, prompt_length: int, room: torch.LongTensor):
-        self.prompt_length = prompt_length  # columns of the sequences that are not new
-        self.room = room  # int[batch]
+        self.prompt_length = prompt_length  # columns of the sequences that hold the prompt
+        self.room = room  # int[batch], in tokens
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
         room = self.room.to(input_ids.device)
@@ -77,22 +78,22 @@ class ContextEnd(StoppingCriteria):
 
 
 class SuppressToken(LogitsProcessor):
-    """Never lets one token be chosen."""
+    """Sets the logit of one token to -inf, so that it is never generated."""
 
     def __init__(self, token_id: int):
         self.token_id = token_id
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = scores.clone()  # the logits that `output_logits` returns are these
+        scores = scores.clone()  # `output_logits` returns this tensor
         scores[:, self.token_id] = -torch.inf
         return scores
 
 
 class MCLlavaGenerationMixin(GenerationMixin):
-    """`generate` of `MCLlavaForConditionalGeneration`, which has the parameters and the forward pass."""
+    """`generate` for `MCLlavaForConditionalGeneration`, which provides the parameters and the forward pass."""
 
     def adjust_generation_fn(self, generation_config, from_auto_class, from_pipeline, path, *, subfolder="", **kwargs):
-        # transformers reads a local folder's own generation_config.json in the place of its subfolder's.
+        # For a subfolder of a local folder, transformers would read the parent folder's generation_config.json.
         if path is not None and os.path.isdir(path):
             path, subfolder = os.path.join(path, subfolder), ""
         super().adjust_generation_fn(
@@ -115,19 +116,29 @@ class MCLlavaGenerationMixin(GenerationMixin):
         **kwargs,
     ) -> torch.LongTensor | ModelOutput:
         """
-        transformers' own `generate`, which also:
+        Generate token ids with transformers' `generate`, with these differences:
 
-        - takes encoded images as `image_features`. The prompt then has one `<image>` per visual token or, in short,
-          one per image; in the short form sequences and streamers start with the prompt as given, and
-          `max_new_tokens` and `min_new_tokens` count.
-        - refuses a prompt that fills the context before a crop is encoded, and ends each row where it fills it.
-        - never generates `<image>`.
+        - Images may be passed as pixels, in the fields of the processor, or encoded, as `image_features`. With
+          `image_features`, the prompt has one `<image>` per visual token or, in the short form, one per image. In the
+          short form, sequences and streamers start with the prompt as passed, and lengths are limited by
+          `max_new_tokens` and `min_new_tokens`, not by `max_length` and `min_length`.
+        - A prompt that fills the context is rejected before any crop is encoded, and each row ends when it fills the
+          context.
+        - `<image>` is never generated.
 
-        Keys and values of earlier turns may be passed as `cache` or as `past_key_values`, whichever release of
-        transformers is installed.
+        Args:
+            inputs: int[batch, length], the prompts, padded on the left; also accepted as `input_ids`.
+            image_features: what `encode_images` or `get_image_features(...).pooler_output` returns, or one
+                float[images, tokens, hidden] tensor.
+            generation_config, logits_processor, stopping_criteria, kwargs: as in transformers. Keys and values of
+                earlier turns may be passed as `cache` or as `past_key_values`, in all releases of transformers.
+
+        Returns:
+            int[batch, length + new], the prompts and the new tokens, or a `ModelOutput` with
+            `return_dict_in_generate=True`.
 
         Raises:
-            ValueError: if the prompt leaves no room for an answer, if images and their places don't match or were
+            ValueError: if the prompt leaves no room for an answer, if images don't match the `<image>` tokens or were
                 encoded with other weights, or if an option can't be combined with images or with the short form.
         """
         request = self._read_request(inputs, image_features, kwargs)
@@ -139,7 +150,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         if new_ids is not None:
             self._check_context(new_ids, attention_mask, request.tokens_per_image)
         if request.is_short:
-            # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
+            # Given both, transformers puts input_ids into the sequences and feeds the embeddings to the model.
             kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, request.encoded["image"].pooler_output)
         elif request.encoded:
             kwargs["mm_encoder_outputs"] = request.encoded
@@ -164,7 +175,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         return output
 
     def _read_request(self, input_ids: torch.LongTensor | None, image_features, kwargs: dict) -> GenerationRequest:
-        """What is asked for. Takes out of `kwargs` what must not reach transformers under that name."""
+        """Collect the arguments, and remove from `kwargs` those that transformers must not get under their names."""
         if input_ids is None:
             input_ids = kwargs.pop("input_ids", None)
         cache = one_cache(*(kwargs.pop(name, None) for name in CACHE_NAMES))
@@ -189,16 +200,16 @@ class MCLlavaGenerationMixin(GenerationMixin):
             if attention_mask is None:
                 pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
                 attention_mask = (input_ids != pad_token_id).long()
-            # A cache holds the images of earlier turns: only what it hasn't seen has places to fill.
+            # A cache holds the images of earlier turns: only ids that are not in it have places to fill.
             if cache is not None and attention_mask.shape == input_ids.shape:
                 new_ids = input_ids[:, int(cache.get_seq_length()) :]
         places = 0 if embeds is not None or new_ids is None else int((new_ids == self.config.image_token_id).sum())
         if places and not tokens_per_image:
-            raise ValueError(f"the prompt has {places} <image> tokens but no image came: pass one, or remove them")
+            raise ValueError(f"the prompt has {places} <image> tokens but got no images: pass them, or remove <image>")
         if tokens_per_image and not places and cache is not None:
             raise ValueError(
-                "the cache holds the images of the turns before, and nothing new has a place for one: pass input_ids "
-                "and attention_mask with the cache, without images"
+                "the cache holds the images of earlier turns, and the new input_ids have no <image> token: pass "
+                "input_ids and attention_mask with the cache, without images"
             )
         return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, places)
 
@@ -209,17 +220,17 @@ class MCLlavaGenerationMixin(GenerationMixin):
         return next((value for value in given if value), None)
 
     def _refuse_options(self, is_short: bool, generation_config, kwargs: dict):
-        """ValueError for options that would silently go wrong."""
+        """Raise a ValueError for options that would silently give wrong results."""
         value = partial(self._option, generation_config=generation_config, kwargs=kwargs)
         for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
-            if value(name) is not None:  # drafts would be made without the images, or of <image> tokens
+            if value(name) is not None:  # drafts would ignore the images, or consist of <image> tokens
                 raise ValueError(f"{name} can't be combined with images: leave it out")
         if value("prefill_chunk_size") and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
-            # Older releases leave the images out of it.
+            # Older releases drop the images.
             raise ValueError("prefill_chunk_size with images needs transformers 5.23: upgrade or leave it out")
         if not is_short:
             return
-        # These look at the prompt as given, while the model sees the expanded one.
+        # These refer to the prompt as passed, while the model gets the expanded one.
         for name in ("max_length", "min_length"):
             if length := value(name):
                 raise ValueError(
@@ -233,8 +244,8 @@ class MCLlavaGenerationMixin(GenerationMixin):
 
     def _expand_prompt(self, request: GenerationRequest) -> tuple[torch.LongTensor, torch.LongTensor]:
         """
-        Ids and mask with one `<image>` per visual token instead of per image, padded on the left. Images of 3 and 2
-        tokens:
+        Ids and mask with one `<image>` per visual token instead of one per image, padded on the left. For images of 3
+        and 2 tokens:
 
             <pad>  a  <image>  b        a  <image> <image> <image>  b
               c    d  <image>  e        c     d    <image> <image>  e
@@ -253,7 +264,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         )
 
     def _check_context(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, tokens_per_image: list[int]):
-        """ValueError if images don't fit their places, or a row has no room for an answer."""
+        """Raise a ValueError if images don't match the `<image>` tokens, or a row has no room for an answer."""
         image_tokens = [0] * len(input_ids)
         if tokens_per_image:
             image_tokens = self.model.get_placeholder_mask(input_ids, tokens_per_image).sum(-1).tolist()

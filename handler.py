@@ -1,14 +1,14 @@
 """
-For Hugging Face's Inference Endpoints, which find this file in a model folder and call `EndpointHandler(path)(data)`.
+Handler for Hugging Face's Inference Endpoints, which load this file and call `EndpointHandler(path)(data)`.
 
     {"inputs": "What is it?", "image": ...}               -> [{"generated_text": "..."}]
     {"inputs": {"question": "What is it?", "image": ...}} -> [{"answer": "...", "score": 0.9}]
     {"inputs": {"messages": [...]}}                       -> {"object": "chat.completion", "choices": [...], ...}
 
-The contents of `inputs` may also be given at the top level, with `inputs` or without it, though endpoints themselves
-pass on only what has `inputs`, and only with the task "custom" leave the image to this file. An image is base64 text
-or a data URI; `parameters` may hold `OPTIONS`. Anything else is a ValueError, which an endpoint answers with status
-400 and `{"error": "..."}`. URLs are not fetched: a model repository is no place for an HTTP client that must be safe.
+The contents of `inputs` may also be at the top level, with or without `inputs`. Endpoints, however, pass on only
+requests with `inputs`, and leave the image to this file only with the task "custom". An image is base64 text or a data
+URI; `parameters` may hold `OPTIONS`. Anything else raises a ValueError, which an endpoint answers with status 400 and
+`{"error": "..."}`. URLs are not fetched, because a safe HTTP client does not belong in a model repository.
 """
 
 import base64
@@ -23,7 +23,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
 KNOBS = ("max_crops", "num_tokens")
-# Whole numbers or any, from the least to the greatest that make sense.
+# Type, minimum and maximum.
 NUMBERS = {
     "max_new_tokens": (int, 1, 10**6),
     "temperature": (float, 0.01, 100),  # or 0, for greedy decoding
@@ -32,11 +32,11 @@ NUMBERS = {
     "repetition_penalty": (float, 0.01, 100),
 }
 OPTIONS = (*KNOBS, "do_sample", *NUMBERS)
-# OpenAI's names, and what its clients send that changes nothing here.
+# OpenAI's names, and names that its clients send and that have no effect here.
 CHAT_OPTIONS = {"max_tokens": "max_new_tokens", "max_completion_tokens": "max_new_tokens"}
 IGNORED = {"model", "user", "stream", "id"}
-MAX_NEW_TOKENS = 200  # unless asked for otherwise
-# Of one request:
+MAX_NEW_TOKENS = 200  # by default
+# Limits of one request:
 MAX_TEXT = 100_000  # characters
 MAX_IMAGES = 16
 MAX_PIXELS = 100_000_000  # of all images together
@@ -45,6 +45,13 @@ CACHE_BYTES = 256 * 2**20
 
 
 class EndpointHandler:
+    """
+    Loads a model folder and answers requests, on an accelerator if there is one.
+
+    Args:
+        path: the model folder.
+    """
+
     def __init__(self, path: str = ""):
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
@@ -59,11 +66,11 @@ class EndpointHandler:
 
     def __call__(self, data: dict) -> list[dict] | dict:
         """
-        Answer a request.
+        Answer a request in one of the forms above.
 
         Raises:
-            ValueError: if the request is none of those above, a name or an option is unknown or out of range, it holds
-                too much, or an image can't be read.
+            ValueError: if the request has none of these forms or exceeds a limit, a name is unknown, an option is
+                unknown or out of range, or an image can't be read.
         """
         if not isinstance(data, dict):
             raise ValueError(f"a request must be an object, got {type(data).__name__}")
@@ -90,10 +97,10 @@ class EndpointHandler:
         question, image = data.get("question", data.get("text")), data.get("image")
         if not isinstance(question, str) or image is None:
             raise ValueError(f"pass a question (a string) and an image, got {', '.join(sorted(data))}")
-        if data.get("inputs", image) != image:  # the hub's client sends the image as inputs, too
-            raise ValueError("inputs must be the image if there is a question as well: leave them out")
+        if data.get("inputs", image) != image:  # the Hub's client also sends the image as inputs
+            raise ValueError("inputs must be the image if a question is given: leave them out")
         parameters = dict(self._parameters(data))
-        if parameters.pop("top_k", None) not in (None, 1):  # as the hub's client means it
+        if parameters.pop("top_k", None) not in (None, 1):  # the Hub's client means the number of answers
             raise ValueError("top_k is the number of answers to return here, and there is only one: leave it out")
         reply, outcome = self._generate(self._ask(question, image), parameters)
         return [{"answer": reply, "score": outcome["probability"]}]
@@ -142,7 +149,7 @@ class EndpointHandler:
         return {"role": message.get("role"), "content": content}
 
     def _part(self, part):
-        """A part of a message as the processor takes it. It may name no file, which would be read here."""
+        """A part of a message in the processor's form. It can't name a file, which would be read from this machine."""
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "image_url":
             check_names(part, {"type", "image_url"})
@@ -162,7 +169,7 @@ class EndpointHandler:
         return part
 
     def _load(self, conversation: list[dict]) -> list[Image.Image]:
-        """Put RGB pictures in the places of what a request sent. None is decoded before all are known to be small."""
+        """Replace the images of a request by RGB pictures. None is decoded before the sizes of all are checked."""
         contents = [turn["content"] for turn in conversation]
         parts = [part for content in contents if isinstance(content, list) for part in content]
         parts = [part for part in parts if isinstance(part, dict)]
@@ -181,7 +188,7 @@ class EndpointHandler:
         return [part["image"] for part in parts]
 
     def _open(self, image) -> Image.Image:
-        """An image of base64 text, a data URI, or what the endpoint decoded. Only its header is read."""
+        """Open base64 text, a data URI or an image that the endpoint decoded. Only the header is read."""
         if hasattr(image, "getpixel"):
             return image
         if isinstance(image, bytes):
@@ -210,7 +217,7 @@ class EndpointHandler:
     def _generate(self, conversation: list[dict], parameters: dict) -> tuple[str, dict]:
         options = {name: value for name, value in parameters.items() if value is not None}
         check_names(options, set(OPTIONS))
-        if options.get("temperature") == 0:  # as OpenAI's clients ask for greedy decoding
+        if options.get("temperature") == 0:  # how OpenAI's clients ask for greedy decoding
             del options["temperature"]
         if not isinstance(options.get("do_sample", False), bool):
             raise ValueError(f"do_sample must be true or false, got {options['do_sample']!r:.100}")
@@ -260,6 +267,6 @@ class EndpointHandler:
 
 
 def check_names(given, known: set[str]):
-    """ValueError for what nobody reads."""
+    """Raise a ValueError for names that are not known."""
     if unknown := sorted(str(name) for name in set(given) - known):
         raise ValueError(f"unknown {', '.join(unknown)}: there are {', '.join(sorted(known))}")

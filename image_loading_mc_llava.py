@@ -1,4 +1,4 @@
-"""How a file, a download, an array or a tensor becomes an RGB picture. Imports neither torch nor transformers."""
+"""Turn a file, a URL, an array or a tensor into an RGB picture. Imports neither torch nor transformers."""
 
 import base64
 import io
@@ -13,26 +13,26 @@ from PIL import ExifTags, Image, ImageOps
 MAX_IMAGE_SIDE = 20_000  # pixels; Pillow's own Image.MAX_IMAGE_PIXELS bounds the area
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
-# What Pillow may decode: its other plugins are rare, and one of them passes files to a PostScript interpreter.
+# Formats that Pillow may decode. Its other plugins are rare, and one of them runs a PostScript interpreter.
 FORMATS = ("AVIF", "BMP", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
 
 
 def load_image(image, input_data_format: str | None = None) -> Image.Image:
     """
-    Turn anything that shows a picture into an RGB image with 8 bits a channel.
+    Turn anything that holds a picture into an RGB image with 8 bits per channel.
 
     Args:
         image: a PIL image in any mode; a path, an http(s) URL, a data URI or base64 text; an open file or the bytes
             of one; a NumPy array or torch tensor, HWC, CHW or HW, with 1, 3 or 4 channels, uint8, uint16 or float in
-            [0, 1]. EXIF orientation is applied, transparency is laid over white, 16 bits of grey or of an array are
-            divided by 257, and an animation shows its first frame. An RGB image that lies in memory already, such as
-            one that this function returned, is returned unchanged and not copied.
-        input_data_format: "channels_first" or "channels_last". Left out, a shape that could be either, such as
-            (3, 5, 3), is read as NumPy arrays usually are (HWC) or torch tensors usually are (CHW).
+            [0, 1]. EXIF orientation is applied, transparent pixels are blended with white, 16-bit values are divided
+            by 257, and of an animation the first frame is used. An RGB image that is already in memory, such as one
+            that this function returned, is returned unchanged and not copied.
+        input_data_format: "channels_first" or "channels_last". By default it is inferred from the shape; if both are
+            possible, as with (3, 5, 3), NumPy arrays are read as HWC and torch tensors as CHW.
 
     Raises:
-        ValueError: if there is no picture, it is corrupt, or it is larger than `MAX_IMAGE_SIDE`,
-            `Image.MAX_IMAGE_PIXELS` or, where it comes from a URL, `MAX_DOWNLOAD_BYTES`.
+        ValueError: if there is no picture, it is corrupt, or it exceeds `MAX_IMAGE_SIDE`, `Image.MAX_IMAGE_PIXELS`
+            or, if it comes from a URL, `MAX_DOWNLOAD_BYTES`.
     """
     if isinstance(image, Image.Image):
         return _to_rgb(image, "image")
@@ -43,7 +43,7 @@ def load_image(image, input_data_format: str | None = None) -> Image.Image:
         return _decode(io.BytesIO(image), f"{len(image)} bytes")
     if hasattr(image, "read"):
         return _decode(io.BytesIO(image.read()), getattr(image, "name", None) or "the open file")
-    if hasattr(image, "cpu") and hasattr(image, "detach"):  # a torch tensor, without importing torch for it
+    if hasattr(image, "cpu") and hasattr(image, "detach"):  # a torch tensor, checked without importing torch
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
         return _from_array(image, input_data_format, prefer_first=True)
@@ -56,7 +56,7 @@ def load_image(image, input_data_format: str | None = None) -> Image.Image:
 
 
 def flatten_images(images) -> list:
-    """One flat list of an image, a batch [B, H, W, C] or [B, C, H, W], or (nested) lists of them."""
+    """Flatten an image, a batch [B, H, W, C] or [B, C, H, W], or (nested) lists of them into one list."""
     if isinstance(images, (list, tuple)):
         return [image for entry in images for image in flatten_images(entry)]
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
@@ -68,8 +68,8 @@ def _read(source: str | os.PathLike, name: str):
     try:
         if text.lower().startswith(("http://", "https://")):
             return _download(text)
-        if os.path.exists(text) and not os.path.isfile(text):  # a pipe or a device could be read for ever
-            raise ValueError("it is no regular file: pass one")
+        if os.path.exists(text) and not os.path.isfile(text):  # reading a pipe or a device might never end
+            raise ValueError("it is not a regular file: pass one")
         if isinstance(source, os.PathLike) or os.path.exists(text):
             return open(text, "rb")
     except (OSError, HTTPException, ValueError) as error:
@@ -79,8 +79,8 @@ def _read(source: str | os.PathLike, name: str):
         raise ValueError(f"{name} is a data URI without base64: encode the image as data:image/png;base64,...")
     try:
         return io.BytesIO(base64.b64decode("".join((data if comma else text).split()), validate=True))
-    except ValueError:  # binascii's, or for letters that are no ASCII
-        raise ValueError(f"{name} is no file, no http(s) URL, no data URI and no base64 text of an image") from None
+    except ValueError:  # binascii.Error, or non-ASCII letters
+        raise ValueError(f"{name} is neither a file, an http(s) URL, a data URI nor base64 text of an image") from None
 
 
 def _download(url: str) -> io.BytesIO:
@@ -99,17 +99,17 @@ def _decode(file, name: str) -> Image.Image:
 
 def open_image(file, name: str) -> Image.Image:
     """
-    An image of which no more than the header has been read: `load_image` takes it.
+    Open an image and read only its header. `load_image` accepts the result.
 
     Raises:
-        ValueError: if the file is none of `FORMATS`, or has more pixels than Pillow opens.
+        ValueError: if the file is in none of `FORMATS`, or has more pixels than Pillow opens.
     """
     Image.init()
     try:
         return Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN])
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {error} Resize it first") from None
-    except Exception:  # Pillow's plugins raise whatever a broken header makes them stumble over
+    except Exception:  # Pillow's plugins raise many kinds of errors for a broken header
         raise ValueError(f"{name} is not an image that can be read: save it as PNG or JPEG") from None
 
 
@@ -133,12 +133,12 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
             first = image.copy()
             image.seek(frame)
             image = first
-        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else it would be copied for nothing
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # avoid a needless copy
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I;16") or image.mode == "I":
             array = np.asarray(image)
             if array.min() < 0 or array.max() > 65535:
-                raise ValueError("its integers lie outside of 0 to 65535")
+                raise ValueError("its integers are not all in 0 to 65535")
             opaque = np.where(array == image.info.get("transparency", -1), 0, 255).astype(np.uint8)
             grey = _from_array(array.astype(np.uint16), None, prefer_first=False)
             return Image.composite(grey, Image.new("RGB", grey.size, "white"), Image.fromarray(opaque))
@@ -149,9 +149,9 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        # Not a file's image: its owner may close it, or turn to another frame.
+        # Return no file's image: its owner may close it, or seek another frame.
         return image if type(image) is Image.Image and image.mode == "RGB" else image.convert("RGB")
-    except Exception as error:  # a truncated file shows only here, and each of Pillow's decoders has its own errors
+    except Exception as error:  # truncated files fail only here, and each of Pillow's decoders has its own errors
         raise ValueError(f"{name} is corrupt or can't be turned into RGB ({error}): save it again") from error
 
 
@@ -160,7 +160,7 @@ def _from_array(array: np.ndarray, input_data_format: str | None, prefer_first: 
     if array.ndim == 2:
         array = array[..., None]
     elif array.ndim != 3:
-        raise ValueError(f"{name} is no picture: pass [H, W], [H, W, C] or [C, H, W]")
+        raise ValueError(f"{name} is not a picture: pass [H, W], [H, W, C] or [C, H, W]")
     else:
         first, last = (array.shape[axis] in (1, 3, 4) for axis in (0, -1))
         if input_data_format is not None:

@@ -1,4 +1,4 @@
-"""From pictures to crops as the vision tower reads them."""
+"""Cut pictures into the crops that the vision tower reads."""
 
 import numpy as np
 from PIL import Image
@@ -29,17 +29,20 @@ def cut_crops(
     resample: int = PILImageResampling.BICUBIC,
 ) -> np.ndarray:
     """
-    The pixels of a picture's crops, each squashed to a square: uint8[crops, side, side, 3].
+    Cut crops out of a picture and resize each to a square, whatever its aspect ratio.
 
     Args:
         picture: an RGB image, as `load_image` returns it.
         boxes: left, top, right, bottom of each crop in pixels of the picture.
-        side: of the squares, in pixels.
-        resample: one of Pillow's filters, antialiased as Pillow does it.
+        side: side of the squares in pixels.
+        resample: one of Pillow's filters. Pillow antialiases when it shrinks a crop.
+
+    Returns:
+        uint8[crops, side, side, 3].
     """
     pixels = np.empty((len(boxes), side, side, 3), dtype=np.uint8)
     for crop, box in zip(pixels, boxes):
-        # `resize(box=...)` would let the filter see beyond the crop's edge: cut first.
+        # Cut first: with `resize(box=...)` the filter would read pixels beyond the crop's edge.
         crop[:] = np.asarray(picture.crop(box).resize((side, side), resample))
     return pixels
 
@@ -53,7 +56,7 @@ FIXED_OPTIONS = {
     "do_pad": False,
     "data_format": ChannelDimension.FIRST,
 }
-# Keys of a saved configuration that are no options.
+# Keys of a saved configuration that are not options.
 CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type"}
 
 
@@ -62,9 +65,9 @@ class MCLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     max_crops (`int`): upper bound of the crops in addition to the whole image, at least 0.
     num_tokens (`int`): upper bound of the visual tokens of one image, at least 1.
     patch_size (`int`): side of the vision tower's patches in pixels.
-    plans (`list`, *optional*): where to look instead of on the usual grid, a plan for each image: boxes (left, top,
-        right, bottom) in pixels of the picture after its EXIF orientation, among which `num_tokens` are shared, or
-        `Crop`s as `MCLlavaImageProcessor.plan` returns them.
+    plans (`list`, *optional*): crops to use instead of the usual grid, one plan per image: boxes (left, top, right,
+        bottom) in pixels of the picture after its EXIF orientation was applied, among which `num_tokens` are shared,
+        or `Crop`s as `MCLlavaImageProcessor.plan` returns them.
     """
 
     max_crops: int
@@ -75,25 +78,30 @@ class MCLlavaImageProcessorKwargs(ImagesKwargs, total=False):
 
 class MCLlavaImageProcessor(PilBackend):
     """
-    Cuts images into crops and prepares them for the vision tower, with Pillow alone: whether torchvision is installed
-    does not change a pixel.
+    Cuts images into crops and prepares them for the vision tower. It uses Pillow only, so that the pixels do not
+    depend on whether torchvision is installed.
 
-    A call returns, for all crops of all images in order:
+    A call takes anything that `load_image` reads, or a (nested) list of it, and the options of
+    `MCLlavaImageProcessorKwargs`. It returns, for all crops of all images in order:
 
     - `pixel_values`, float32 [crops, 3, side, side];
     - `crop_boxes`, int64 [crops, 4]: left, top, right and bottom of each crop in pixels of its picture after the EXIF
       orientation was applied;
     - `crop_coords`, float32 [crops, 2]: the centre of each crop as (x / width, y / height);
     - `crop_num_tokens`, int64 [crops]: how many tokens the model keeps of each crop;
-    - `image_grid_thw`, int64 [images, 3]: rows [crops of the image, 1, 1]. The name and the form are Qwen2-VL's
-      (time, height and width of a grid of patches): serving engines such as vLLM know them, and deal the crops of a
-      batch out to its images by the product of each row.
+    - `image_grid_thw`, int64 [images, 3]: rows [crops of the image, 1, 1]. The name and the format are Qwen2-VL's
+      (time, height and width of a grid of patches): serving engines such as vLLM know them, and use the product of
+      each row to assign the crops of a batch to its images.
 
-    Two pictures, of 5 crops and of 1, at 100 tokens each:
+    For example, two pictures of 5 crops and 1 crop, with 100 tokens each:
 
         pixel_values     [6, 3, 384, 384]
         crop_num_tokens  [20, 20, 20, 20, 20, 100]
         image_grid_thw   [[5, 1, 1], [1, 1, 1]]
+
+    Raises:
+        ValueError: if an option is unknown or out of range, an image can't be read, a plan doesn't fit its image, or
+            `plans` are passed to the constructor.
     """
 
     valid_kwargs = MCLlavaImageProcessorKwargs
@@ -112,7 +120,7 @@ class MCLlavaImageProcessor(PilBackend):
     patch_size = PATCH_SIZE
 
     def __init__(self, **kwargs):
-        kwargs.pop("auto_map", None)  # the published one names files that are gone; saving writes ours
+        kwargs.pop("auto_map", None)  # the published one names files that no longer exist; saving writes ours
         self.check_kwargs({name: value for name, value in kwargs.items() if name not in CONFIG_KEYS})
         if kwargs.get("plans") is not None:
             raise ValueError("plans belong to the images of one call and can't be saved: pass them to the call")
@@ -120,14 +128,15 @@ class MCLlavaImageProcessor(PilBackend):
 
     @property
     def option_names(self) -> set[str]:
+        """The names of the options that a call takes."""
         return set(self.valid_kwargs.__annotations__)
 
     def check_kwargs(self, kwargs: dict) -> dict:
         """
-        The options in `kwargs`, with the knobs as plain integers, or left out where they are None.
+        The options in `kwargs`, with the knobs as plain integers, and without those that are None.
 
         Raises:
-            ValueError: if a name is unknown, a knob is out of range or an option asks for what crops can't have.
+            ValueError: if a name is unknown, a knob is out of range or an option contradicts the crops.
         """
         refuse_unknown(kwargs, self.option_names)
         if kwargs.get("plans") is not None:
@@ -193,8 +202,8 @@ class MCLlavaImageProcessor(PilBackend):
 
     def _look_up_table(self, do_rescale: bool, rescale_factor: float, do_normalize: bool, mean, std) -> np.ndarray:
         """
-        float32[3, 256]: what becomes of each byte in each channel. Rescaling and normalising depend on these alone:
-        they are worked out once, and pixels are looked up.
+        float32[3, 256]: the rescaled and normalised value of each byte in each channel. These depend on nothing else,
+        so they are computed once and looked up for each pixel.
         """
         table = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
         if do_rescale:
@@ -204,7 +213,12 @@ class MCLlavaImageProcessor(PilBackend):
         return table.astype(np.float32).reshape(3, 256)
 
     def plan(self, width: int, height: int, max_crops: int | None = None, num_tokens: int | None = None) -> list[Crop]:
-        """`plan_crops` for an image of this size, by default with the saved knobs. No pixel is touched."""
+        """
+        `plan_crops` for an image of width x height pixels, by default with the saved knobs. It needs no pixels.
+
+        Raises:
+            ValueError: if a knob is out of range.
+        """
         return plan_crops(
             width,
             height,

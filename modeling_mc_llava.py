@@ -1,4 +1,4 @@
-"""MC-LLaVA: crops through SigLIP, a few patch tokens of each plus where it lies, projected into Phi's embeddings.
+"""MC-LLaVA: SigLIP encodes crops; a few patch tokens of each, plus its position, are projected to Phi's embeddings.
 
 pixel_values [crops, 3, side, side]
   -> vision tower, last block               [crops, patches, vision_hidden]
@@ -33,34 +33,39 @@ from .encoded_images_mc_llava import EncodedImages, count_image_tokens, hash_ten
 from .generation_mc_llava import CACHE, CACHE_NAMES, MCLlavaGenerationMixin, one_cache
 
 
-# Crops that go through the vision tower at once: its memory is bounded by this, not by max_crops.
+# Crops that pass the vision tower at once. This bounds its memory, whatever max_crops is.
 CROPS_PER_PASS = 16
 
 
 @dataclass
 class MCLlavaModelOutputWithPast(BaseModelOutputWithPast):
-    """Of the model without its head. `image_outputs` is what `get_image_features` gave, or None without images."""
+    """Output of `MCLlavaModel`. `image_outputs` is the output of `get_image_features`, or None without images."""
 
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
 @dataclass
 class MCLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """Of the model with its head. `image_outputs` is what `get_image_features` gave, or None without images."""
+    """
+    Output of `MCLlavaForConditionalGeneration`. `image_outputs` is the output of `get_image_features`, or None without
+    images.
+    """
 
     image_outputs: BaseModelOutputWithPooling | None = None
 
 
-if CACHE != "cache":  # the name since transformers 5.24, for older releases
+if CACHE != "cache":  # so that code for 5.24 and later runs on older releases
     for output_class in (MCLlavaModelOutputWithPast, MCLlavaCausalLMOutputWithPast):
         output_class.cache = property(lambda output: output[CACHE] if CACHE in output else None)
 
 
 class MCLlavaCoordinateEmbedding(nn.Sequential):
     """
-    From where a crop lies to what is added to each of its tokens: float[crops, 2] to float[crops, vision_hidden].
+    Maps the centre of a crop to a vector that is added to each of its tokens: float[crops, 2] to
+    float[crops, vision_hidden].
 
-    Takes coordinates in any precision. PEFT puts a trained copy, which may have another one, in a wrapper.
+    Casts the coordinates to the dtype of its weights, because the caller can't: PEFT wraps a trained copy, which may
+    have another dtype.
     """
 
     def forward(self, coords: torch.Tensor) -> torch.Tensor:
@@ -68,7 +73,7 @@ class MCLlavaCoordinateEmbedding(nn.Sequential):
 
 
 class MCLlavaMultiModalProjector(nn.Module):
-    """From the vision tower's width to the language model's: float[..., vision_hidden] to float[..., hidden]."""
+    """Maps the tower's outputs to the language model's width: float[..., vision_hidden] to float[..., hidden]."""
 
     def __init__(self, config: MCLlavaConfig):
         super().__init__()
@@ -81,7 +86,7 @@ class MCLlavaMultiModalProjector(nn.Module):
 
 
 class MCLlavaPreTrainedModel(PreTrainedModel):
-    """What transformers is to know of both models: how they load, what they support."""
+    """Tells transformers how both models are loaded and what they support."""
 
     config: MCLlavaConfig
     config_class = MCLlavaConfig
@@ -93,8 +98,8 @@ class MCLlavaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _can_compile_fullgraph = True  # of decoding: a prefill with images looks at its inputs' values
-    # SigLIP's pooling head, which the published checkpoint carries and nobody reads.
+    _can_compile_fullgraph = True  # decoding only: a prefill with images reads its inputs' values
+    # SigLIP's pooling head, which is in the published checkpoint but not used.
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.(vision_model\.)?head\."]
 
 
@@ -103,7 +108,8 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
     Vision tower, coordinate embedding, projector and language model, without the head.
 
     `forward` takes input_ids int[batch, length] with one `<image>` per visual token and the image processor's fields,
-    and returns hidden states float[batch, length, hidden].
+    and returns hidden states float[batch, length, hidden]. It raises a ValueError if the images don't match the
+    `<image>` tokens.
     """
 
     def __init__(self, config: MCLlavaConfig):
@@ -135,20 +141,21 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         Args:
             pixel_values: float[crops, 3, side, side].
             crop_coords: float[crops, 2], centres of the crops as (x / width, y / height).
-            crop_num_tokens: int[crops], tokens to keep of each crop, from 1 to its patches but one.
+            crop_num_tokens: int[crops], the number of tokens to keep of each crop, from 1 to its patches but one.
             image_grid_thw: int[images, 3] with rows [crops of the image, 1, 1].
-            crop_boxes: int[crops, 4], not read: where a crop lies reaches the model by `crop_coords`.
-            output_hidden_states, output_attentions: also return those of the vision tower's layers, for all patches of
-                all crops, which takes a second pass and much memory.
+            crop_boxes: int[crops, 4], not used: the model gets the positions as `crop_coords`.
+            output_hidden_states, output_attentions: also return the hidden states or attentions of the vision tower's
+                layers, for all patches of all crops. This takes a second pass and much memory.
 
         Returns:
             `pooler_output`: a list with one float[tokens, hidden] per image, the projected tokens.
-            `last_hidden_state`: float[all tokens, vision_hidden], coordinates added, before the projector.
-            `hidden_states`, `attentions`: if asked for, per layer float[crops, patches, vision_hidden] and
+            `last_hidden_state`: float[all tokens, vision_hidden], the input of the projector.
+            `hidden_states`, `attentions`: if requested, per layer float[crops, patches, vision_hidden] and
             float[crops, heads, patches, patches].
 
         Raises:
-            ValueError: if the four fields don't describe the same crops, or there are none.
+            ValueError: if the four fields don't describe the same crops, there are none, or `crop_num_tokens` are out
+                of range.
         """
         tokens_per_image = count_image_tokens(crop_num_tokens, image_grid_thw)
         if crop_coords is None or not len(pixel_values) == len(crop_coords) == len(crop_num_tokens):
@@ -167,7 +174,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 f"got {low} to {high}"
             )
 
-        # Parameters may be spread over devices or offloaded to a disk: data moves by its own device, never by theirs.
+        # Parameters may be on several devices or on disk: data moves to the device of other data, not to theirs.
         pixel_values = pixel_values.to(self.vision_tower.dtype)
         passes = pixel_values.split(CROPS_PER_PASS)
         kept = [
@@ -189,24 +196,24 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
 
     def encode_crops(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
         """
-        All patches of crops float[crops, 3, side, side], after the tower's last block and before `post_layernorm`:
-        float[crops, patches, vision_hidden].
+        Encode crops float[crops, 3, side, side] to float[crops, patches, vision_hidden]: all patches, after the
+        tower's last block and before `post_layernorm`.
         """
         embeddings = self.vision_tower.embeddings(pixel_values)
         return self.vision_tower.encoder(inputs_embeds=embeddings, **kwargs).last_hidden_state
 
     @staticmethod
     def keep_last(hidden_states: torch.Tensor, num_tokens: torch.LongTensor) -> torch.Tensor:
-        """Of float[crops, patches, vision_hidden] the last `num_tokens[i]` patches of crop i, one after another."""
+        """Select the last `num_tokens[i]` patches of each crop i: float[crops, patches, ...] to float[tokens, ...]."""
         patches = hidden_states.shape[1]
         first_kept = patches - num_tokens.to(hidden_states.device)
         return hidden_states[torch.arange(patches, device=hidden_states.device) >= first_kept[:, None]]
 
     def _record_tower(self, passes: tuple[torch.Tensor, ...], hidden_states: bool, attentions: bool) -> dict:
         """
-        The states and attentions of the tower's layers, as transformers' own forward pass of it records them. What the
-        language model gets does not come from there: whether the last state is the one before or after the last norm
-        has changed between releases.
+        The hidden states and attentions of the tower's layers, as recorded by transformers' forward pass. The language
+        model doesn't use them: whether the last hidden state is taken before or after the last norm has changed
+        between releases.
         """
         outputs = [
             self.vision_tower(
@@ -218,7 +225,16 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         return {name: tuple(map(torch.cat, zip(*(getattr(output, name) for output in outputs)))) for name in wanted}
 
     def embed_prompt(self, input_ids: torch.LongTensor | None, image_features: list[torch.Tensor]) -> torch.Tensor:
-        """Embeddings of an expanded prompt with the images' tokens in their places: float[batch, length, hidden]."""
+        """
+        Embed an expanded prompt, with the images' features in place of `<image>`: float[batch, length, hidden].
+
+        Args:
+            input_ids: int[batch, length] with one `<image>` per visual token.
+            image_features: one float[tokens, hidden] per image, in batch order.
+
+        Raises:
+            ValueError: as `get_placeholder_mask` does.
+        """
         mask = self.get_placeholder_mask(input_ids, [len(features) for features in image_features])
         embeds = self.get_input_embeddings()(input_ids)
         features = torch.cat(list(image_features)).to(embeds.device, embeds.dtype)
@@ -228,16 +244,17 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         self, input_ids: torch.LongTensor | None, tokens_per_image: list[int]
     ) -> torch.BoolTensor:
         """
-        Where the image tokens stand: bool[batch, length].
+        The positions of `<image>` tokens: bool[batch, length].
 
         Raises:
-            ValueError: if the `<image>`s of some row are not as many as the tokens of its images, in batch order.
+            ValueError: if `input_ids` are None, or the number of `<image>` tokens in a row is not the sum over its
+                images, in batch order.
         """
         if input_ids is None:
             raise ValueError("images need input_ids: their places are found by the id of <image>")
         mask = input_ids == self.config.image_token_id
         row_ends, image_ends = mask.sum(-1).cumsum(0).tolist(), list(accumulate(tokens_per_image))
-        # A chunked prefill hands over the tokens of all images and rows as those of a single one.
+        # A chunked prefill passes the features of all images and rows as those of a single image.
         is_split = len(image_ends) > 1 and not set(row_ends) <= {0, *image_ends}
         if row_ends[-1] != image_ends[-1] or is_split:
             raise ValueError(
@@ -279,14 +296,14 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         if encoded is not None:
             inputs_embeds = self.embed_prompt(input_ids, encoded.pooler_output)
         elif inputs_embeds is None:
-            # Not of a decoded token: each look at an id waits for the device.
+            # Skip this check while decoding: reading an id waits for the device.
             if (
                 not torch.compiler.is_compiling()
                 and input_ids.shape[1] > 1
                 and (cache is None or cache.get_seq_length() == 0)
             ):
                 if places := int((input_ids == self.config.image_token_id).sum()):
-                    raise ValueError(f"the prompts have {places} <image> tokens but no image came: pass the images")
+                    raise ValueError(f"the prompts have {places} <image> tokens but got no images: pass the images")
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         outputs = self.language_model(
@@ -304,10 +321,10 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
     MC-LLaVA: `MCLlavaModel` with the language model's head, which answers questions about images.
 
     `forward` takes the processor's fields and returns logits float[batch, length, vocabulary] and, with labels, a
-    loss; `generate` answers; `encode_images` encodes images once, to ask about them many times.
+    loss; `generate` generates answers; `encode_images` encodes images once for many questions.
     """
 
-    # The language model's own plan is collected; the vision tower is small and stays whole on every device.
+    # transformers adds the language model's plan. The vision tower is small and is replicated on every device.
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: MCLlavaConfig):
@@ -344,16 +361,16 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
         **text_inputs,
     ) -> EncodedImages:
         """
-        Encode images once, to ask about them many times:
+        Encode images once for many questions:
 
             encoded = model.encode_images(**inputs)
             text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
             model.generate(**text, image_features=encoded)
 
-        Takes all that the processor or the image processor returned, and reads its image fields.
+        It accepts everything that the processor or the image processor returns, and ignores text inputs.
 
         Raises:
-            ValueError: as `get_image_features`, if `crop_boxes` are missing, and if weights are offloaded to a disk.
+            ValueError: as `get_image_features` does, if `crop_boxes` are missing, or if weights are offloaded to disk.
         """
         if crop_boxes is None:
             raise ValueError("crop_boxes are missing: pass all that the processor returned")
@@ -365,10 +382,13 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
 
     def hash_encoder(self) -> str:
         """
-        A hash of what `EncodedImages` depend on: the weights of vision tower, coordinate embedding and projector, and
-        which of PEFT's adapters in them are on.
+        A hash of everything that `EncodedImages` depend on: the weights of vision tower, coordinate embedding and
+        projector, and which of PEFT's adapters in them are active.
 
-        It is worked out at each call, as nothing tells reliably that weights have been trained in between.
+        It is computed at each call, because there is no reliable way to tell that weights have changed.
+
+        Raises:
+            ValueError: if weights are offloaded to disk.
         """
         parts = (self.model.vision_tower, self.model.coord_embed, self.model.multi_modal_projector)
         weights = hash_tensors(tensor for part in parts for tensor in part.state_dict().values())
@@ -376,7 +396,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             (module.disable_adapters, module.active_adapters)
             for part in parts
             for module in part.modules()
-            if isinstance(getattr(module, "disable_adapters", None), bool)  # a method unless adapters were added
+            if isinstance(getattr(module, "disable_adapters", None), bool)  # without adapters it is a method
         ]
         return hashlib.sha256(f"{weights} {adapters}".encode()).hexdigest()
 
@@ -401,19 +421,21 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MCLlavaCausalLMOutputWithPast:
         r"""
+        Compute the logits float[batch, length, vocabulary] and, with labels, the loss.
+
         Args:
             input_ids: int[batch, length] with one `<image>` per visual token.
             pixel_values, crop_boxes, crop_coords, crop_num_tokens, image_grid_thw: the images, as the processor
                 returns them.
-            cache, past_key_values: keys and values of earlier tokens, by either name.
-            image_features: the images, encoded: what `encode_images` or `get_image_features(...).pooler_output` gives,
-                or one float[images, tokens, hidden] tensor.
-            labels: int[batch, length], -100 at positions without a loss.
-            logits_to_keep: how many logits to compute, counted from the end; 0 for all.
-            mm_encoder_outputs: the images, encoded, as transformers hands them around: `{"image": ...}`.
+            cache, past_key_values: keys and values of earlier tokens, under either name.
+            image_features: encoded images: what `encode_images` or `get_image_features(...).pooler_output` returns, or
+                one float[images, tokens, hidden] tensor.
+            labels: int[batch, length], -100 for positions that the loss ignores.
+            logits_to_keep: compute only the last `logits_to_keep` logits, or those at these positions; 0 for all.
+            mm_encoder_outputs: encoded images in the form that transformers passes around: `{"image": ...}`.
 
         Raises:
-            ValueError: if images and their places in the prompt don't match, or were encoded with other weights.
+            ValueError: if images don't match the `<image>` tokens in the prompt, or were encoded with other weights.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -447,14 +469,14 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
     def _encoder_outputs(
         self, image_features: EncodedImages | list[torch.Tensor] | torch.Tensor | None, mm_encoder_outputs: dict | None
     ) -> dict[str, BaseModelOutputWithPooling] | None:
-        """The encoded images in transformers' form, in a new object, as beams change theirs in place."""
+        """The encoded images in transformers' form. The object is new because beam search changes it in place."""
         if image_features is None:
             if unknown := sorted(set(mm_encoder_outputs or {}) - {"image"}):
-                raise ValueError(f"mm_encoder_outputs hold {unknown}, the model reads 'image' alone: remove them")
+                raise ValueError(f"mm_encoder_outputs hold {unknown}, the model reads only 'image': remove them")
             return {name: copy.copy(output) for name, output in (mm_encoder_outputs or {}).items()} or None
         if mm_encoder_outputs:
             raise ValueError("pass either image_features or mm_encoder_outputs, not both")
-        # transformers loads this code in several copies, each with another EncodedImages: isinstance would not do.
+        # Each copy of the code that transformers loads defines EncodedImages again, so isinstance can't be used.
         given = [image_features] if hasattr(image_features, "weights_hash") else list(image_features)
         encoded = [entry for entry in given if hasattr(entry, "weights_hash")]
         if encoded and {entry.weights_hash for entry in encoded} != {self.hash_encoder()}:
@@ -478,8 +500,8 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
 
 class MCLlavaAutoModel(MCLlavaPreTrainedModel):
     """
-    What `AutoModel` finds; it is never instantiated. The published card calls `AutoModel.from_pretrained` and then
-    `generate`; vLLM calls `AutoModel.from_config` for the model without its head, and adds one itself.
+    The class that `AutoModel` finds. It is never instantiated: the published card calls `AutoModel.from_pretrained`
+    and then `generate`, which needs the head; vLLM calls `AutoModel.from_config` and adds its own head.
     """
 
     @classmethod
@@ -492,11 +514,11 @@ class MCLlavaAutoModel(MCLlavaPreTrainedModel):
 
     @classmethod
     def register_for_auto_class(cls, auto_class="AutoModel"):
-        # Not as AutoModel: it would take this class's place in every folder that it saves.
+        # Under a different name: as AutoModel it would replace this class in every folder that it saves.
         MCLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 
-# The names in the published checkpoint. transformers itself drops SigLIP's inner `vision_model.`.
+# Names in the published checkpoint. transformers itself drops SigLIP's inner `vision_model.`.
 register_checkpoint_conversion_mapping(
     MCLlavaConfig.model_type,
     [
@@ -509,7 +531,7 @@ register_checkpoint_conversion_mapping(
     overwrite=True,
 )
 
-# So that whatever is saved takes this code along.
+# Saved models then include this code.
 MCLlavaAutoModel.register_for_auto_class()
 MCLlavaModel.register_for_auto_class("AutoModel")
 

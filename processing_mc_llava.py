@@ -1,6 +1,6 @@
-"""From questions and pictures to model inputs: prompt assembly and one `<image>` per visual token.
+"""Turn questions and pictures into model inputs: assemble prompts, with one `<image>` per visual token.
 
-The processor knows text; where crops lie and what they give is the image processor's business.
+The processor handles text. The image processor decides where crops are and how many tokens they give.
 """
 
 from dataclasses import fields, is_dataclass
@@ -17,9 +17,9 @@ from .image_loading_mc_llava import flatten_images, load_image
 from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs
 
 
-# ChatML as Phi-2 was fine-tuned with it: no turn is added, and an image stands before what follows it.
-# It refuses special tokens in a message, too: engines such as vLLM render it without the processor.
-# `{% generation %}` marks what the assistant says, its <|im_end|> included, for training on those tokens alone.
+# ChatML as Phi-2 was fine-tuned with it: no turn is added, and an image comes before the part that follows it.
+# It rejects special tokens in a message as well, because engines such as vLLM render it without the processor.
+# `{% generation %}` marks the assistant's text, including its <|im_end|>, for training on those tokens alone.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -52,7 +52,7 @@ ROLES = ("system", "user", "assistant")
 
 
 def to_plain(value):
-    """Message objects as dicts and lists, all other values unchanged and not copied."""
+    """Convert message objects to dicts and lists. All other values are returned unchanged and not copied."""
     if isinstance(value, dict):
         return {name: to_plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -74,17 +74,20 @@ class MCLlavaProcessorKwargs(ProcessingKwargs, total=False):
 
 class MCLlavaProcessor(ProcessorMixin):
     r"""
-    Puts an image processor and a tokenizer behind one call.
+    Combines an image processor and a tokenizer.
 
-    A question and its image become the published prompt, and its `<image>` one placeholder per visual token:
+    A question and its image become the published prompt, whose `<image>` is repeated once per visual token:
 
         <|im_start|>user\n<image>\nWhat animal is it?<|im_end|>\n<|im_start|>assistant\n
-                         └─ becomes num_tokens times <image>, at most
+                         └─ at most num_tokens times
 
     Args:
         image_processor (`MCLlavaImageProcessor`): its saved `max_crops` and `num_tokens` are the defaults of a call.
-        tokenizer (`PreTrainedTokenizerBase`): pads on the left.
+        tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer, which pads on the left.
         chat_template (`str`, *optional*): the published ChatML by default.
+
+    Raises:
+        ValueError: if the tokenizer has no token `<image>`.
     """
 
     valid_processor_kwargs = MCLlavaProcessorKwargs
@@ -98,9 +101,9 @@ class MCLlavaProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
-        # Published folders name transformers' SigLIP processor and code that is gone: say what to load instead.
+        # Published folders name transformers' SigLIP processor and code that no longer exists: load ours instead.
         image_processor = MCLlavaImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
-        # With a config at hand AutoTokenizer does not look for one, whose code it would ask to trust.
+        # Given a config, AutoTokenizer doesn't load the folder's, and so doesn't ask to trust its code.
         kwargs |= {"config": PreTrainedConfig(), "trust_remote_code": False}
         tokenizer = AutoTokenizer.from_pretrained(
             pretrained_model_name_or_path, padding_side="left", clean_up_tokenization_spaces=False, **kwargs
@@ -109,13 +112,13 @@ class MCLlavaProcessor(ProcessorMixin):
 
     @property
     def special_tokens(self) -> list[str]:
-        """The tokens that steer the model. The tokenizer's other added tokens are runs of spaces and tabs."""
+        """The tokens that control the model. The tokenizer's other added tokens are runs of spaces and tabs."""
         return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if not str(token).isspace()]
 
     def _first_special_token(self, text: str) -> str | None:
         try:
             text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, of JSON or of bytes that were no text
+        except UnicodeEncodeError as error:  # half of a surrogate pair, from JSON or from bytes that were not text
             raise ValueError(f"the text can't be encoded as UTF-8 ({error}): pass decoded text") from None
         return next((token for token in self.special_tokens if token in text), None)
 
@@ -128,28 +131,30 @@ class MCLlavaProcessor(ProcessorMixin):
         **kwargs: Unpack[MCLlavaProcessorKwargs],
     ) -> BatchFeature:
         r"""
+        Prepare questions or prompts, and their images, for the model.
+
         Args:
-            text (`str` or `list[str]`): a question, or a raw prompt. Text that contains a special token is a raw
-                prompt and is used unchanged, with one `<image>` per image; text without one is a question and is put
-                into the chat template after its images.
-            images (*optional*): whatever `load_image` reads. A flat list gives all images to a single question, else
-                one to each question and to each raw prompt as many as it has `<image>`; a list of lists gives each
-                text its own.
-            model (`MCLlavaForConditionalGeneration`, *optional*): encode the images here and now, as the published
+            text (`str` or `list[str]`): questions or raw prompts. Text with a special token is a raw prompt and is
+                used unchanged; it needs one `<image>` per image. Text without one is a question and is put into the
+                chat template after its images.
+            images (*optional*): anything that `load_image` reads. In a flat list, a single text gets all images;
+                otherwise each question gets one and each raw prompt as many as it has `<image>`. A list of lists has
+                the images of each text.
+            model (`MCLlavaForConditionalGeneration`, *optional*): encode the images in this call, as the published
                 processor did. `input_ids` then keep one `<image>` per image.
-            feature_cache (`FeatureCache`, *optional*): with `model`, where images that were encoded before are kept.
-            kwargs: `max_crops`, `num_tokens`, `plans` (one for each image, in the order of the texts; see
-                `MCLlavaImageProcessorKwargs`), and what transformers' processors take (`padding`, `return_tensors`,
-                ...), flat or in `images_kwargs` and `text_kwargs`.
+            feature_cache (`FeatureCache`, *optional*): cache for the encoded images. Requires `model`.
+            kwargs: `max_crops`, `num_tokens`, `plans` (one per image, in the order of the texts; see
+                `MCLlavaImageProcessorKwargs`) and the options of transformers' processors (`padding`,
+                `return_tensors`, ...), flat or in `images_kwargs` and `text_kwargs`.
 
         Returns:
-            `BatchFeature` with `input_ids` and `attention_mask` [batch, length], padded on the left, and with images
-            the fields of `MCLlavaImageProcessor`, or `image_features`, a list of [tokens, hidden], with `model`.
-            Tensors are torch's unless `return_tensors` says otherwise.
+            `BatchFeature` with int64 `input_ids` and `attention_mask` [batch, length], padded on the left. With
+            images, also the fields of `MCLlavaImageProcessor` or, given `model`, `image_features`: a list with one
+            float[tokens, hidden] per image. Tensors are torch's by default, see `return_tensors`.
 
         Raises:
-            ValueError: if an option is unknown or out of range, images and their places don't match, an image can't
-                be read, or truncation would cut visual tokens.
+            ValueError: if `text` is missing, an option is unknown or out of range, images and `<image>` tokens don't
+                match, an image can't be read, or truncation would cut visual tokens.
         """
         kwargs = self._check_kwargs(kwargs)
         plans = {**kwargs, **kwargs.get("images_kwargs", {})}.get("plans")
@@ -160,7 +165,7 @@ class MCLlavaProcessor(ProcessorMixin):
             raise ValueError("text is missing: pass a question or a prompt, or call the image processor for images")
         if model is None:
             if feature_cache is not None:
-                raise ValueError("feature_cache needs the model that encodes: pass model, too")
+                raise ValueError("feature_cache needs the model that encodes: pass model as well")
             return super().__call__(images=images, text=text, **kwargs)
 
         prompts, images = self._assemble(text, images, kwargs.get("input_data_format"))
@@ -169,7 +174,7 @@ class MCLlavaProcessor(ProcessorMixin):
         )
         inputs = self.tokenizer(prompts, **kwargs["text_kwargs"])
         self._check_special_mm_tokens(prompts, inputs, ["image"])
-        # Weights that are offloaded to a disk say "meta"; their hooks then move what they need.
+        # The device of offloaded weights is "meta"; their hooks move the inputs.
         device = "cpu" if model.device.type == "meta" else model.device
         inputs = BatchFeature(dict(inputs)).to(device)
         if images:
@@ -185,13 +190,14 @@ class MCLlavaProcessor(ProcessorMixin):
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
         """
-        transformers' own, with knobs flat or in `processor_kwargs`. An image part may hold whatever `load_image`
-        reads. Messages and their parts may be dicts, dataclasses or pydantic models, such as OpenAI's clients'.
+        Like transformers' `apply_chat_template`, with these differences: knobs may be passed flat or in
+        `processor_kwargs`, an image part may hold anything that `load_image` reads, and messages and their parts may
+        be dicts, dataclasses or pydantic models, such as those of OpenAI's client.
 
         Raises:
             ValueError: if a role is not one of system, user and assistant, if the text of a message holds a special
-                token (a question can't forge a turn or an image) or is no Unicode, or if a part is neither text nor
-                an image.
+                token (so that a question can't forge a turn or an image) or is not valid Unicode, or if a part is
+                neither text nor an image.
         """
         if not isinstance(conversation, (list, tuple)):
             raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")
@@ -224,7 +230,7 @@ class MCLlavaProcessor(ProcessorMixin):
         if not isinstance(content, (str, list, tuple)):
             raise ValueError(f"content must be a string or a list of parts, got {content!r:.200}")
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        run = ""  # text parts that touch are read together, or a token could be split over two of them
+        run = ""  # adjacent text parts are checked together, or a token could be split over two of them
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text" and isinstance(part.get("text"), str):
@@ -239,6 +245,7 @@ class MCLlavaProcessor(ProcessorMixin):
 
     @property
     def text_option_names(self) -> set[str]:
+        """The names of the options for the tokenizer."""
         return set(self.valid_processor_kwargs.__annotations__["text_kwargs"].__annotations__)
 
     def _known_kwargs(self) -> set[str]:
@@ -246,7 +253,7 @@ class MCLlavaProcessor(ProcessorMixin):
         return self.text_option_names | self.image_processor.option_names | flat
 
     def _check_kwargs(self, kwargs: dict) -> dict:
-        """The same options with checked knobs; ValueError for an option that transformers would only warn about."""
+        """The options with checked knobs. Raises a ValueError for options that transformers would only warn about."""
         kwargs = {**(kwargs.pop("common_kwargs", None) or {}), **kwargs}
         for name in ("videos", "audio", "videos_kwargs", "audio_kwargs"):
             if kwargs.pop(name, None) is not None:
@@ -260,7 +267,7 @@ class MCLlavaProcessor(ProcessorMixin):
             kwargs["images_kwargs"] = self.image_processor.check_kwargs(kwargs["images_kwargs"])
         return kwargs
 
-    # What follows is what ProcessorMixin.__call__ asks for.
+    # The methods below are called by ProcessorMixin.__call__.
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         prompts, images = self._assemble(text, images, kwargs.get("input_data_format"))
@@ -291,7 +298,7 @@ class MCLlavaProcessor(ProcessorMixin):
 
     def _images_per_text(self, images, wanted: list[int | None]) -> list[list]:
         """
-        Deal the images out to the texts.
+        The images of each text.
 
         Args:
             images: None, one image, a flat list, or one list per text.
@@ -332,7 +339,7 @@ class MCLlavaProcessor(ProcessorMixin):
                 )
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Crops and tokens for images of the sizes (height, width), as serving engines ask for them."""
+        """The numbers of crops and tokens of images with sizes (height, width), for serving engines."""
         if image_sizes is None:
             return MultiModalData()
         saved = self.image_processor

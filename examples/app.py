@@ -1,5 +1,5 @@
 """
-The Space: ask about a picture and see the crops that the model looks at.
+The Space: ask about a picture and see the crops that the model reads.
 
 `python examples/app.py` serves it on http://127.0.0.1:7860. Environment variables: `MC_LLAVA_MODEL`, a model folder or
 a Hub id (`tiny` by default); `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`, as Gradio reads them.
@@ -33,7 +33,7 @@ from mc_llava.estimate import Estimate, estimate
 from mc_llava.loading import load_model, load_processor
 
 
-# `tiny` knows nothing but drawn scenes.
+# `tiny` knows only drawn scenes.
 SCENES = [
     [str(ROOT / "examples" / example["image"]), example["question"]]
     for example in json.loads((ROOT / "examples" / "questions.json").read_text())
@@ -43,11 +43,11 @@ PHOTOGRAPHS = [
     [str(ROOT / "examples" / "hubble.jpg"), "What shines in the middle?"],
 ]
 MAX_UPLOAD = "64mb"
-GRID_SIDE = 1600  # pixels of the drawn grid, at most
+GRID_SIDE = 1600  # longest side of the drawn grid in pixels
 
 
 class Demo:
-    """A model and what the page asks of it. Knows nothing of Gradio but its error."""
+    """A model and the page's callbacks. Independent of Gradio except for its error class."""
 
     def __init__(self, model: str):
         self.engine = Engine(load_model(model), load_processor(model))
@@ -55,7 +55,7 @@ class Demo:
         self.flops_per_second = self._measure_speed()
 
     def _measure_speed(self) -> float:
-        """What the machine does of the FLOPs that `estimate` counts, from one question about a grey picture."""
+        """FLOPs per second, as `estimate` counts them, measured with one question about a grey picture."""
         grey = Image.new("RGB", (64, 64), "grey")
         conversation = ask_about([grey], "What is it?")
         self.engine.answer([conversation], max_new_tokens=1)  # warms up
@@ -71,7 +71,7 @@ class Demo:
         return estimate(self.engine.model.config, crops, tokens, new_tokens=1)
 
     def preview(self, path: str | None, max_crops: int, num_tokens: int):
-        """The crop grid over the picture, and what a question costs in words; nothing without a picture."""
+        """The crop grid drawn over the picture, and the cost of a question as text; empty without a picture."""
         if path is None:
             return None, ""
         try:
@@ -100,7 +100,7 @@ class Demo:
         temperature: float,
         top_p: float,
     ):
-        """Yields the answer so far and, in words, what was encoded for it."""
+        """Yield the answer so far and the status text, which says whether the picture had to be encoded."""
         yield "", ""
         try:
             if path is None:
@@ -126,14 +126,14 @@ class Demo:
 
 
 def load_upload(path: str) -> Image.Image:
-    """A picture by its bytes: errors must not name where it lies on the server."""
+    """Load a picture from its bytes, so that errors don't show its path on the server."""
     return load_image(Path(path).read_bytes())
 
 
 class Upload(gr.Image):
-    """Hands on where the file lies. Gradio's own opens it first, and shows why it can't with that place."""
+    """Passes on the file's path. Gradio's class opens the file first, and its errors show the path."""
 
-    is_template = True  # for Gradio: it looks as its base
+    is_template = True  # tells Gradio to display it like its base class
 
     def preprocess(self, payload) -> str | None:
         return None if payload is None else payload.path
@@ -185,6 +185,6 @@ def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
 if __name__ == "__main__":
     model = os.environ.get("MC_LLAVA_MODEL", "tiny")
     examples = SCENES if model == "tiny" else PHOTOGRAPHS
-    # Fonts of the visitor's own: nothing is fetched from elsewhere.
+    # The visitor's fonts, so that the page makes no third-party requests.
     theme = gr.themes.Default(font="sans-serif", font_mono="monospace")
     build_page(Demo(model), examples).launch(theme=theme, show_error=True, max_file_size=MAX_UPLOAD, ssr_mode=False)

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Installs the package into a virtual environment and asks `tiny`, which it includes, about a drawn scene.
+# Installs the package into a virtual environment and asks the bundled `tiny` about a drawn scene.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PIP_CONSTRAINT=scripts/pins/demo.txt PIP_BUILD_CONSTRAINT=scripts/pins/demo.txt
 python3 -m venv .venv-demo
 .venv-demo/bin/pip install --quiet .
-# From elsewhere: what answers is what was installed.
+# From another folder, so that the installed package answers and not the checkout.
 root=$PWD
 cd "$(mktemp -d)"
 "$root/.venv-demo/bin/mc-llava" ask "$root/examples/scene1.jpg" "What is written on the blue sign?"

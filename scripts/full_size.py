@@ -1,12 +1,13 @@
 """
-The 3B's size on this machine: `python scripts/full_size.py FOLDER` (13 GB of disk, not part of the test suite).
+Measure a model of the 3B's size on this machine: `python scripts/full_size.py FOLDER` (13 GB of disk, not part of the
+test suite).
 
-1. Make a random checkpoint of 6.4 GB in the published layout in FOLDER/published, unless it is there.
-2. Convert it to FOLDER/converted, unless it is there: 0 missing and 0 unexpected tensors.
-3. Load it in bfloat16 and ask about a photograph with more and more crops, in a separate process, so that its peak
-   memory is its own.
+1. Make a random checkpoint of 6.4 GB in the published layout in FOLDER/published, unless it exists.
+2. Convert it to FOLDER/converted, unless it exists: 0 missing and 0 unexpected tensors.
+3. Load it in bfloat16 and ask about a photograph with more and more crops. This runs in a separate process, to measure
+   only its peak memory.
 
-Ends with one line of JSON. The answers are gibberish: what is measured is time and memory.
+The last line of output is JSON. The answers are gibberish: only time and memory are measured.
 """
 
 import argparse
@@ -33,7 +34,7 @@ NEW_TOKENS = 16
 
 
 def seconds(function, *args, **kwargs) -> float:
-    """The median of a few runs: a shared machine's single times say little."""
+    """The median of a few runs, because single times on a shared machine vary."""
     times = []
     for _ in range(REPEATS):
         start = time.perf_counter()

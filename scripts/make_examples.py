@@ -1,5 +1,5 @@
 """
-Draws the scenes in `examples/`, of the split that `tiny` was never trained on, and writes what is asked about them.
+Draw the scenes in `examples/`, from the split that `tiny` was not trained on, and write the questions about them.
 
     python scripts/make_examples.py
 """
@@ -11,7 +11,7 @@ from mc_llava import scenes
 
 
 FOLDER = Path(__file__).parent.parent / "examples"
-# File -> the scene's number and the kinds of question. All are 1,500 pixels or more on their longer side.
+# File -> the scene's number and the kinds of questions. The longer side of each is at least 1,500 pixels.
 EXAMPLES = {"scene1.jpg": (1054, ("ocr", "attribute", "position")), "scene2.jpg": (1024, ("ocr", "attribute", "hard"))}
 
 

@@ -1,10 +1,10 @@
 """
-Draws `docs/answers.jpg`, the README's first picture: one question under more and more crops.
+Draw `docs/answers.jpg`, the README's first picture: one question, asked with more and more crops.
 
     python scripts/make_figures.py
 
-Each column has the crops over the scene, the sign as the sharpest of these crops shows it to the vision tower, and the
-answer of the command above it, which is run for that.
+Each column shows the crops over the scene, the sign as the vision tower gets it in the sharpest of these crops, and
+the answer of the command at the top of the column, which this script runs.
 """
 
 import json
@@ -24,8 +24,8 @@ PICTURE, SCENE, SIGN = ROOT / "examples" / "scene1.jpg", 1054, "blue"
 QUESTION, ANSWER = "What is written on the blue sign?", "3ZE"
 MAX_CROPS = (0, 4, 8, 32)
 
-# In pixels of the figure, which is shown at half its size.
-WIDTH, GAP = 384, 20  # of a column and between two
+# In pixels of the figure, which the README shows at half its size.
+WIDTH, GAP = 384, 20  # of a column, and between two columns
 TITLE, VIEW, REPLY = 50, 200, 100  # heights
 COLORS = ((255, 96, 64), (64, 200, 255), (255, 224, 64), (120, 255, 120))
 RIGHT, WRONG, GREY = (0, 120, 40), (190, 30, 30), (80, 80, 80)
@@ -34,13 +34,13 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
 def ask(max_crops: int) -> dict:
-    """What `mc-llava ask --json` prints."""
+    """The output of `mc-llava ask --json`."""
     command = [sys.executable, "-m", "mc_llava", "ask", PICTURE, QUESTION, "--max-crops", str(max_crops), "--json"]
     return json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
 def draw_frames(picture: Image.Image, boxes: list[Box]) -> Image.Image:
-    """The picture, `WIDTH` pixels wide, with thin frames. Neighbours overlap by half and are set inwards by turns."""
+    """The picture, `WIDTH` pixels wide, with thin frames. Neighbours overlap, so their insets differ."""
     scale = WIDTH / picture.width
     small = picture.resize((WIDTH, round(picture.height * scale)), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(small)
@@ -54,10 +54,11 @@ def draw_frames(picture: Image.Image, boxes: list[Box]) -> Image.Image:
 
 def view(box: Box, boxes: list[Box], pixels) -> Image.Image:
     """
-    What the tower gets of a box in the smallest crop that holds all of it, enlarged.
+    A box as the tower gets it in the smallest crop that contains it, enlarged.
 
     Args:
-        boxes: of the crops.
+        box: in pixels of the picture.
+        boxes: the boxes of the crops.
         pixels: float[crops, 3, side, side] in [-1, 1].
     """
     left, top, right, bottom = box

@@ -1,9 +1,9 @@
 """
 Write a random checkpoint in exactly the published layout: `python scripts/make_published_checkpoint.py FOLDER`.
 
-Tensor names, dtype, shards, configurations and tokenizer files are as on the Hub; the weights are random, so answers
-are gibberish. Small by default (9 MB), with --full-size the 3B (6.4 GB). The tokenizer has the published ids for
-special tokens and whitespace, and pairs of bytes in place of GPT-2's learned merges.
+Tensor names, dtype, shards, configurations and tokenizer files are as on the Hub. The weights are random, so answers
+are gibberish. The model is small by default (9 MB); --full-size writes the 3B's sizes (6.4 GB). The tokenizer has the
+published ids for special tokens and whitespace, and pairs of bytes instead of GPT-2's learned merges.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SPECIAL_TOKENS = {50256: "<|endoftext|>", 50295: "<|im_end|>", 50296: "<|im_star
 
 
 def published_config(sizes: dict) -> dict:
-    """`config.json` with the keys that matter of transformers 4.37's full dumps, nulls and stale code map included."""
+    """`config.json` with the relevant keys of transformers 4.37's full dumps, with nulls and the stale code map."""
     return {
         "auto_map": {
             "AutoConfig": "configuration_llava.LlavaConfig",
@@ -78,7 +78,7 @@ def published_config(sizes: dict) -> dict:
 
 
 def published_shapes(config: dict) -> dict[str, torch.Size]:
-    """The published names and shapes, read off transformers' own SigLIP (with its pooling head) and Phi."""
+    """The published names and shapes, taken from transformers' SigLIP (with its pooling head) and Phi."""
     leave_out = ("auto_map", "model_type", "max_length", "do_sample", "torch_dtype")
     text, vision = (
         {name: value for name, value in config[part].items() if value is not None and name not in leave_out}
@@ -99,7 +99,7 @@ def published_shapes(config: dict) -> dict[str, torch.Size]:
 
 
 def write_weights(folder: Path, shapes: dict[str, torch.Size], seed: int):
-    """Float16 in two shards or more of at most `SHARD_BYTES`, one shard in memory at a time."""
+    """Write float16 weights in two or more shards of at most `SHARD_BYTES`, one shard in memory at a time."""
     torch.manual_seed(seed)
     limit = min(SHARD_BYTES, 2 * sum(map(torch.Size.numel, shapes.values())) // 2 + 2**20)
     shards, size = [[]], 0

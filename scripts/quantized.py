@@ -1,8 +1,8 @@
 """
-Size, speed and agreement of quantised weights: `python scripts/quantized.py FOLDER [nf4] [int8] [int4]`.
+Measure size, speed and agreement of quantised weights: `python scripts/quantized.py FOLDER [nf4] [int8] [int4]`.
 
-Without a FOLDER that exists, a random checkpoint with Phi-2's heads, an eighth of its weights and a small vision tower
-is written there. Prints one line of JSON for full precision and for each way.
+If FOLDER doesn't exist, a random checkpoint with Phi-2's heads, an eighth of its weights and a small vision tower is
+written there. Prints one line of JSON for full precision and for each quantisation.
 """
 
 import json

@@ -1,16 +1,15 @@
 """
-Make tests/published/ of the published code's full recording: `python scripts/record_published.py FOLDER`.
+Make tests/published/ from a full recording of the published code: `python scripts/record_published.py FOLDER`.
 
-FOLDER holds `checkpoint/`, `images/`, `expected.json` and `expected.safetensors` (18 MB), as the published code gave
-them for a random checkpoint. What is kept (2.5 MB) is recorded, not computed here:
+FOLDER holds `checkpoint/`, `images/`, `expected.json` and `expected.safetensors` (18 MB), which the published code
+wrote for a random checkpoint. This script keeps 2.5 MB of the recorded values and computes none:
 
-- the boxes of all crops, and samples of their pixels for those images that a question is asked about (in lossless
-  WebP);
+- the boxes of all crops, and samples of their pixels for the images that a question is asked about (as lossless WebP);
 - every eighth visual token before and after the projector;
-- all weights but the vocabulary's, of which these rows stay: the embeddings of all tokens that occur, and of the head
-  also every hundredth row and the runners-up of each generated token. The logits of these rows are kept.
+- all weights, but only some rows of the vocabulary's: the embeddings of all tokens that occur and, for the head, also
+  every hundredth row and the runners-up of each generated token. The logits of these rows are kept.
 
-The head is linear in 40 hidden values, which these rows determine: where their logits are right, the others are, too.
+The head is linear in 40 hidden values, which these rows determine: if their logits are right, so are all others.
 """
 
 import argparse
@@ -41,7 +40,7 @@ def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def runners_up(folder: Path, rows: list[dict]) -> set[int]:
-    """The tokens with the greatest logits at each step of the recorded answers."""
+    """The tokens with the highest logits at each step of the recorded answers."""
     model = MCLlavaForConditionalGeneration.from_pretrained(folder / "checkpoint", dtype=torch.float32)
     processor = MCLlavaProcessor.from_pretrained(folder / "checkpoint")
     found = set()
@@ -95,7 +94,7 @@ def record(folder: Path, target: Path):
 
 
 def restore_checkpoint(recorded: Path, folder: Path) -> Path:
-    """A checkpoint in the published layout, without a tokenizer. It never generates a token whose row is not kept."""
+    """Write a checkpoint in the published layout, without a tokenizer. It generates only tokens with kept rows."""
     expected, weights = load_file(recorded / "expected.safetensors"), load_file(recorded / "weights.safetensors")
     for name, which in VOCABULARY.items():
         full = weights[name].new_full((51200, *weights[name].shape[1:]), NEVER if name.endswith("bias") else 0.0)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs ruff, basedpyright and every test but vLLM's in a virtual environment that it makes, all of them whatever fails before.
+# Runs ruff, basedpyright and all tests except vLLM's in a new virtual environment. It doesn't stop at a failure.
 #
 #   bash scripts/test.sh                        the versions in scripts/pins/
-#   bash scripts/test.sh transformers==5.19.0   the same, but for what is named
-#   bash scripts/test.sh --newest               the newest versions, torch's apart: see scripts/pin.sh
+#   bash scripts/test.sh transformers==5.19.0   the same, except for the named packages
+#   bash scripts/test.sh --newest               the newest versions, except torch's: see scripts/pin.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ ! -x /usr/bin/chromium ]; then
@@ -25,7 +25,7 @@ check() {
 }
 
 replaced=$(printf "|%s==.*" "${@%%[=<>~!]*}")
-use_pins() { # NAME: what pip is constrained to from here on
+use_pins() { # NAME: sets pip's constraints from here on
   cp scripts/pins/torch.txt "$environment/constraints.txt"
   if ! $newest; then
     grep --invert-match --line-regexp --extended-regexp "#.*$replaced" "scripts/pins/$1.txt" \
@@ -33,28 +33,28 @@ use_pins() { # NAME: what pip is constrained to from here on
   fi
 }
 
-pip() { # the build's constraints are apart in recent versions of pip
+pip() { # recent versions of pip have separate constraints for builds
   PIP_CONSTRAINT="$environment/constraints.txt" PIP_BUILD_CONSTRAINT="$environment/constraints.txt" \
     "$environment/bin/pip" "$@"
 }
 
 python3 -m venv --clear "$environment"
 use_pins test
-# lmms-eval, to compare with. All that it asks for is gigabytes, of which running it needs little.
+# lmms-eval, to compare with. Its dependencies take gigabytes, and few of them are needed here.
 check pip install --quiet --requirement tests/lmms_eval.txt --editable ".[test]" "$@"
 check pip install --quiet --no-deps lmms-eval==0.7.3
 pip list | grep -E "^(torch|transformers|pillow|numpy) "
 check "$environment/bin/ruff" check
 check "$environment/bin/ruff" format --check
 check "$environment/bin/basedpyright" --pythonpath "$environment/bin/python"
-# Two files at a time, of one thread each: most tests wait for a process or for Python.
+# Two files at a time with one thread each: most tests wait for a process or for Python.
 export OMP_NUM_THREADS=1
 check "$environment/bin/python" -m pytest --numprocesses 2 --dist loadfile "${end_to_end[@]/#/--ignore=}"
 unset OMP_NUM_THREADS
 
-# Gradio wants an older Pillow, whose resizing differs from that of the published code's recorded outputs: it comes last.
+# These come last because Gradio requires an older Pillow, which resizes differently than the recorded outputs expect.
 use_pins end-to-end
-check pip uninstall --quiet --yes lmms-eval # or pip complains of all that it lacks
+check pip uninstall --quiet --yes lmms-eval # otherwise pip reports its missing dependencies
 check pip install --quiet --editable ".[test,end-to-end]" "$@"
 check "$environment/bin/python" -m pytest "${end_to_end[@]}"
 

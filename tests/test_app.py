@@ -86,7 +86,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, url):
-    """The page, which may ask nobody but its own server."""
+    """The page, which may send requests only to its server."""
     strangers = []
 
     def watch(request):
@@ -227,7 +227,7 @@ def test_errors_are_words(page, trial, tmp_path):
 
 
 def test_a_broken_upload_by_the_api(url, tmp_path):
-    """Its error holds no place on the server either, whatever the file is called."""
+    """The error shows no path of the server either, whatever the file is called."""
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nno picture\r\n--x--\r\n'
     request = urllib.request.Request(
         f"{url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}

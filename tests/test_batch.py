@@ -1,4 +1,4 @@
-"""`mc-llava batch` on each kind of input, killed and gone on with, and on a Ray cluster of two workers."""
+"""`mc-llava batch` on each kind of input, killed and resumed, and on a Ray cluster of two workers."""
 
 import importlib.util
 import json
@@ -149,7 +149,7 @@ def test_image_beside_images_and_empty_cells(tmp_path):
     assert [len(images) for _, images in read] == [1, 2, 0, 0, 0, 0]
     errors = [record.get("error", "") for record, _ in read]
     assert errors[:3] == [""] * 3 and "both image and images" in errors[3]
-    assert "no regular file" in errors[4] and "no question" in errors[5]
+    assert "not a regular file" in errors[4] and "no question" in errors[5]
     assert read_rows(tmp_path / "rows.jsonl", "What is it?")[5][0]["question"] == "What is it?"
 
 
@@ -276,7 +276,7 @@ def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypat
     for changes, message in (
         ({"max_new_tokens": 5}, "has max_new_tokens 4, this run 5"),
         ({"source": str(folder / "images"), "question": "What?"}, "choose another output"),
-        ({"source": os.path.relpath(folder / "rows.jsonl")}, "division by zero"),  # the same, and so the run goes on
+        ({"source": os.path.relpath(folder / "rows.jsonl")}, "division by zero"),  # the same file, so the run resumes
     ):
         with pytest.raises((ValueError, ZeroDivisionError), match=message):
             run(job(folder, converted, **changes), output)

@@ -61,9 +61,9 @@ def test_forward_takes_either(model, kept, name):
 def test_both_at_once_are_refused(model, kept):
     cache, ids = kept
     both = dict.fromkeys(NAMES, cache)
-    with pytest.raises(ValueError, match="two names of one thing"):
+    with pytest.raises(ValueError, match="two names for the same argument"):
         model.generate(ids, **both)
-    with pytest.raises(ValueError, match="two names of one thing"):
+    with pytest.raises(ValueError, match="two names for the same argument"):
         model(ids, **both)
 
 

@@ -122,7 +122,7 @@ class TestWeights:
         assert small_model().hash_encoder() == copy.deepcopy(model).hash_encoder() == model.hash_encoder()
 
     def test_weights_on_a_disk_are_refused(self, inputs):
-        with pytest.raises(ValueError, match="offloaded to a disk"):
+        with pytest.raises(ValueError, match="offloaded to disk"):
             small_model().to("meta").hash_encoder()
 
     def test_an_adapter_that_is_switched_off_is_noticed(self, processor):
@@ -342,7 +342,7 @@ class TestFeatureCache:
         assert (cache.hits, cache.misses) == (1, 1)
 
     def test_wrong_arguments(self, processor):
-        with pytest.raises(ValueError, match="pass model, too"):
+        with pytest.raises(ValueError, match="pass model as well"):
             processor("What?", IMAGES[0], feature_cache=FeatureCache())
         with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
             FeatureCache(-1)

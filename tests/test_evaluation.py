@@ -344,7 +344,7 @@ class TestGqa:
 
 
 def option_likelihoods_by_forward(engine: Engine, question: str, options, image) -> list[tuple[float, int]]:
-    """Each option in a forward pass of its own, from the loss on it."""
+    """Each option in a separate forward pass, from its loss."""
     found = []
     for option in options:
         start = prompt(question)
@@ -690,7 +690,7 @@ class TestFailures:
     ],
 )
 def test_what_is_asked_of_the_hub(task, calls, limit, engine, images, tmp_path, monkeypatch):
-    """There is no Hub here: the package that would ask it is asked what it was asked."""
+    """There is no Hub here: records the calls to the package that would download from it."""
     asked = []
 
     def load_dataset(path, name, *, split, streaming):

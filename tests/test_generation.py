@@ -195,7 +195,7 @@ def test_chunks_of_the_short_form(model, processor):
 
 
 class TestConversationsInACache:
-    """The second turn's ids go on from the first turn's sequences and cache."""
+    """The second turn's ids continue the first turn's sequences and cache."""
 
     def turns(self, model, processor, images):
         first = processor(TEXTS[1], IMAGES[1])
@@ -216,7 +216,7 @@ class TestConversationsInACache:
 
     def test_a_place_without_an_image(self, model, processor):
         cache, ids, _ = self.turns(model, processor, IMAGES[2:3])
-        with pytest.raises(ValueError, match="<image> tokens but no image came"):
+        with pytest.raises(ValueError, match="<image> tokens but got no images"):
             model.generate(ids, cache=cache)
 
 
@@ -322,5 +322,5 @@ class TestContext:
 
 def test_a_place_without_an_image_is_refused(model, processor):
     inputs = processor.tokenizer([prompt("What?")], return_tensors="pt")
-    with pytest.raises(ValueError, match="the prompt has 1 <image> tokens but no image came"):
+    with pytest.raises(ValueError, match="the prompt has 1 <image> tokens but got no images"):
         model.generate(**inputs)

@@ -252,7 +252,7 @@ class TestShapes:
     @pytest.mark.parametrize("value", [-1, 10**400, float("nan"), float("inf"), 1e-300, "1", True, [1]], ids=str)
     def test_numbers_out_of_range(self, handler, trial, name, value):
         if (name, value) == ("top_p", 1e-300):
-            pytest.skip("which keeps the likeliest token")
+            pytest.skip("which keeps the most likely token")
         content = [{"type": "image", "base64": encoded(trial)}, {"type": "text", "text": "What?"}]
         request = {"messages": [{"role": "user", "content": content}], name: value, "do_sample": True}
         with pytest.raises(ValueError, match=f"{name} must be an? (integer|number) from"):

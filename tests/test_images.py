@@ -156,7 +156,7 @@ def test_a_pipe_a_device_and_a_folder_are_not_read(tmp_path):
     try:
         for path in (tmp_path / "pipe.png", Path("/dev/zero"), tmp_path):
             for source in (path, str(path)):
-                with pytest.raises(ValueError, match="no regular file"):
+                with pytest.raises(ValueError, match="not a regular file"):
                     load_image(source)
     finally:
         signal.alarm(0)
@@ -165,9 +165,9 @@ def test_a_pipe_a_device_and_a_folder_are_not_read(tmp_path):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        ("no-such-file.png", "no-such-file.png is no file, no http"),
+        ("no-such-file.png", "no-such-file.png is neither a file, an http"),
         ("data:image/png,abc", "without base64"),
-        ("no-such-fïle.png", "no-such-fïle.png is no file, no http"),
+        ("no-such-fïle.png", "no-such-fïle.png is neither a file, an http"),
         ("http://exa mple.com/x.png", "cannot read the image http://exa mple"),
         ("http://localhost:abc/", "cannot read the image http://localhost:abc/"),
         ("http://[::1/", r"cannot read the image http://\[::1/"),

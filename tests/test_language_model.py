@@ -198,7 +198,7 @@ def test_the_loss_of_looking_falls_with_the_share_of_the_right_crops():
     def loss():
         return language_model.looking_loss(layers, attentions, hidden_states, **looks).item()
 
-    # Two fifths of the attention in both layers; nothing known of the one name's place in either layer behind it.
+    # Two fifths of the attention in both layers; nothing known of the one name's place in either layer after it.
     places = language_model.PLACE_WEIGHT * 2 * 0.375
     assert loss() == pytest.approx(-2 * math.log(0.4) + places, rel=1e-4)
     attentions[1][0, :2, 3] = torch.tensor([0, 0.5, 0.5, 0, 0])  # the third head is free
@@ -419,7 +419,7 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     assert shards == cached()
     checkpoints = {path.name for path in (tmp_path / "tiny-work").glob("*/checkpoint-*")}
     assert checkpoints == {"checkpoint-2"}, "what is finished took further steps"
-    # Another tower's features, or a language model on them, are not gone on with.
+    # A run doesn't resume with another tower's features, or with a language model trained on them.
     longer = replace(recipe, tower=replace(stage, steps=3))
     for name in ("images", "language_model"):
         with pytest.raises(ValueError, match=f"{name} was made with tower.steps 2, the recipe has 3: remove the fold"):

@@ -207,7 +207,7 @@ def inconsistent(**changes):
         (inconsistent(crop_num_tokens=lambda x: x - 1), "the rows have"),
         (inconsistent(without=["crop_num_tokens"]), "pixel_values need crop_num_tokens"),
         (inconsistent(without=["crop_coords"]), "pixel_values, crop_coords and crop_num_tokens describe"),
-        (inconsistent(without=IMAGE_FIELDS), "<image> tokens but no image came"),
+        (inconsistent(without=IMAGE_FIELDS), "<image> tokens but got no images"),
         (inconsistent(features=lambda f: [None]), "tensor for each image, got NoneType"),
         (inconsistent(without=["input_ids"]), "pass either input_ids or inputs_embeds"),
         (inconsistent(features=lambda f: f[:-1]), "the rows have"),

@@ -1,4 +1,4 @@
-"""Our model beside a plain composition of transformers' SigLIP and Phi, on a checkpoint in the published layout."""
+"""Our model against a plain composition of transformers' SigLIP and Phi, on a checkpoint in the published layout."""
 
 import json
 

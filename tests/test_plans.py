@@ -51,7 +51,7 @@ def test_boxes_are_of_the_picture_after_its_orientation():
     turned = image_processor(content.getvalue(), plans=[box], return_tensors="pt")
     upright = image_processor(load_image(content.getvalue()), plans=[box], return_tensors="pt")
     assert torch.equal(turned["pixel_values"], upright["pixel_values"])
-    with pytest.raises(ValueError, match="reaches out of the 200 x 120 pixels"):
+    with pytest.raises(ValueError, match="extends beyond the 200 x 120 pixels"):
         image_processor(WIDE, plans=[box])
 
 
@@ -59,10 +59,10 @@ def test_boxes_are_of_the_picture_after_its_orientation():
     "plan, message",
     [
         ([], "hold at least one"),
-        ([(0, 0, 201, 120)], r"\(0, 0, 201, 120\) is empty or reaches out of the 200 x 120 pixels"),
-        ([(-1, 0, 20, 20)], "is empty or reaches out"),
-        ([(20, 0, 20, 20)], "is empty or reaches out"),
-        ([(0, 30, 20, 20)], "is empty or reaches out"),
+        ([(0, 0, 201, 120)], r"\(0, 0, 201, 120\) is empty or extends beyond the 200 x 120 pixels"),
+        ([(-1, 0, 20, 20)], "is empty or extends beyond"),
+        ([(20, 0, 20, 20)], "is empty or extends beyond"),
+        ([(0, 30, 20, 20)], "is empty or extends beyond"),
         ([(0, 0, 20.0, 20)], "a box's edge must be an integer, got 20.0"),
         ([(0, 0, True, 20)], "a box's edge must be an integer, got True"),
         ([(0, 0, 20)], "must be a list of boxes"),

@@ -18,7 +18,7 @@ from mc_llava.training import PARTS, Collator, Recipe, build_recipe, check, read
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A model folder and, beside it, images and both kinds of data."""
+    """A folder with a model, images and both kinds of data."""
     folder = tmp_path_factory.mktemp("training")
     write_untrained_tiny(folder / "model", layers=1)
 

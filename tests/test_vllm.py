@@ -1,7 +1,7 @@
 """
 vLLM's engine and server on a folder made by `convert`, against `generate`.
 
-vLLM is gigabytes: `bash scripts/test_vllm.sh` installs it beside the package and runs these tests alone.
+vLLM is gigabytes: `bash scripts/test_vllm.sh` installs it with the package and runs only these tests.
 """
 
 import base64

@@ -1,7 +1,7 @@
 """
 `mc-llava train` as one of several processes, and what it saw: see test_sharded_training.py.
 
-accelerate shards on accelerators alone. torch shards on a CPU, too: here accelerate is told to go on.
+accelerate shards on accelerators alone. torch shards on a CPU, too: here accelerate is told to do so.
 """
 
 import json

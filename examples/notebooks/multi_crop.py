@@ -1,11 +1,12 @@
 # %% [markdown]
 # # MC-LLaVA: what the two knobs do
 #
-# `max_crops` bounds the crops in addition to the whole picture, `num_tokens` the visual tokens that all crops share.
-# More crops show smaller things, and cost time in the vision tower; more tokens cost room in the prompt.
+# `max_crops` limits the number of crops in addition to the whole picture, and `num_tokens` the number of visual tokens
+# that all crops share. More crops show smaller things and take more time in the vision tower. More tokens take more
+# room in the prompt.
 
 # %%
-# What Colab lacks. The repository is the model's own: all of it is fetched but the weights in its root, 6.4 GB.
+# On Colab, install the package from the model's repository, without the 6.4 GB of weights in its root.
 import importlib.util
 
 from huggingface_hub import snapshot_download
@@ -33,7 +34,7 @@ from mc_llava.folders import TINY
 from mc_llava.loading import load_model, load_processor
 
 
-# The small checkpoint that is bundled knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
+# The bundled `tiny` knows only drawn scenes. For photographs, use visheratin/MC-LLaVA-3b (6.4 GB).
 MODEL = os.environ.get("MC_LLAVA_MODEL", "tiny")
 NUM_SCENES = int(os.environ.get("NUM_SCENES", 40))
 engine = Engine(load_model(MODEL), load_processor(MODEL), max_new_tokens=24)
@@ -50,7 +51,7 @@ def ask(picture, question: str, **knobs) -> Reply:
 # %% [markdown]
 # ## More and more crops of one picture
 #
-# The sign of the question is too small to be read in the whole picture.
+# The sign that the question is about is too small to be read in the whole picture.
 
 # %%
 SCENE = 1054
@@ -80,10 +81,10 @@ for num_tokens in (MOST_TOKENS // 4, MOST_TOKENS // 2, MOST_TOKENS):
 # %% [markdown]
 # ## The study
 #
-# `mc-llava study` asked `tiny` 500 questions of each kind, and drew this.
+# `mc-llava study` asked `tiny` 500 questions of each kind and drew this plot.
 
 # %%
-for folder in (Path("MC-LLaVA"), TINY.parent):  # as the first cell fetched it, or a clone
+for folder in (Path("MC-LLaVA"), TINY.parent):  # downloaded by the first cell, or a clone
     if (plot := folder / "docs" / "study_crops.png").exists():
         display(Image(plot))
         break
@@ -91,7 +92,7 @@ for folder in (Path("MC-LLaVA"), TINY.parent):  # as the first cell fetched it, 
 # %% [markdown]
 # ## A small study
 #
-# One question of each kind about scenes that no training saw: the share of right answers, and what the crops cost.
+# One question of each kind per scene, about scenes that were not used in training: accuracy and cost.
 
 # %%
 shares = {kind: [] for kind in scenes.KINDS}

@@ -1,10 +1,10 @@
 # %% [markdown]
 # # MC-LLaVA: load, ask, look at the crops
 #
-# The model reads a picture as a whole and as a grid of overlapping crops, and keeps a few tokens of each.
+# The model reads the whole picture and a grid of overlapping crops, and keeps a few tokens of each.
 
 # %%
-# What Colab lacks. The repository is the model's own: all of it is fetched but the weights in its root, 6.4 GB.
+# On Colab, install the package from the model's repository, without the 6.4 GB of weights in its root.
 import importlib.util
 
 from huggingface_hub import snapshot_download
@@ -26,7 +26,7 @@ from mc_llava.crop_grid import draw_crop_grid
 from mc_llava.folders import find_model
 
 
-# The small checkpoint that is bundled knows drawn scenes alone; visheratin/MC-LLaVA-3b, 6.4 GB, knows photographs.
+# The bundled `tiny` knows only drawn scenes. For photographs, use visheratin/MC-LLaVA-3b (6.4 GB).
 MODEL = find_model(os.environ.get("MC_LLAVA_MODEL", "tiny"))
 device = "cuda" if torch.cuda.is_available() else "cpu"
 model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto", use_safetensors=True).to(device)
@@ -35,10 +35,10 @@ processor = MCLlavaProcessor.from_pretrained(MODEL)
 # %% [markdown]
 # ## Ask
 #
-# The picture is a drawn scene with small signs. Its question has one right answer.
+# The picture is a drawn scene with small signs. The question has one right answer.
 
 # %%
-SCENE = 1054  # any number: the scenes of this split are not those of the training
+SCENE = 1054  # any number: no scene of this split was used in training
 scene = scenes.make_scene(SCENE, "test")
 picture = scenes.draw_scene(scene)
 question = scenes.benchmark_question(SCENE, "ocr")
@@ -59,7 +59,8 @@ print("Right:", scenes.is_correct(question.key, reply), f"({question.key})")
 # %% [markdown]
 # ## Look at the crops
 #
-# `max_crops` bounds their number in addition to the whole picture, `num_tokens` the visual tokens that they share.
+# `max_crops` limits the number of crops in addition to the whole picture, and `num_tokens` the number of visual tokens
+# that all crops share.
 
 # %%
 plan = processor.image_processor.plan(*picture.size)
@@ -69,7 +70,7 @@ draw_crop_grid(picture, plan)
 # %% [markdown]
 # ## Ask again
 #
-# The vision tower takes most of the time. What it gave is kept and asked again without it.
+# The vision tower takes most of the time. `encode_images` runs it once, and further questions reuse its outputs.
 
 # %%
 encoded = model.encode_images(**inputs)
