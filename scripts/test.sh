@@ -4,17 +4,22 @@
 #   bash scripts/test.sh                        the versions in scripts/pins/
 #   bash scripts/test.sh transformers==5.19.0   the same, except for the named packages
 #   bash scripts/test.sh --newest               the newest versions, except torch's: see scripts/pin.sh
+#   bash scripts/test.sh --not-slow PACKAGE...  only the tests that are not marked slow, as CI does on older releases
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ ! -x /usr/bin/chromium ]; then
   echo "scripts/test.sh: the tests of app.py need /usr/bin/chromium: apt-get install chromium" >&2
   exit 1
 fi
-newest=false
-if [ "${1:-}" = --newest ]; then
-  newest=true
+newest=false not_slow=false
+while [[ "${1:-}" == --* ]]; do
+  case "$1" in
+    --newest) newest=true ;;
+    --not-slow) not_slow=true ;;
+    *) echo "scripts/test.sh: unknown option $1" >&2 && exit 2 ;;
+  esac
   shift
-fi
+done
 environment="${TEST_ENVIRONMENT:-.venv-test}"
 end_to_end=(tests/test_app.py tests/test_serve.py tests/test_notebooks.py)
 failed=()
@@ -44,19 +49,21 @@ use_pins test
 check pip install --quiet --requirement tests/lmms_eval.txt --editable ".[test]" "$@"
 check pip install --quiet --no-deps lmms-eval==0.7.3
 pip list | grep -E "^(torch|transformers|pillow|numpy) "
-check "$environment/bin/ruff" check
-check "$environment/bin/ruff" format --check
-check "$environment/bin/basedpyright" --pythonpath "$environment/bin/python"
 # Two files at a time with one thread each: most tests wait for a process or for Python.
-export OMP_NUM_THREADS=1
-check "$environment/bin/python" -m pytest --numprocesses 2 --dist loadfile "${end_to_end[@]/#/--ignore=}"
-unset OMP_NUM_THREADS
-
-# These come last because Gradio requires an older Pillow, which resizes differently than the recorded outputs expect.
-use_pins end-to-end
-check pip uninstall --quiet --yes lmms-eval # otherwise pip reports its missing dependencies
-check pip install --quiet --editable ".[test,end-to-end]" "$@"
-check "$environment/bin/python" -m pytest "${end_to_end[@]}"
+main=(env OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest --numprocesses 2 --dist loadfile "${end_to_end[@]/#/--ignore=}")
+if $not_slow; then
+  check "${main[@]}" -m "not slow"
+else
+  check "$environment/bin/ruff" check
+  check "$environment/bin/ruff" format --check
+  check "$environment/bin/basedpyright" --pythonpath "$environment/bin/python"
+  check "${main[@]}"
+  # These come last because Gradio requires an older Pillow, which resizes differently than the recorded outputs expect.
+  use_pins end-to-end
+  check pip uninstall --quiet --yes lmms-eval # otherwise pip reports its missing dependencies
+  check pip install --quiet --editable ".[test,end-to-end]" "$@"
+  check "$environment/bin/python" -m pytest "${end_to_end[@]}"
+fi
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf "FAILED: %s\n" "${failed[@]}" >&2
