@@ -242,7 +242,12 @@ def test_the_projector_starts_where_all_directions_count_the_same(model):
     mixing, scales = torch.linalg.qr(torch.randn(32, 32)).Q, torch.logspace(-0.5, 0.5, 32)
     images = [
         language_model.CachedImage(
-            0, (0, 2), (torch.randn(2, 32) * scales) @ mixing + 5, torch.zeros(1, 2), torch.tensor([2])
+            0,
+            (0, 2),
+            (torch.randn(2, 32) * scales) @ mixing + 5,
+            torch.zeros(1, 4),
+            torch.zeros(1, 2),
+            torch.tensor([2]),
         )
         for _ in range(500)
     ]
@@ -259,7 +264,8 @@ def test_each_time_around_all_images_have_their_turn_and_other_conversations():
     budgets = [(0, 20), (8, 20), (16, 20), (32, 20), (64, 20)]
     nothing = torch.zeros(0)
     images = [
-        language_model.CachedImage(seed, budget, nothing, nothing, nothing) for seed, budget in enumerate(budgets)
+        language_model.CachedImage(seed, budget, nothing, nothing, nothing, nothing)
+        for seed, budget in enumerate(budgets)
     ]
     stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=3)
 
@@ -412,7 +418,7 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work/images").glob("*.safetensors")}
 
     shards = cached()
-    assert set(shards) == {"0-3.safetensors", "3-5.safetensors"}
+    assert set(shards) == {"scenes-0-3.safetensors", "scenes-3-5.safetensors"}
     language_model.train_tiny(recipe)
     again = MCLlavaForConditionalGeneration.from_pretrained(output).state_dict()
     assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())

@@ -162,10 +162,11 @@ class CachedImage(NamedTuple):
     seed: int  # of the scene
     budget: tuple[int, int]  # max_crops, num_tokens
     features: torch.Tensor  # float16[tokens, vision_hidden], without coordinates
+    boxes: torch.Tensor  # int64[crops, 4]
     coords: torch.Tensor  # float32[crops, 2]
     num_tokens: torch.Tensor  # int64[crops]
 
-    TENSORS = ("features", "coords", "num_tokens")
+    OF_CROPS = ("boxes", "coords", "num_tokens")
 
 
 class SceneCrops(torch.utils.data.Dataset):
@@ -194,7 +195,8 @@ def encode_scenes(model, processor, seeds, split: str, budgets, workers: int = 0
         kept = inputs["crop_num_tokens"]
         with torch.autocast(device.type, torch.bfloat16):
             features = model.model.keep_last(model.model.encode_crops(inputs["pixel_values"].to(device)), kept)
-        images.append(CachedImage(seed, budget, features.half().cpu(), inputs["crop_coords"], kept))
+        of_crops = inputs["crop_boxes"], inputs["crop_coords"], kept
+        images.append(CachedImage(seed, budget, features.half().cpu(), *of_crops))
     return images
 
 
@@ -203,25 +205,25 @@ def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> li
     The first `count` training scenes, each under a budget drawn from `CROP_BUDGETS`. Those that an earlier run left in
     `folder` are reused.
     """
-    images = []
+    images, names = [], ("features", *CachedImage.OF_CROPS)
     folder.mkdir(parents=True, exist_ok=True)
     for start in tqdm(range(0, count, SHARD), desc="Encoding scenes", unit_scale=SHARD, unit="scene"):
         seeds = range(start, min(start + SHARD, count))
-        path = folder / f"{seeds.start}-{seeds.stop}.safetensors"
+        path = folder / f"scenes-{seeds.start}-{seeds.stop}.safetensors"
         rng = random.Random(start)
         budgets = []
         for max_crops in rng.choices(list(CROP_BUDGETS), list(CROP_BUDGETS.values()), k=len(seeds)):
             budgets.append((max_crops, NUM_TOKENS if rng.random() < 0.7 else rng.randint(48, 256)))
         if not path.exists():
             shard = encode_scenes(model, processor, seeds, "train", budgets, workers)
-            tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in CachedImage.TENSORS}
+            tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in names}
             tensors["crops"] = torch.tensor([len(image.coords) for image in shard])
             with replacing(path) as file:
                 file.write(save(tensors))
         shard = load_file(path)
         crops = shard["crops"].tolist()
         tokens = [int(kept.sum()) for kept in shard["num_tokens"].split(crops)]
-        parts = shard["features"].split(tokens), shard["coords"].split(crops), shard["num_tokens"].split(crops)
+        parts = shard["features"].split(tokens), *(shard[name].split(crops) for name in CachedImage.OF_CROPS)
         images += [CachedImage(seed, budget, *image) for seed, budget, image in zip(seeds, budgets, zip(*parts))]
     return images
 
@@ -357,7 +359,7 @@ class SceneCollator:
     """
 
     def __init__(self, processor, images: list[CachedImage], captions: float, turns: int):
-        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
+        self.tokenizer = processor.tokenizer
         self.image_token_id = processor.image_token_id
         self.images, self.captions, self.turns = images, captions, turns
 
@@ -401,13 +403,11 @@ class SceneCollator:
 
     def last_tokens_showing(self, image: CachedImage, scene: Scene) -> dict[Thing, list[int]]:
         """Thing -> the last token of each crop in which it and its neighbor can be told, of the image's tokens."""
-        max_crops, num_tokens = image.budget
-        plan = self.image_processor.plan(scene.width, scene.height, max_crops=max_crops, num_tokens=num_tokens)
         last = (image.num_tokens.cumsum(0) - 1).tolist()
         showing = {}
         for group in scene.groups:
             box, glyph = outline(group), min(thing.glyph for thing in group)
-            heights = [legible_height(box, glyph, [crop.box]) for crop in plan]
+            heights = [legible_height(box, glyph, [crop]) for crop in image.boxes.tolist()]
             showing |= dict.fromkeys(group, [token for token, height in zip(last, heights) if height >= READABLE])
         return showing
 
