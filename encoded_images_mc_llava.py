@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .crops_mc_llava import Crop
+from .crops_mc_llava import Crop, check_plans
 from .image_loading_mc_llava import load_image
 
 
@@ -145,6 +145,23 @@ class EncodedImages:
         return {name: value for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
 
 
+def is_encoded(value) -> bool:
+    """
+    Whether a value is an `EncodedImages`. Each copy of the code that transformers loads defines the class again, so
+    isinstance can't be used.
+    """
+    return hasattr(value, "weights_hash")
+
+
+def check_weights(images: list[EncodedImages], weights_hash: str):
+    """Raise a ValueError if images were encoded with weights of another hash."""
+    if any(image.weights_hash != weights_hash for image in images):
+        raise ValueError(
+            "the images were encoded with other weights of vision tower, coordinate embedding or projector "
+            "(or another dtype): encode them again with this model"
+        )
+
+
 def hash_tensors(tensors) -> str:
     """
     A hash of the bits, dtypes and shapes of tensors, the same on every device.
@@ -219,15 +236,18 @@ class FeatureCache:
             ValueError: as `load_image`, the image processor and `get_image_features` do, if the numbers of plans and
                 images differ, or if weights are offloaded to disk.
         """
-        if plans is not None and len(plans) != len(images):
+        if plans is not None and len(plans := check_plans(plans)) != len(images):
             raise ValueError(f"got {len(plans)} plans for {len(images)} images: pass a plan for each image, in order")
+        if not images:
+            return []  # and no weights are read for it
         encoder, device = model.hash_encoder(), model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
         found = []
         for index, image in enumerate(images):
             chosen = options if plans is None else {**options, "plans": [plans[index]]}
+            picture = load_image(image, options.get("input_data_format"))
             settings = json.dumps({**image_processor.to_dict(), **chosen}, sort_keys=True, default=_to_json)
-            found.append(self._encode(model, image_processor, load_image(image), chosen, (settings, encoder, dtype)))
+            found.append(self._encode(model, image_processor, picture, chosen, (settings, encoder, dtype)))
         return found
 
     def _encode(self, model, image_processor, image: Image.Image, options: dict, made_by: tuple) -> EncodedImages:
@@ -257,4 +277,11 @@ def _to_json(value):
     return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
-__all__ = ["EncodedImages", "FeatureCache", "count_image_tokens", "hash_tensors"]
+__all__ = [
+    "EncodedImages",
+    "FeatureCache",
+    "check_weights",
+    "count_image_tokens",
+    "hash_tensors",
+    "is_encoded",
+]

@@ -19,6 +19,7 @@ from .encoded_images_mc_llava import count_image_tokens
 # The installed transformers' name for the keys and values of earlier tokens, `cache` since 5.24. Callers may use
 # either name; calls to transformers use this one.
 CACHE_NAMES = ("cache", "past_key_values")
+IMAGE_FIELDS = ("pixel_values", "crop_coords", "crop_num_tokens", "image_grid_thw", "crop_boxes")
 CACHE = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
@@ -154,6 +155,12 @@ class MCLlavaGenerationMixin(GenerationMixin):
             kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, request.encoded["image"].pooler_output)
         elif request.encoded:
             kwargs["mm_encoder_outputs"] = request.encoded
+        elif request.tokens_per_image and any(
+            self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
+        ):
+            # The sequences' states and attentions are wanted: those of the tower take a second pass and much memory.
+            images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
 
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask

@@ -239,10 +239,12 @@ class EndpointHandler:
                 f"{len(images)} images have {tokens} tokens, the context {limit}: pass fewer, or num_tokens="
                 f"{limit // (len(images) + 1)}"
             )
-        encoded = self.cache.encode(self.model, self.processor.image_processor, images, plans=plans)
         prompt = self.processor.apply_chat_template(conversation, add_generation_prompt=True)
         inputs = self.processor.tokenizer(prompt, return_tensors="pt").to(self.model.device)
         prompt_length = inputs["input_ids"].shape[1]
+        if prompt_length >= limit:
+            raise ValueError(f"the text has {prompt_length} tokens, the context {limit}: shorten the text")
+        encoded = self.cache.encode(self.model, self.processor.image_processor, images, plans=plans)
         output = self.model.generate(
             **inputs,
             image_features=[image.features for image in encoded],

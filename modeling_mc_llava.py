@@ -29,7 +29,7 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mc_llava import MCLlavaConfig
-from .encoded_images_mc_llava import EncodedImages, count_image_tokens, hash_tensors
+from .encoded_images_mc_llava import EncodedImages, check_weights, count_image_tokens, hash_tensors, is_encoded
 from .generation_mc_llava import CACHE, CACHE_NAMES, MCLlavaGenerationMixin, one_cache
 
 
@@ -56,7 +56,10 @@ class MCLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 if CACHE != "cache":  # so that code for 5.24 and later runs on older releases
     for output_class in (MCLlavaModelOutputWithPast, MCLlavaCausalLMOutputWithPast):
-        output_class.cache = property(lambda output: output[CACHE] if CACHE in output else None)
+        output_class.cache = property(
+            lambda output: output[CACHE] if CACHE in output else None,
+            lambda output, value: setattr(output, CACHE, value),
+        )
 
 
 class MCLlavaCoordinateEmbedding(nn.Sequential):
@@ -476,16 +479,11 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             return {name: copy.copy(output) for name, output in (mm_encoder_outputs or {}).items()} or None
         if mm_encoder_outputs:
             raise ValueError("pass either image_features or mm_encoder_outputs, not both")
-        # Each copy of the code that transformers loads defines EncodedImages again, so isinstance can't be used.
-        given = [image_features] if hasattr(image_features, "weights_hash") else list(image_features)
-        encoded = [entry for entry in given if hasattr(entry, "weights_hash")]
-        if encoded and {entry.weights_hash for entry in encoded} != {self.hash_encoder()}:
-            raise ValueError(
-                "the images were encoded with other weights of vision tower, coordinate embedding or projector "
-                "(or another dtype): encode them again with this model"
-            )
+        given = [image_features] if is_encoded(image_features) else list(image_features)
+        if encoded := [entry for entry in given if is_encoded(entry)]:
+            check_weights(encoded, self.hash_encoder())
         image_features = [
-            features for entry in given for features in (entry.split() if hasattr(entry, "weights_hash") else [entry])
+            features for entry in given for features in (entry.split() if is_encoded(entry) else [entry])
         ]
         hidden_size = self.config.text_config.hidden_size
         for features in image_features:

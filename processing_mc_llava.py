@@ -3,6 +3,7 @@
 The processor handles text. The image processor decides where crops are and how many tokens they give.
 """
 
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .crops_mc_llava import make_plans, refuse_unknown
+from .encoded_images_mc_llava import is_encoded
 from .image_loading_mc_llava import flatten_images, load_image
 from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs
 
@@ -53,15 +55,20 @@ ROLES = ("system", "user", "assistant")
 
 def to_plain(value):
     """Convert message objects to dicts and lists. All other values are returned unchanged and not copied."""
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {name: to_plain(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_plain(entry) for entry in value]
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: to_plain(getattr(value, field.name)) for field in fields(value)}
+    if is_dataclass(value) and not isinstance(value, type) and not is_encoded(value):
+        return _without_none({field.name: to_plain(getattr(value, field.name)) for field in fields(value)})
     if callable(getattr(value, "model_dump", None)):  # pydantic's, without importing it
-        return to_plain(value.model_dump())
+        return _without_none(to_plain(value.model_dump()))
     return value
+
+
+def _without_none(fields: dict) -> dict:
+    """Fields that were left out. transformers takes each name among image, url, path and base64 for a picture."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 class MCLlavaProcessorKwargs(ProcessingKwargs, total=False):
@@ -185,7 +192,9 @@ class MCLlavaProcessor(ProcessorMixin):
                 return inputs
             image_inputs = self.image_processor(images, **{**options, "return_tensors": "pt"})
             with torch.no_grad():
-                inputs["image_features"] = model.get_image_features(**image_inputs.to(device)).pooler_output
+                inputs["image_features"] = model.get_image_features(
+                    **image_inputs.to(device), return_dict=True
+                ).pooler_output
         return inputs
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
@@ -224,7 +233,8 @@ class MCLlavaProcessor(ProcessorMixin):
             raise ValueError(
                 f"a message must be a dict, dataclass or pydantic model with a role, got {message!r:.200}"
             )
-        role, content = message.get("role"), message.get("content") or ""
+        role, content = message.get("role"), message.get("content")
+        content = "" if content is None else content
         if role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
         if not isinstance(content, (str, list, tuple)):
@@ -259,6 +269,9 @@ class MCLlavaProcessor(ProcessorMixin):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name} can't be processed, only text and images: leave it out")
         kwargs = {name: value for name, value in kwargs.items() if value is not None or not name.endswith("_kwargs")}
+        for name in ("text_kwargs", "images_kwargs"):
+            if not isinstance(kwargs.get(name, {}), dict):
+                raise ValueError(f"{name} must be a dict of options, got {kwargs[name]!r:.100}")
         refuse_unknown(kwargs, self._known_kwargs())
         refuse_unknown(kwargs.get("text_kwargs", {}), self.text_option_names)
         image_options = {name: kwargs.pop(name) for name in list(kwargs) if name in self.image_processor.option_names}
@@ -356,4 +369,4 @@ class MCLlavaProcessor(ProcessorMixin):
 
 MCLlavaProcessor.register_for_auto_class()
 
-__all__ = ["CHAT_TEMPLATE", "MCLlavaProcessor", "MCLlavaProcessorKwargs"]
+__all__ = ["CHAT_TEMPLATE", "MCLlavaProcessor", "MCLlavaProcessorKwargs", "to_plain"]

@@ -77,17 +77,22 @@ class Demo:
         try:
             picture = load_upload(path)
             plan = self.planner.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
-            tokens = sum(crop.num_tokens for crop in plan)
-            cost = self.cost(len(plan), tokens)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         grid = draw_crop_grid(picture, plan)
         grid.thumbnail((GRID_SIDE, GRID_SIDE))
-        encoded = cost.prefill_flops / self.flops_per_second
-        return grid, (
+        tokens = sum(crop.num_tokens for crop in plan)
+        words = (
             f"**{len(plan)} crops** (the whole picture and a grid of {len(plan) - 1}), **{tokens} visual tokens**. "
-            f"The first word comes after about {encoded + cost.tower_flops / self.flops_per_second:.2f} s, or "
-            f"{encoded:.2f} s once the picture is encoded."
+        )
+        try:
+            cost = self.cost(len(plan), tokens)
+        except ValueError:
+            return grid, f"{words}These leave no room for an answer: lower num_tokens."
+        encoded = cost.prefill_flops / self.flops_per_second
+        first = encoded + cost.tower_flops / self.flops_per_second
+        return grid, (
+            f"{words}The first word comes after about {first:.2f} s, or {encoded:.2f} s once the picture is encoded."
         )
 
     def answer(

@@ -70,6 +70,7 @@ def ask(
 
     images = [read_image(source) for source in sources]
     processor = load_processor(model)
+    processor.apply_chat_template(ask_about([], question))  # a question that is refused waits for no weights
     plans = [processor.image_processor.plan(*image.size, max_crops, num_tokens) for image in images]
     for source, image, plan in zip(sources, images, plans):
         say(f"{source}: {image.width} x {image.height} pixels, {describe(plan)}")
@@ -129,6 +130,7 @@ def chat(
             continue
         content = [{"type": "text", "text": question}]
         try:
+            engine.check([*turns, {"role": "user", "content": content}])
             if encoded is None:
                 with crop_progress(engine.model, len(plan)):
                     (encoded,) = engine.encode([picture], [plan])

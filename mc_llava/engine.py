@@ -15,7 +15,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
-from . import EncodedImages, FeatureCache, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_knob
+from . import (
+    EncodedImages,
+    FeatureCache,
+    MCLlavaForConditionalGeneration,
+    MCLlavaProcessor,
+    check_knob,
+    check_weights,
+    is_encoded,
+    to_plain,
+)
 
 
 # Options of `Engine.answer` for reproducible replies, whatever the checkpoint's defaults are.
@@ -96,8 +105,26 @@ class Engine:
             plans: a crop plan for each image instead of the usual grid.
             knobs: `max_crops` and `num_tokens` instead of the engine's.
         """
-        options = {**self.knobs, **knobs} if plans is None else {"plans": plans}
+        options = {**self.knobs, **knobs}
+        if plans is not None:
+            options = {"num_tokens": self.knobs["num_tokens"], **knobs, "plans": plans}
         return self.feature_cache.encode(self.model, self.processor.image_processor, images, **options)
+
+    def check(self, conversation: list[dict]):
+        """
+        Look at the text of a conversation before anything is encoded for it.
+
+        Raises:
+            ValueError: if a message is malformed or holds a special token, or the text alone fills the context.
+        """
+        if not isinstance(conversation, (list, tuple)):
+            raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")
+        bare = map_image_parts(conversation, lambda part: {"type": "image"})
+        prompt = self.processor.apply_chat_template(bare, add_generation_prompt=True)
+        length = len(self.processor.tokenizer(prompt)["input_ids"])
+        limit = self.model.config.text_config.max_position_embeddings
+        if length >= limit:
+            raise ValueError(f"the text has {length} tokens, the context {limit}: shorten the text")
 
     def answer(self, conversations: list[list[dict]], streamer=None, **options) -> list[Reply]:
         """
@@ -108,10 +135,16 @@ class Engine:
             options: for `generate`. `max_new_tokens` is by default the engine's.
 
         Raises:
-            ValueError: if a message, an image or an option is refused, or there is no room for an answer.
+            ValueError: if a message, an image or an option is refused, images were encoded with other weights, or
+                there is no room for an answer. Nothing is encoded for a text that is refused.
         """
         if not conversations:
             return []
+        if refused := sorted({"num_return_sequences", "return_dict_in_generate"} & set(options)):
+            raise ValueError(f"{', '.join(refused)}: each conversation has one reply, leave them out")
+        conversations = [to_plain(conversation) for conversation in conversations]
+        for conversation in conversations:
+            self.check(conversation)
         conversations = self._encode_parts(conversations)
         images = [images_of(conversation) for conversation in conversations]
         prompts = [self._write_prompt(conversation, add_generation_prompt=True) for conversation in conversations]
@@ -135,9 +168,12 @@ class Engine:
         ends = self.model.generation_config.eos_token_id  # one id, or several
         ends = ends if isinstance(ends, list) else [ends]
         end = next((index for index, id in enumerate(new_ids) if id in ends), None)
-        return (len(new_ids), "length") if end is None else (end + 1, "stop")
+        if end is not None:
+            return end + 1, "stop"
+        padding = self.processor.tokenizer.pad_token_id  # where a row filled its context before the others ended
+        return next((n for n in range(len(new_ids), 0, -1) if new_ids[n - 1] != padding), 0), "length"
 
-    def stream(self, conversation: list[dict], **options) -> Iterator[str]:
+    def stream(self, conversation: list[dict], stopping_criteria=(), **options) -> Iterator[str]:
         """The pieces of an answer as they are generated. Closing the iterator stops the generation."""
         streamer = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stopped, errors = threading.Event(), []
@@ -147,7 +183,7 @@ class Engine:
 
         def answer():
             try:
-                criteria = StoppingCriteriaList([is_stopped])
+                criteria = StoppingCriteriaList([*stopping_criteria, is_stopped])
                 self.answer([conversation], streamer, stopping_criteria=criteria, **options)
             except Exception as error:
                 errors.append(error)
@@ -170,6 +206,7 @@ class Engine:
         Raises:
             ValueError: if an answer doesn't fit into the context, or its likelihood is not finite.
         """
+        self.check(conversation)
         (conversation,) = self._encode_parts([conversation])
         prompt = self._write_prompt(conversation, add_generation_prompt=True)
         rows, lengths = [], []
@@ -226,9 +263,14 @@ class Engine:
 
     def _encode_parts(self, conversations: list[list[dict]]) -> list[list[dict]]:
         """The conversations with an `EncodedImages` in every image part. Those without one are encoded in one call."""
-        held = [part["image"] for conversation in conversations for part in image_parts(conversation)]
-        encoded = iter(self.encode([image for image in held if not isinstance(image, EncodedImages)]))
-        values = iter([image if isinstance(image, EncodedImages) else next(encoded) for image in held])
+        held = [image for conversation in conversations for image in images_of(conversation)]
+        given = [image for image in held if is_encoded(image)]
+        if any(len(image.crops_per_image) != 1 for image in given):
+            raise ValueError("an image part must hold one image, got an EncodedImages of several: use a part for each")
+        if given:
+            check_weights(given, self.model.hash_encoder())
+        encoded = iter(self.encode([image for image in held if not is_encoded(image)]))
+        values = iter([image if is_encoded(image) else next(encoded) for image in held])
         return [
             map_image_parts(conversation, lambda part: {**part, "image": next(values)})
             for conversation in conversations
@@ -255,7 +297,7 @@ def map_image_parts(conversation: list[dict], function: Callable[[dict], dict]) 
     """
 
     def fill(part):
-        if not isinstance(part, dict) or part.get("type") != "image":
+        if not isinstance(part, dict) or part.get("type") not in ("image", "image_url"):
             return part
         if "image" not in part:
             raise ValueError(f"an image part must be {{'type': 'image', 'image': ...}}, got {part!r:.200}")
@@ -263,20 +305,17 @@ def map_image_parts(conversation: list[dict], function: Callable[[dict], dict]) 
 
     return [
         {**turn, "content": list(map(fill, turn["content"]))}
-        if isinstance(turn.get("content"), (list, tuple))
+        if isinstance(turn, dict) and isinstance(turn.get("content"), (list, tuple))
         else turn
         for turn in conversation
     ]
 
 
-def image_parts(conversation: list[dict]) -> list[dict]:
-    parts = []
-    map_image_parts(conversation, lambda part: parts.append(part) or part)
-    return parts
-
-
-def images_of(conversation: list[dict]) -> list[EncodedImages]:
-    return [part["image"] for part in image_parts(conversation)]
+def images_of(conversation: list[dict]) -> list:
+    """What the image parts of a conversation hold, in order."""
+    images = []
+    map_image_parts(conversation, lambda part: images.append(part["image"]) or part)
+    return images
 
 
 def fill_knobs(processor: MCLlavaProcessor, max_crops: int | None, num_tokens: int | None) -> dict[str, int]:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from . import MAX_CROPS, NUM_TOKENS, PATCH_SIZE, ROOT, SIDE
+from . import MAX_CROPS, NUM_TOKENS, PATCH_SIZE, ROOT, SIDE, check_knob
 
 
 TINY = ROOT / "tiny"  # the checkpoint that is bundled
@@ -25,36 +25,46 @@ def read_plan_options(model: str | None = None) -> dict[str, int]:
         ValueError: if the model has no readable processor configuration.
     """
     saved = {} if model is None else _read_processor(find_model(model))
-    size = saved.get("size") or {}
-    return {
+    size = saved.get("size", SIDE)
+    found = {
         "max_crops": saved.get("max_crops", MAX_CROPS),
         "num_tokens": saved.get("num_tokens", NUM_TOKENS),
-        "side": size.get("height", SIDE),
+        "side": size.get("height") if isinstance(size, dict) else size,
         "patch_size": saved.get("patch_size", PATCH_SIZE),
     }
+    return {name: check_knob(name, value, 0 if name == "max_crops" else 1) for name, value in found.items()}
 
 
 def _read_processor(model: str) -> dict:
+    """The image processor's options: in `processor_config.json` under a key, in the older file at the top."""
     for name in PROCESSOR_FILES:
         try:
-            if (path := _find_file(model, name)) is not None:
-                content = json.loads(path.read_text(encoding="utf-8"))
-                return content.get("image_processor", content)
-        except (OSError, ValueError, AttributeError) as error:
+            if (path := _find_file(model, name)) is None:
+                continue
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if name == PROCESSOR_FILES[0]:
+                if "image_processor" not in content:  # older releases of transformers wrote both files
+                    continue
+                content = content["image_processor"]
+            if not isinstance(content, dict):
+                raise ValueError(f"it holds {str(content)[:80]} instead of an object")
+            return content
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"cannot read {name} of {model} ({error}): pass a model folder or a Hub id") from error
-    raise ValueError(f"{model} has neither {' nor '.join(PROCESSOR_FILES)}: pass a model folder or a Hub id")
+    raise ValueError(
+        f"{model} has no options of an image processor in {' or '.join(PROCESSOR_FILES)}, or is out of reach: "
+        "pass a model folder or a Hub id"
+    )
 
 
 def _find_file(model: str, name: str) -> Path | None:
-    """A file of a folder, or of a repository on the Hub; None if there is no such file."""
+    """A file of a folder, or of a repository on the Hub or in its cache; None if there is no such file."""
     if Path(model).is_dir():
         return Path(model, name) if Path(model, name).exists() else None
     from huggingface_hub import hf_hub_download  # takes as long to import as the rest of `mc-llava crops`
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     try:
         return Path(hf_hub_download(model, name))
-    except LocalEntryNotFoundError:  # offline, or out of reach
-        raise
-    except EntryNotFoundError:
+    except EntryNotFoundError:  # also if it is not in the cache and the Hub is out of reach
         return None

@@ -61,6 +61,8 @@ def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
     if lines:
         try:
             found, *records = map(json.loads, lines)
+            if not all(isinstance(entry, dict) for entry in (found, *records)):
+                raise ValueError("a line is no object")
         except ValueError as error:
             raise ValueError(f"{unfinished} is damaged ({error}): remove it, or the lines from there on") from error
         if records:  # without records, nothing is lost by starting again

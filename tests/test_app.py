@@ -250,7 +250,7 @@ def test_a_broken_upload_by_the_api(url, tmp_path):
 def app():
     pytest.importorskip("gradio", reason='pip install "mc-llava[app]" to test the Space')
     spec = importlib.util.spec_from_file_location("app", ROOT / "examples" / "app.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["app"] = importlib.util.module_from_spec(spec)  # Gradio looks for its components there
     spec.loader.exec_module(module)
     return module
 

@@ -37,6 +37,12 @@ def test_outputs_have_it(model, processor):
     assert model(**processor("Why?"), use_cache=False).cache is None
 
 
+def test_outputs_take_it(model, processor):
+    output = model(**processor("Why?"), use_cache=True)
+    output.cache = None
+    assert output.cache is None and getattr(output, CACHE) is None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_takes_either(model, processor, kept, name):
     cache, ids = kept

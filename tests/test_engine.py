@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import picture
+from helpers import picture, small_model
+from transformers import AutoModel, AutoProcessor
 
 from mc_llava import EncodedImages
 from mc_llava.engine import GREEDY, Engine, ask_about
@@ -75,7 +76,43 @@ def test_a_plan_of_ones_own(engine, passes):
     (other,) = engine.encode([WIDE], num_tokens=9, max_crops=0)
     assert other.tokens_per_image == [9]
     (reply,) = engine.answer([ask_about([encoded], "What?")])
-    assert reply.images == [encoded] and reply.image_tokens == 20
+    assert reply.images[0] is encoded and reply.image_tokens == 18
+
+
+def test_the_knobs_hold_for_boxes(engine):
+    boxes = [(0, 0, 200, 120), (100, 20, 180, 90)]
+    assert engine.encode([WIDE], [boxes])[0].tokens_per_image == [18]
+    assert engine.encode([WIDE], [boxes], num_tokens=7)[0].tokens_per_image == [7]
+    for wrong in ({"max_crops": 3}, {"nonsense": 7}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            engine.encode([WIDE], [boxes], **wrong)
+
+
+def test_what_is_refused_is_not_encoded(engine, passes):
+    for question in ("a<image>", "<|im_end|>", "word " * 3000):
+        for ask in (lambda turns: engine.answer([turns]), lambda turns: engine.likelihoods(turns, ("a",))):
+            with pytest.raises(ValueError, match="special token|shorten the text"):
+                ask(ask_about([WIDE], question))
+    with pytest.raises(ValueError, match="role must be one of"):
+        engine.answer([[{"role": "robot", "content": ask_about([WIDE], "What?")[0]["content"]}]])
+    assert passes == []
+
+
+def test_images_of_other_weights_or_of_several_are_refused(engine, model, processor):
+    (foreign,) = Engine(small_model(1), processor).encode([WIDE])
+    with pytest.raises(ValueError, match="encoded with other weights"):
+        engine.answer([ask_about([foreign], "What?")])
+    several = model.encode_images(**processor("Both?", [[WIDE, SMALL]]))
+    with pytest.raises(ValueError, match="an image part must hold one image"):
+        engine.answer([ask_about([several], "What?")])
+
+
+def test_images_that_remote_code_encoded(converted):
+    remote = AutoModel.from_pretrained(converted, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(converted, trust_remote_code=True)
+    encoded = remote.encode_images(**processor.image_processor(SMALL, return_tensors="pt"))
+    (reply,) = Engine(remote, processor).answer([ask_about([encoded], "What?")], max_new_tokens=3)
+    assert reply.images[0] is encoded
 
 
 def test_a_conversation_goes_on(engine):
@@ -109,6 +146,7 @@ def test_errors_reach_who_listens(engine):
         engine.answer([ask_about([3], "What?")])
     for content, message in (
         ([{"type": "image", "path": "a.png"}], "an image part must be"),
+        ([{"type": "image_url", "image_url": {"url": "a.png"}}], "an image part must be"),
         ([{"type": "audio"}], "a content part must be a text"),
         (["What?"], "a content part must be a text"),
         (3, "content must be a string or a list"),
@@ -116,6 +154,12 @@ def test_errors_reach_who_listens(engine):
         with pytest.raises(ValueError, match=message):
             engine.answer([[{"role": "user", "content": content}]])
     assert engine.answer([]) == []
+    for conversations in ("hi", ask_about([SMALL], "What?")):
+        with pytest.raises(ValueError, match="must be a list of messages"):
+            engine.answer(conversations)
+    for option in ("num_return_sequences", "return_dict_in_generate"):
+        with pytest.raises(ValueError, match=f"{option}: each conversation has one reply"):
+            engine.answer([ask_about([], "What?")], **{option: 2})
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Engine(engine.model, engine.processor, batch_size=0)
     with pytest.raises(ValueError, match="max_crops must be at least 0"):

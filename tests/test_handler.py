@@ -252,7 +252,7 @@ class TestShapes:
     @pytest.mark.parametrize("value", [-1, 10**400, float("nan"), float("inf"), 1e-300, "1", True, [1]], ids=str)
     def test_numbers_out_of_range(self, handler, trial, name, value):
         if (name, value) == ("top_p", 1e-300):
-            pytest.skip("which keeps the most likely token")
+            pytest.skip("a tiny top_p is allowed: it keeps the most likely token")
         content = [{"type": "image", "base64": encoded(trial)}, {"type": "text", "text": "What?"}]
         request = {"messages": [{"role": "user", "content": content}], name: value, "do_sample": True}
         with pytest.raises(ValueError, match=f"{name} must be an? (integer|number) from"):
@@ -268,6 +268,9 @@ class TestShapes:
             ValueError, match="16 images have 2048 tokens, the context 2048: pass fewer, or num_tokens=120"
         ):
             handler({"messages": [{"role": "user", "content": [image] * 16}]})
+        for question in ("a<image>", "word " * 3000):
+            with pytest.raises(ValueError, match="special token|shorten the text"):
+                handler({"inputs": question, "image": encoded(trial)})
         assert handler.cache.misses == misses
         with pytest.raises(ValueError, match="may have 16 images, got 17"):
             handler({"messages": [{"role": "user", "content": [image] * 17}]})

@@ -46,6 +46,7 @@ def test_commands_that_load_neither_torch_nor_transformers(arguments, tmp_path):
     assert (tmp_path / "grid.png").exists() == (arguments[0] == "crops")
 
 
+@pytest.mark.slow
 def test_what_is_light_is_loaded_alone():
     assert loaded_by("from mc_llava import Crop, load_image, plan_crops, scenes") == []
     assert loaded_by("import mc_llava; mc_llava.MCLlavaConfig") == list(HEAVY), "the check itself works"
@@ -80,14 +81,25 @@ def test_the_crops_of_a_model_are_those_of_its_processor(converted, checkpoint):
 
 
 def test_a_folder_without_a_processor_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="neither processor_config.json nor preprocessor_config.json"):
+    with pytest.raises(
+        ValueError, match="has no options of an image processor in processor_config.json or preprocessor_config.json"
+    ):
         folders.read_plan_options(str(tmp_path))
-    (tmp_path / "processor_config.json").write_text("[]")
+    (tmp_path / "processor_config.json").write_text("{")
     with pytest.raises(ValueError, match="cannot read processor_config.json"):
         folders.read_plan_options(str(tmp_path))
-    for model in ("someone/something", "/nosuch/folder"):
-        with pytest.raises(ValueError, match=f"cannot read processor_config.json of {model}.*pass a model folder"):
-            folders.read_plan_options(model)
+    for content in ('{"image_processor": null}', '{"image_processor": {"size": {"height": 0}}}', "[]", "3"):
+        (tmp_path / "processor_config.json").write_text(content)
+        with pytest.raises(ValueError):
+            folders.read_plan_options(str(tmp_path))
+    (tmp_path / "processor_config.json").write_text('{"processor_class": "MCLlavaProcessor"}')
+    (tmp_path / "preprocessor_config.json").write_text('{"size": 56, "max_crops": 3}')
+    found = folders.read_plan_options(str(tmp_path))
+    assert (found["side"], found["max_crops"]) == (56, 3), "as older releases of transformers wrote them"
+    with pytest.raises(ValueError, match="someone/something has no options of an image processor"):
+        folders.read_plan_options("someone/something")
+    with pytest.raises(ValueError, match="cannot read processor_config.json of /nosuch/folder"):
+        folders.read_plan_options("/nosuch/folder")
 
 
 def test_the_help_names_all_tasks():

@@ -78,6 +78,7 @@ def test_an_installed_wheel_works_away_from_the_checkout(installed, trial, tmp_p
     assert {path.name for path in (tmp_path / "model").iterdir()} > set(CODE_FILES)
 
 
+@pytest.mark.slow
 def test_the_version_follows_from_git(clone, tmp_path):
     folder = tmp_path / "clone"
     shutil.copytree(clone, folder)

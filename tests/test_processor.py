@@ -146,6 +146,8 @@ class Part:
     type: str
     text: str | None = None
     image: object = None
+    url: str | None = None
+    path: str | None = None
 
 
 @dataclass

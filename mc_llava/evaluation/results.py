@@ -17,7 +17,14 @@ def read_results(path: str | os.PathLike) -> dict:
         names = metric_names(TASKS[results["settings"]["task"]])
         whole = all({*names} <= {*record["scores"]} for record in results["questions"]) and "scores" in results
         whole = whole and all({"id", "part", "prompt", "expected"} <= {*record} for record in results["questions"])
-    except (KeyError, TypeError):
+        whole = whole and all(
+            isinstance(record["id"], str)
+            and not {"reply", "failed"}.isdisjoint(record)
+            and all(isinstance(score, (int, float)) for score in record["scores"].values())
+            for record in results["questions"]
+        )
+        whole = whole and all("part" in row for row in results["scores"])
+    except (KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise ValueError(f"{path} holds no results: pass a file that mc-llava eval wrote")
