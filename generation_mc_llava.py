@@ -150,26 +150,16 @@ class MCLlavaGenerationMixin(GenerationMixin):
             new_ids, attention_mask = self._expand_prompt(request)
         if new_ids is not None:
             self._check_context(new_ids, attention_mask, request.tokens_per_image)
-        if request.is_short:
-            # Given both, transformers puts input_ids into the sequences and feeds the embeddings to the model.
-            kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, request.encoded["image"].pooler_output)
-        elif request.encoded:
-            kwargs["mm_encoder_outputs"] = request.encoded
-        elif request.tokens_per_image and any(
-            self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
-        ):
-            # The sequences' states and attentions are wanted: those of the tower take a second pass and much memory.
-            images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
-            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
-
+        self._pass_on_images(request, new_ids, generation_config, kwargs)
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
             prompt_length = 0 if request.input_ids is None else request.input_ids.shape[1]
             room = self.config.text_config.max_position_embeddings - attention_mask.sum(-1)
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(prompt_length, room)])
             # Assisted decoding accepts several tokens between two checks of a criterion.
-            if (max_new_tokens := self._option("max_new_tokens", generation_config, kwargs)) is not None:
-                kwargs["max_new_tokens"] = min(max_new_tokens, int(room.max()))
+            max_new_tokens = self._option("max_new_tokens", generation_config, kwargs)
+            if max_new_tokens is not None and max_new_tokens > (most := int(room.max())):
+                kwargs["max_new_tokens"] = most
         output = super().generate(
             request.input_ids,
             generation_config,
@@ -219,6 +209,20 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 "input_ids and attention_mask with the cache, without images"
             )
         return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, places)
+
+    def _pass_on_images(self, request: GenerationRequest, new_ids, generation_config, kwargs: dict):
+        """Put the images into `kwargs` in the form in which transformers' `generate` takes them."""
+        if request.is_short:
+            # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
+            kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, request.encoded["image"].pooler_output)
+        elif request.encoded:
+            kwargs["mm_encoder_outputs"] = request.encoded
+        elif request.tokens_per_image and any(
+            self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
+        ):
+            # The sequences' states and attentions are wanted: those of the tower take a second pass and much memory.
+            images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
+            kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
 
     def _option(self, name: str, generation_config, kwargs: dict):
         """What `generate` will take for an option: that of the call, or of a configuration; None if there is none."""
