@@ -57,7 +57,7 @@ class MCLlavaCausalLMOutputWithPast(CausalLMOutputWithPast):
 if CACHE != "cache":  # so that code for 5.24 and later runs on older releases
     for output_class in (MCLlavaModelOutputWithPast, MCLlavaCausalLMOutputWithPast):
         output_class.cache = property(
-            lambda output: output[CACHE] if CACHE in output else None,
+            lambda output: getattr(output, CACHE),
             lambda output, value: setattr(output, CACHE, value),
         )
 
