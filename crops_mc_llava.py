@@ -140,11 +140,18 @@ def check_plan(plan, width: int, height: int, num_tokens: int, side: int, patch_
     return crops
 
 
-def check_plans(plans) -> list:
-    """`plans` as a list; ValueError if it is not a list with a list, an array or a tensor for each image."""
+def check_plans(plans, num_images: int | None = None) -> list:
+    """
+    `plans` as a list.
+
+    Raises:
+        ValueError: if it is not a list with a list, an array or a tensor for each image, or not of `num_images`.
+    """
     is_list = isinstance(plans, (list, tuple))
     if not is_list or not all(isinstance(plan, (list, tuple)) or hasattr(plan, "tolist") for plan in plans):
         raise ValueError(f"plans must be a list with a plan for each image, each a list of boxes, got {plans!r:.200}")
+    if num_images is not None and len(plans) != num_images:
+        raise ValueError(f"got {len(plans)} plans for {num_images} images: pass a plan for each image, in order")
     return list(plans)
 
 
@@ -164,8 +171,7 @@ def make_plans(
     """
     if plans is None:
         return [plan_crops(*size, max_crops, num_tokens, side, patch_size) for size in sizes]
-    if len(plans) != len(sizes):
-        raise ValueError(f"got {len(plans)} plans for {len(sizes)} images: pass a plan for each image, in order")
+    plans = check_plans(plans, len(sizes))
     return [check_plan(plan, *size, num_tokens, side, patch_size) for size, plan in zip(sizes, plans)]
 
 

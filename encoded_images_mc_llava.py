@@ -236,8 +236,8 @@ class FeatureCache:
             ValueError: as `load_image`, the image processor and `get_image_features` do, if the numbers of plans and
                 images differ, or if weights are offloaded to disk.
         """
-        if plans is not None and len(plans := check_plans(plans)) != len(images):
-            raise ValueError(f"got {len(plans)} plans for {len(images)} images: pass a plan for each image, in order")
+        if plans is not None:
+            plans = check_plans(plans, len(images))
         if not images:
             return []  # and no weights are read for it
         encoder, device = model.hash_encoder(), model.device.type

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
-from .crops_mc_llava import make_plans, refuse_unknown
+from .crops_mc_llava import check_plans, make_plans, refuse_unknown
 from .encoded_images_mc_llava import is_encoded
 from .image_loading_mc_llava import flatten_images, load_image
 from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs
@@ -165,9 +165,8 @@ class MCLlavaProcessor(ProcessorMixin):
         """
         kwargs = self._check_kwargs(kwargs)
         plans = {**kwargs, **kwargs.get("images_kwargs", {})}.get("plans")
-        count = 0 if images is None else len(flatten_images(images))
-        if plans is not None and len(plans) != count:  # without an image nobody else would look at them
-            raise ValueError(f"got {len(plans)} plans for {count} images: pass a plan for each image, in order")
+        if plans is not None:  # without an image nobody else would look at them
+            check_plans(plans, 0 if images is None else len(flatten_images(images)))
         if text is None:
             raise ValueError("text is missing: pass a question or a prompt, or call the image processor for images")
         if model is None:
