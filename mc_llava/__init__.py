@@ -6,7 +6,9 @@ package. Either way its files are modules of this package, `mc_llava.modeling_mc
 can be imported from here. Everything is loaded on first use: `mc-llava --help` needs no torch.
 """
 
+import ast
 import sys
+from functools import cache
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_file_location
@@ -55,13 +57,30 @@ if ROOT != _here:
     sys.meta_path.append(_RootFinder)
 
 
+@cache
+def _exports() -> dict[str, str]:
+    """Each name that the root's files export, and its file. They are read, not imported."""
+    found = {}
+    for file in ROOT_FILES:
+        tree = ast.parse((ROOT / f"{file}.py").read_text(encoding="utf-8"))
+        (names,) = (
+            ast.literal_eval(node.value)
+            for node in tree.body
+            if isinstance(node, ast.Assign) and [getattr(target, "id", "") for target in node.targets] == ["__all__"]
+        )
+        found |= dict.fromkeys(names, file)
+    return found
+
+
 def __getattr__(name: str):
     if name in ROOT_FILES:
         return import_module(f"{__name__}.{name}")
-    # Python itself imports the toolbox's modules once this has failed.
-    if not name.startswith("_") and not any((_here / found).exists() for found in (name, f"{name}.py")):
-        for file in ROOT_FILES:
-            module = import_module(f"{__name__}.{file}")
-            if name in module.__all__:
-                return getattr(module, name)
+    if name == "__all__":
+        return [*ROOT_FILES, *_exports()]
+    if name in _exports():
+        return getattr(import_module(f"{__name__}.{_exports()[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *ROOT_FILES, *_exports()})

@@ -59,6 +59,12 @@ def test_every_name_that_a_root_file_exports_is_there():
         assert all(getattr(mc_llava, name) is getattr(module, name) for name in module.__all__)
 
 
+def test_names_are_listed_and_a_misspelt_one_loads_nothing():
+    assert {"MCLlavaProcessor", "plan_crops", "generation_mc_llava", "ROOT"} <= set(dir(mc_llava))
+    assert "load_image" in mc_llava.__all__ and "cache" not in mc_llava.__all__
+    assert loaded_by("import mc_llava; dir(mc_llava); hasattr(mc_llava, 'MCLlavaProcesor')") == []
+
+
 def test_nothing_else_of_the_root_is_a_module():
     for name in ("mc_llava", "scripts", "tests", "handler", "helpers"):
         with pytest.raises(ModuleNotFoundError):
