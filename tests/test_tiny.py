@@ -91,7 +91,7 @@ def test_the_cards_snippet_runs_on_what_convert_makes_of_it(tmp_path, capsys):
     command = [sys.executable, "-m", "mc_llava", "convert", "tiny", str(tmp_path / "model")]
     subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=True)
     example = EXAMPLES[0]
-    section = (ROOT / "README.md").read_text().split("### The card's snippet\n")[1]
+    section = (ROOT / "docs" / "usage.md").read_text().split("## The card's snippet\n")[1]
     snippet = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1]
     for published, ours in (
         ("./MC-LLaVA-3b", str(tmp_path / "model")),

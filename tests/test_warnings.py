@@ -71,7 +71,9 @@ def test_chat(tmp_path):
 
 
 def test_a_pipeline(trial, tmp_path):
-    assert warnings_of(tmp_path, "-c", PIPELINE, str(trial.folder)) == []
+    """On some releases (5.19) each pipeline passes `generation_config` and options itself and is warned for it."""
+    found = warnings_of(tmp_path, "-c", PIPELINE, str(trial.folder))
+    assert [line for line in found if "Passing `generation_config` together" not in line] == []
 
 
 def test_training(tmp_path):
