@@ -8,6 +8,9 @@ from typing import NamedTuple
 # The published model's values: SigLIP so400m reads 384 x 384 pixels in patches of 14 x 14.
 SIDE, PATCH_SIZE = 384, 14
 MAX_CROPS, NUM_TOKENS = 100, 728
+# Crops of one image, however large the knobs are: each needs a token of the context, and at side 384 their pixels take
+# 7 GB.
+MOST_CROPS = 4096
 
 
 class Crop(NamedTuple):
@@ -45,7 +48,8 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
         The crops in the order of their tokens, the whole image first.
 
     Raises:
-        ValueError: if a knob is out of range, or `side` has fewer than two patches.
+        ValueError: if a knob is out of range, `side` has fewer than two patches, or there are more than `MOST_CROPS`
+            crops.
     """
     max_crops = check_knob("max_crops", max_crops, minimum=0)
     num_tokens = check_knob("num_tokens", num_tokens, minimum=1)
@@ -61,6 +65,7 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
             columns = max(1, (width - base) // stride + 1)
             rows = max(1, (height - base) // stride + 1)
 
+    _check_number(columns * rows)
     boxes = [(0, 0, width, height)]
     if columns * rows > 1:
         for column in range(columns):
@@ -118,11 +123,12 @@ def check_plan(plan, width: int, height: int, num_tokens: int, side: int, patch_
             Lists, arrays and tensors are accepted.
 
     Raises:
-        ValueError: if the plan is empty or mixes the two forms, a number is not an integer, a box is empty or extends
-            beyond the image, or a crop can't give its number of tokens.
+        ValueError: if the plan is empty, mixes the two forms or has more than `MOST_CROPS` crops, a number is not an
+            integer, a box is empty or extends beyond the image, or a crop can't give its number of tokens.
     """
     plan = plan.tolist() if hasattr(plan, "tolist") else plan
     entries = list(plan) if isinstance(plan, (list, tuple)) else [plan]
+    _check_number(len(entries))
     entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in entries]
     lengths = {len(entry) if isinstance(entry, (list, tuple)) else 0 for entry in entries}
     if lengths not in ({2}, {4}):
@@ -175,6 +181,11 @@ def make_plans(
     return [check_plan(plan, *size, num_tokens, side, patch_size) for size, plan in zip(sizes, plans)]
 
 
+def _check_number(crops: int):
+    if crops > MOST_CROPS:
+        raise ValueError(f"{crops} crops of one image, at most {MOST_CROPS} are possible: lower max_crops or num_tokens")
+
+
 def _check_box(box, width: int, height: int) -> tuple[int, int, int, int]:
     if hasattr(box, "tolist"):
         box = box.tolist()
@@ -217,6 +228,7 @@ def refuse_unknown(names, known: set[str]):
 __all__ = [
     "Crop",
     "MAX_CROPS",
+    "MOST_CROPS",
     "NUM_TOKENS",
     "PATCH_SIZE",
     "SIDE",

@@ -1,11 +1,13 @@
 """The crop plan: integers only."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc_llava import plan_crops
+from mc_llava import MOST_CROPS, check_plan, plan_crops
 
 
 sizes = st.one_of(st.integers(1, 3000), st.integers(1, 20_000))
@@ -92,3 +94,15 @@ def test_numpy_integers_are_integers():
 def test_knobs_out_of_range(max_crops, num_tokens, message):
     with pytest.raises(ValueError, match=message):
         plan_crops(1000, 700, max_crops, num_tokens, 384, 14)
+
+
+@pytest.mark.parametrize("max_crops", [5000, 10**9, 10**18])
+def test_no_knobs_give_more_crops_than_any_model_takes(max_crops):
+    start = time.monotonic()
+    with pytest.raises(ValueError, match=rf"\d+ crops of one image, at most {MOST_CROPS} are possible: lower max_crops"):
+        plan_crops(20_000, 20_000, max_crops, max_crops, 4, 2)
+    with pytest.raises(ValueError, match=f"at most {MOST_CROPS} are possible"):
+        check_plan([(0, 0, 5, 5)] * (MOST_CROPS + 1), 20, 20, 10**9, 4, 2)
+    assert time.monotonic() - start < 1
+    assert len(plan_crops(500, 400, max_crops, max_crops, 384, 14)) == 1, "large knobs alone are no fault"
+    assert len(plan_crops(20_000, 20_000, MOST_CROPS, 10**9, 4, 2)) <= MOST_CROPS + 1
