@@ -64,7 +64,7 @@ def random_model(rng: random.Random) -> tuple[MCLlavaForConditionalGeneration, M
 
 
 def random_rows(rng: random.Random) -> list[tuple[list[int], list]]:
-    """Up to three prompts with up to two pictures each: ids with a -1 in the place of each picture, and the pictures."""
+    """Up to three prompts, as ids with a -1 in the place of each picture, and the up to two pictures of each."""
     rows = []
     for _ in range(rng.randint(1, 3)):
         images = [
