@@ -183,7 +183,7 @@ def make_plans(
 
 def _check_number(crops: int):
     if crops > MOST_CROPS:
-        raise ValueError(f"{crops} crops of one image, at most {MOST_CROPS} are possible: lower max_crops or num_tokens")
+        raise ValueError(f"{crops} crops of one image, at most {MOST_CROPS} are possible: lower the knobs")
 
 
 def _check_box(box, width: int, height: int) -> tuple[int, int, int, int]:
