@@ -1,7 +1,6 @@
 """`handler.py`, loaded and called as Inference Endpoints do, and asked by the Hub's own client."""
 
 import base64
-import importlib.util
 import io
 import json
 import re
@@ -19,16 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from helpers import NEW_TOKENS, ROOT, plain_reply, prompt
+from helpers import NEW_TOKENS, ROOT, load_handler, plain_reply, prompt
 from huggingface_hub import InferenceClient, constants
 from PIL import Image
-
-
-def load_handler(folder):
-    spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
