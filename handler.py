@@ -221,10 +221,8 @@ class EndpointHandler:
 
     def _message(self, message: dict) -> dict:
         """A message in the processor's form."""
-        given = {
-            name for name, value in message.items() if not (value is None or (name in ECHOED and is_empty(value)))
-        }
-        check_names(given, {"role", "content"})
+        message = drop_empty(message)
+        check_names(message, {"role", "content"})
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {show(role)}")
@@ -237,8 +235,7 @@ class EndpointHandler:
 
     def _part(self, part):
         """A part of a message in the processor's form. It can't name a file, which would be read from this machine."""
-        if isinstance(part, dict):
-            part = {name: value for name, value in part.items() if value is not None}
+        part = drop_empty(part) if isinstance(part, dict) else part
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "image_url":
             check_names(part, {"type", "image_url"})
@@ -281,9 +278,11 @@ class EndpointHandler:
         """Replace the images of a request by RGB pictures. None is decoded before the sizes of all are checked."""
         contents = [turn["content"] for turn in conversation if isinstance(turn["content"], list)]
         parts = [part for content in contents for part in content if part["type"] == "image"]
-        opened = [self._open(part["image"]) for part in parts]
-        if (pixels := sum(image.width * image.height for image in opened)) > MAX_PIXELS:
-            raise ValueError(f"a request's images may have {MAX_PIXELS} pixels in all, got {pixels}: resize them")
+        opened, pixels = [], 0
+        for part in parts:
+            opened.append(image := self._open(part["image"]))
+            if (pixels := pixels + image.width * image.height) > MAX_PIXELS:
+                raise ValueError(f"a request's images may have {MAX_PIXELS} pixels in all, got {pixels}: resize them")
         for part, image in zip(parts, opened):
             part["image"] = self.load_image(image)
         return [part["image"] for part in parts]
@@ -489,8 +488,13 @@ def show(value) -> str:
         return f"a number of {value.bit_length()} bits" if isinstance(value, int) else type(value).__name__
 
 
-def is_empty(value) -> bool:
-    return isinstance(value, (str, list, dict)) and not value
+def drop_empty(fields: dict) -> dict:
+    """A message or part without what is None, and without empty fields in `ECHOED`."""
+
+    def is_empty(name, value) -> bool:
+        return value is None or (name in ECHOED and isinstance(value, (str, list, dict)) and not value)
+
+    return {name: value for name, value in fields.items() if not is_empty(name, value)}
 
 
 def is_same(value, other) -> bool:

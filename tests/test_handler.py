@@ -380,6 +380,8 @@ class TestOpenAIsOptions:
         wanted = handler(ask(trial, *turns))
         turns[0] |= fields
         assert choice(handler(ask(trial, *turns))) == choice(wanted)
+        parts = {**turns[0], "content": [{"type": "text", "text": "It is blue.", **fields}]}
+        assert choice(handler(ask(trial, parts, turns[1]))) == choice(wanted)
         turns[0] |= {"tool_calls": [{"id": "1"}]}
         with pytest.raises(ValueError, match="unknown tool_calls"):
             handler(ask(trial, *turns))
