@@ -514,7 +514,8 @@ def test_only_uploads_and_examples_are_read(app, trial, tmp_path, monkeypatch):
     for path in ("uploads/hash/a.png", "uploads/inside.png", "uploads/../uploads/hash/a.png", trial.pictures[0]):
         assert app.load_upload(str(tmp_path / path)).width >= 40
     paths = [
-        tmp_path / name for name in ("uploads.old/a.png", "uploads/link.png", "uploads/pipe", "uploads", "uploads/b")
+        tmp_path / name
+        for name in ("uploads.old/a.png", "uploads/link.png", "uploads/hash", "uploads/pipe", "uploads", "uploads/b")
     ]
     for path in (
         *paths,
