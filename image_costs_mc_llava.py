@@ -16,6 +16,7 @@ MAX_SCANS = 100  # of a JPEG; encoders write at most about 20
 MAX_SCAN_PIXELS = 2 * 10**9  # scans of a JPEG times its pixels
 MAX_ICON_SIDE = 1024  # of an ICO; the format itself ends at 256
 MAX_ICONS = 256
+MAX_ICON_BYTES = 2**22  # of what comes before an icon's pixels
 MAX_TILE_PIXELS = 2**24  # that a TIFF's tiles may have beyond the picture's edges
 MAX_PYTHON_PIXELS = 2**24  # of a run-length encoded BMP, which Pillow decodes in Python
 MAX_COMMENTS = 10_000  # of a PPM in decimal numbers; Pillow copies the rest of the file for each
@@ -42,6 +43,7 @@ def check_icon(file, name: str):
     Raises:
         ValueError: if there are too many, or one is larger than icons are.
     """
+    file.seek(0)
     head = file.read(6)
     if head.startswith(b"\0\0\1\0"):
         count = int.from_bytes(head[4:], "little")
@@ -50,21 +52,23 @@ def check_icon(file, name: str):
         entries = file.read(16 * count)
         for (offset,) in set(struct.iter_unpack("<12xI", entries[: len(entries) // 16 * 16])):
             file.seek(offset)
-            _check_icon_size(io.BytesIO(file.read()), name)
+            _check_icon_size(file.read(MAX_ICON_BYTES + 1), name)
     file.seek(0)
 
 
-def _check_icon_size(file, name: str):
-    try:  # Pillow's own header, as a file may have several and its reader picks one of them
-        width, height = Image.open(file, formats=["PNG", "DIB"]).size
+def _check_icon_size(content: bytes, name: str):
+    try:  # Pillow's own header: a file may have several, and its reader picks one of them
+        width, height = Image.open(io.BytesIO(content), formats=["PNG", "DIB"]).size
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {error} Resize it first") from None
     except Exception:  # broken: opening the icon will say so
-        return
+        width = height = 0
     if max(width, height // 2) > MAX_ICON_SIDE:  # a bitmap's height counts its mask as well
         raise ValueError(
             f"{name} is an icon of {width} x {height} pixels, a side may have {MAX_ICON_SIDE}: save it as PNG"
         )
+    if width == 0 and len(content) > MAX_ICON_BYTES:
+        raise ValueError(f"{name} is an icon whose header exceeds {MAX_ICON_BYTES} bytes: save it as PNG")
 
 
 def check_work(image: Image.Image):
@@ -140,14 +144,23 @@ def _check_tiff(image: Image.Image, file):
         part, offsets, lengths = width * min(tags.get(278, height), height), tags.get(273, ()), tags.get(279, ())
     if tags.get(259) not in (6, 7):  # no JPEG inside
         return
-    file.seek(0)
-    starts = [found.start() for found in re.finditer(rb"\xff\xda", file.read())]
+    starts = _find(b"\xff\xda", file)
     scans = [
         bisect.bisect_left(starts, offset + length) - bisect.bisect_left(starts, offset)
         for offset, length in zip(offsets, lengths)
     ] or [len(starts)]
     if max(scans) > MAX_SCANS or sum(scans) * part > MAX_SCAN_PIXELS:
         raise ValueError(f"it is a TIFF of {sum(scans)} JPEG scans, too many for its size")
+
+
+def _find(what: bytes, file) -> list[int]:
+    """Where two bytes stand in a file."""
+    file.seek(0)
+    position, places, last = 0, [], b""
+    while chunk := file.read(2**20):
+        places += [position - len(last) + found.start() for found in re.finditer(what, last + chunk)]
+        position, last = position + len(chunk), chunk[-1:]
+    return places
 
 
 def _check_jpeg2000(image: Image.Image, file):

@@ -37,6 +37,7 @@ def image_to_rgb(image: Image.Image) -> Image.Image:
     An image as RGB, upright, in sRGB and on white: itself if it is that already and no file's, otherwise a new image
     without `info`, so that nothing is applied to it twice.
     """
+    _drop_broken_exif(image)
     image.load()
     upright, profile = find_orientation(image), find_profile(image)
     is_plain = type(image) is Image.Image and image.mode == "RGB" and not image.has_transparency_data
@@ -70,6 +71,22 @@ def find_orientation(image: Image.Image) -> Image.Transpose | None:
         raise
     except Exception:  # Pillow raises errors of many types for broken data
         return None
+
+
+def _drop_broken_exif(image: Image.Image):
+    """Pillow's TIFF files read all of it when they are loaded, and fail with it."""
+    if hasattr(image, "tag_v2"):
+        find_orientation(image)  # what is broken is read once, and not again
+        if not isinstance(image.info.get("xmp", b""), (str, bytes)):
+            del image.info["xmp"]
+        exif = image.getexif()
+        for group in set(exif) & {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop}:
+            try:
+                exif.get_ifd(group)
+            except MemoryError:
+                raise
+            except Exception:
+                del exif[group]
 
 
 def find_profile(image: Image.Image) -> Callable[[Image.Image], Image.Image] | None:

@@ -30,6 +30,8 @@ MAX_PIXELS = 2**22  # that headers may ask for
 MAX_SECONDS = 2  # of one input
 MAX_BYTES = 400 * 2**20  # of memory that all inputs together take
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+# Of a display, of grey, and of a printer whose tables are missing.
+PROFILES = [SRGB, SRGB.replace(b"rXYZ", b"gXYZ"), *(SRGB[:16] + space + SRGB[20:] for space in (b"GRAY", b"CMYK"))]
 NUMBERS = [0, 1, 2, 7, 8, 16, 127, 128, 255, 256, 1000, 4096, 32767, 32768, 65535, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "I;16B", "F"]
 
@@ -184,6 +186,19 @@ def draw_array(chance: random.Random) -> np.ndarray:
         return array
 
 
+def draw_image(chance: random.Random, corpus: list[tuple[str, bytes]]) -> Image.Image:
+    """An image in memory with damaged notes about its pixels."""
+    image = draw(chance, chance.choice(MODES))
+    notes = {
+        "transparency": chance.choice([0, 3, 255, -1, 10**9, b"\0\x80", bytes(256), (1, 2, 3), (1,), "x", None, 0.5]),
+        "icc_profile": damage(chance, chance.choice(PROFILES), corpus),
+        "exif": damage(chance, exif(chance.randrange(10)), corpus),
+        "xmp": damage(chance, b'<x tiff:Orientation="6"/>', corpus),
+    }
+    image.info = {name: value for name, value in notes.items() if chance.random() < 0.4}
+    return image
+
+
 def check(source, chance: random.Random) -> bool:
     """Whether it is a picture. Raises AssertionError, or what `load_image` must not raise."""
     try:
@@ -191,7 +206,8 @@ def check(source, chance: random.Random) -> bool:
     except ValueError as error:
         assert type(error) is ValueError and str(error), repr(error)
         return False
-    assert type(picture) is Image.Image and picture.mode == "RGB" and picture.info == {}, picture
+    assert type(picture) is Image.Image and picture.mode == "RGB", picture
+    assert picture is source or picture.info == {}, picture.info
     assert load_image(picture) is picture
     if isinstance(source, bytes):
         with Image.open(io.BytesIO(source)) as opened:
@@ -203,7 +219,8 @@ def check(source, chance: random.Random) -> bool:
                 "an open file gives another picture"
             )
     else:
-        assert picture.size[0] in source.shape and picture.size[1] in source.shape
+        width, height = picture.size
+        assert {width, height} <= set(source.size if isinstance(source, Image.Image) else source.shape)
     return True
 
 
@@ -225,8 +242,11 @@ def main(seed: int, count: int, first: int = 0):
     for number in range(first, first + count):
         chance = random.Random(f"{seed} {number}")
         name, source = chance.choice(corpus)
-        if chance.random() < 0.05:
+        kind = chance.random()
+        if kind < 0.05:
             name, source = "array", draw_array(chance)
+        elif kind < 0.15:
+            name, source = "image", draw_image(chance, corpus)
         else:
             for _ in range(chance.choice([0, 1, 1, 1, 2, 3])):
                 source = damage(chance, source, corpus)

@@ -19,7 +19,7 @@ import PIL
 import pytest
 import torch
 from helpers import ROOT, picture
-from PIL import Image, ImageCms, ImageFile, ImageOps, ImageSequence
+from PIL import Image, ImageCms, ImageFile, ImageOps, ImageSequence, TiffImagePlugin
 
 from mc_llava import MCLlavaImageProcessor, flatten_images, image_loading_mc_llava, load_image
 
@@ -154,7 +154,7 @@ COPIES = {
 @pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("format", [format for format in image_loading_mc_llava.FORMATS if format != "HEIF"])
 def test_images_that_were_copied_or_crossed_a_process(format, way):
-    image = picture(20, 10).convert({"GIF": "P"}.get(format, "RGB"))
+    image = picture(32, 32).convert({"GIF": "P"}.get(format, "RGB"))
     options = {"exif": exif(6)} if format in ("AVIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP") else {}
     content = encode(image, format, **options)
     opened = Image.open(io.BytesIO(content))
@@ -231,12 +231,30 @@ def test_broken_exif_is_no_orientation(format, block):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_exif_in_a_tiff():
-    image = picture(20, 10)
-    for compression in ("raw", "tiff_lzw"):
-        content = encode(image, "TIFF", compression=compression, tiffinfo={34665: 12345678, 34853: 87654321})
-        assert same(content, image)
-        assert same(Image.open(io.BytesIO(content)), image)
+@pytest.mark.parametrize(
+    "tags",
+    [
+        {34665: (4, 12345678), 34853: (4, 87654321)},
+        {34665: (9, -1)},
+        {34853: (9, -5)},
+        {700: (4, 7)},
+        {700: (3, (1, 2))},
+    ],
+    ids=["behind the end", "negative", "negative GPS", "XMP of a number", "XMP of numbers"],
+)
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_broken_exif_in_a_tiff(tags, orientation):
+    image, directory = picture(20, 10), TiffImagePlugin.ImageFileDirectory_v2()
+    directory[274] = orientation
+    for tag, (kind, value) in tags.items():
+        directory.tagtype[tag] = kind
+        directory[tag] = value
+    content = encode(image, "TIFF", tiffinfo=directory)
+    upright = image.rotate(-90, expand=True) if orientation == 6 else image
+    assert same(content, upright)
+    opened = Image.open(io.BytesIO(content))
+    assert same(opened, upright)
+    assert same(opened, upright)
 
 
 def icc_profile(space: str, gamma: float, primaries=None, white=(0.9642, 1.0, 0.8249)) -> bytes:
