@@ -148,7 +148,7 @@ def open_image(file, name: str) -> Image.Image:
     Image.init()
     check_icon(file, name)
     try:
-        return Image.open(file, formats=[format for format in FORMATS if format in Image.OPEN])
+        return _open(file)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {error} Resize it first") from None
     except MemoryError:
@@ -157,17 +157,31 @@ def open_image(file, name: str) -> Image.Image:
         raise ValueError(f"{name} is not an image that can be read: {_explain(file)}") from None
 
 
+def _open(file) -> Image.Image:
+    formats = [format for format in FORMATS if format in Image.OPEN]
+    try:
+        return Image.open(file, formats=formats)
+    except Exception:
+        file.seek(0)
+        if file.read(12)[4:] not in (b"ftypavif", b"ftypavis"):
+            raise
+        # Pillow doesn't open an AVIF with a broken EXIF block. Each part of the file has an entry that names its kind.
+        file.seek(0)
+        hidden = re.sub(rb"(infe.{8}(?:..)?)Exif", rb"\1none", file.read(), flags=re.DOTALL)
+        return Image.open(io.BytesIO(hidden), formats=formats)
+
+
 def _explain(file) -> str:
-    """Why no decoder took a file."""
+    """What to do about a file that no decoder took."""
     try:
         file.seek(0)
         head = file.read(12)
-    except Exception:  # closed, or no file
+    except Exception:  # it is closed
         head = None
     if head == b"":
         return "it is empty or was read to its end: pass all of its bytes"
-    if head is not None and head[4:8] == b"ftyp":
-        return "HEIF and AVIF need a plugin such as pillow-heif and its register_heif_opener(): or save it as JPEG"
+    if head is not None and head[4:8] == b"ftyp" and head[8:12] not in (b"avif", b"avis"):
+        return "HEIF needs a plugin, such as pillow-heif with its register_heif_opener(): or save it as JPEG"
     return "save it as PNG or JPEG"
 
 

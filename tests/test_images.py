@@ -257,6 +257,17 @@ def test_broken_exif_in_a_tiff(tags, orientation):
     assert same(opened, upright)
 
 
+def test_broken_exif_in_an_avif():
+    block = exif(6)
+    block[271] = "a camera"
+    content = encode(picture(20, 10), "AVIF", exif=block)
+    broken = content.replace(b"II*\0", b"XXXX").replace(b"MM\0*", b"XXXX")
+    assert broken != content
+    assert same(broken, load_image(content))  # whose orientation the container says as well
+    with pytest.raises(ValueError, match="not an image that can be read: save it as PNG"):
+        load_image(broken[:100])
+
+
 def icc_profile(space: str, gamma: float, primaries=None, white=(0.9642, 1.0, 0.8249)) -> bytes:
     """A profile of a display or of grey: XYZ of red, green and blue relative to white at D50."""
 
