@@ -26,9 +26,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-Rows = Callable[
-    [int, int], np.ndarray
-]  # the rows from one number to another, [rows, width] or [rows, width, channels]
+# The rows from one number to another: [rows, width] or [rows, width, channels], or an image of them.
+Rows = Callable[[int, int], np.ndarray]
 Band = Callable[[int, int], Image.Image]
 
 
@@ -57,10 +56,7 @@ def array_to_rgb(read: Rows, size: tuple[int, int], name: str) -> Image.Image:
         return _paint(size, lambda top, bottom: _to_image(table[read(top, bottom)]))
     if not np.issubdtype(dtype, np.floating):
         raise ValueError(f"{name} has dtype {dtype}: pass uint8, uint16 or floats in 0 to 1")
-    low, high = map(float, _limits(read, size))
-    if not (low >= 0 and high <= 1):  # also true of NaN
-        raise ValueError(f"{name} has floats from {low} to {high}, allowed are 0 to 1: scale them, or pass uint8")
-    return _paint(size, lambda top, bottom: _to_image(np.rint(read(top, bottom) * 255).astype(np.uint8)))
+    return _paint(size, _bands_of_floats(read, size, name))
 
 
 def find_orientation(image: Image.Image) -> Image.Transpose | None:
@@ -170,10 +166,7 @@ def _bands_of(image: Image.Image) -> Band:
         return np.asarray(cut(top, bottom))
 
     if image.mode == "F":
-        low, high = map(float, _limits(read, image.size))
-        if not (low >= 0 and high <= 1):
-            raise ValueError(f"its floats are from {low} to {high}, allowed are 0 to 1: scale them")
-        return lambda top, bottom: _to_image(np.rint(read(top, bottom) * 255).astype(np.uint8))
+        return _bands_of_floats(read, image.size, "it")
     if image.mode != "I" and not image.mode.startswith("I;16"):
         return cut
     low, high = map(int, _limits(read, image.size))
@@ -192,6 +185,13 @@ def _bands_of(image: Image.Image) -> Band:
         return grey
 
     return band
+
+
+def _bands_of_floats(read: Rows, size: tuple[int, int], name: str) -> Band:
+    low, high = map(float, _limits(read, size))
+    if not (low >= 0 and high <= 1):  # also true of NaN
+        raise ValueError(f"{name} has floats from {low} to {high}, allowed are 0 to 1: scale them, or pass uint8")
+    return lambda top, bottom: _to_image(np.rint(read(top, bottom) * 255).astype(np.uint8))
 
 
 def _declared_depth(image: Image.Image) -> tuple[int, bool]:
