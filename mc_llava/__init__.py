@@ -26,9 +26,11 @@ if TYPE_CHECKING:
     from ..modeling_mc_llava import *  # noqa: F403
     from ..processing_mc_llava import *  # noqa: F403
 
-# The remote code, each file after those that it imports: the first two need neither torch nor transformers.
+# The remote code, each file after those that it imports: the first four need neither torch nor transformers.
 ROOT_FILES = (
     "crops_mc_llava",
+    "image_costs_mc_llava",
+    "image_pixels_mc_llava",
     "image_loading_mc_llava",
     "configuration_mc_llava",
     "image_processing_mc_llava",
