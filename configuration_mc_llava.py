@@ -1,6 +1,8 @@
 """Configuration of MC-LLaVA: a SigLIP vision tower, a coordinate embedding, a projector and a Phi language model."""
 
 import copy
+import sys
+from importlib import import_module
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -121,5 +123,10 @@ MCLlavaConfig.register_for_auto_class()
 # Pipelines and `transformers serve` look the class up by name, and the configuration is the first file they load.
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names[MCLlavaConfig.model_type] = GENERATION_CLASS.rpartition(".")[2]
+
+# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
+# and sends functions, looks a class up in the package, and copies all of it if it is not there.
+if __package__:
+    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
 __all__ = ["MCLlavaConfig"]

@@ -1,5 +1,8 @@
 """Cut pictures into the crops that the vision tower reads."""
 
+import sys
+from importlib import import_module
+
 import numpy as np
 from PIL import Image
 from transformers.image_processing_backends import PilBackend
@@ -230,5 +233,10 @@ class MCLlavaImageProcessor(PilBackend):
 
 
 MCLlavaImageProcessor.register_for_auto_class()
+
+# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
+# and sends functions, looks a class up in the package, and copies all of it if it is not there.
+if __package__:
+    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
 __all__ = ["MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs", "cut_crops"]

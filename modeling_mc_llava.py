@@ -9,7 +9,9 @@ pixel_values [crops, 3, side, side]
 
 import copy
 import hashlib
+import sys
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import accumulate
 
 import torch
@@ -532,6 +534,11 @@ register_checkpoint_conversion_mapping(
 # Saved models then include this code.
 MCLlavaAutoModel.register_for_auto_class()
 MCLlavaModel.register_for_auto_class("AutoModel")
+
+# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
+# and sends functions, looks a class up in the package, and copies all of it if it is not there.
+if __package__:
+    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
 __all__ = [
     "CROPS_PER_PASS",
