@@ -169,6 +169,15 @@ def is_encoded(value) -> bool:
     return hasattr(value, "weights_hash")
 
 
+def check_processor(model, image_processor):
+    """Raise a ValueError unless an image processor cuts crops for the model's vision tower."""
+    tower, size = model.config.vision_config, image_processor.size
+    found = {"size": (size["height"], size["width"]), "patch_size": image_processor.patch_size}
+    wanted = {"size": (tower.image_size, tower.image_size), "patch_size": tower.patch_size}
+    if found != wanted:
+        raise ValueError(f"the image processor has {found}, the model {wanted}: use the processor of this model")
+
+
 def check_weights(images: list[EncodedImages], weights_hash: str):
     """Raise a ValueError if images were encoded with weights of another hash."""
     if any(image.weights_hash != weights_hash for image in images):
@@ -260,6 +269,7 @@ class FeatureCache:
             plans = check_plans(plans, len(images))
         if not images:
             return []  # and no weights are read for it
+        check_processor(model, image_processor)
         encoder, device = model.hash_encoder(), model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
         found = []
@@ -301,6 +311,7 @@ def _to_json(value):
 __all__ = [
     "EncodedImages",
     "FeatureCache",
+    "check_processor",
     "check_weights",
     "count_image_tokens",
     "hash_tensors",

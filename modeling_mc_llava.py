@@ -176,7 +176,8 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         if low < 1 or high >= patches:
             raise ValueError(
                 f"crop_num_tokens must lie between 1 and {patches - 1} (patches of a crop, without the first), "
-                f"got {low} to {high}"
+                f"got {low} to {high}: use the processor of this model, with patch_size "
+                f"{self.config.vision_config.patch_size}"
             )
 
         # Parameters may be on several devices or on disk: data moves to the device of other data, not to theirs.
@@ -203,7 +204,16 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         """
         Encode crops float[crops, 3, side, side] to float[crops, patches, vision_hidden]: all patches, after the
         tower's last block and before `post_layernorm`.
+
+        Raises:
+            ValueError: if the crops don't have the size that the tower reads.
         """
+        side = self.config.vision_config.image_size
+        if pixel_values.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"pixel_values are {list(pixel_values.shape)}, the vision tower reads [crops, 3, {side}, {side}]: "
+                f"use the processor of this model, whose size is {side}"
+            )
         embeddings = self.vision_tower.embeddings(pixel_values)
         return self.vision_tower.encoder(inputs_embeds=embeddings, **kwargs).last_hidden_state
 

@@ -18,7 +18,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .crops_mc_llava import check_plans, make_plans, refuse_unknown
-from .encoded_images_mc_llava import is_encoded
+from .encoded_images_mc_llava import check_processor, is_encoded
 from .image_loading_mc_llava import flatten_images
 from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs
 
@@ -259,6 +259,7 @@ class MCLlavaProcessor(ProcessorMixin):
         inputs = BatchFeature(dict(inputs)).to(device)
         if images:
             options = kwargs["images_kwargs"]
+            check_processor(model, self.image_processor)
             if feature_cache is not None:
                 encoded = feature_cache.encode(model, self.image_processor, images, **options)
                 inputs["image_features"] = [one.features for one in encoded]

@@ -11,8 +11,41 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # ours,
 
 
 def find_model(name: str) -> str:
-    """The path or Hub id to load for a model's name: "tiny" is the bundled checkpoint, all else is unchanged."""
-    return str(TINY) if name == "tiny" else name
+    """
+    The path or Hub id to load for a model's name: "tiny" is the bundled checkpoint, all else is unchanged.
+
+    Raises:
+        ValueError: if the name can only be a path, and no folder is there.
+    """
+    if name == "tiny":
+        return str(TINY)
+    text = str(name)
+    is_id = not text.startswith((".", "/", "~")) and text.count("/") <= 1 and "\\" not in text
+    if not text or not Path(text).is_dir() and (not is_id or Path(text).exists()):
+        raise ValueError(
+            f"there is no folder {text:.200}, it is neither a folder nor a Hub id such as visheratin/MC-LLaVA-3b: "
+            "pass one, or tiny"
+        )
+    return text
+
+
+def read_shards(index: Path) -> list[str]:
+    """
+    The names of the files with weights that an index names.
+
+    Raises:
+        ValueError: if it is not an index, names no file, or one that is not beside it.
+    """
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"it names {str(names)[:80]}")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{index} is not an index of weights ({error!r}): fetch it again") from error
+    for name in names:
+        if Path(name).name != name or not (index.parent / name).is_file():
+            raise ValueError(f"{index.parent} lacks the shard {name} that {index.name} names: fetch it again")
+    return names
 
 
 def read_plan_options(model: str | None = None) -> dict[str, int]:
@@ -24,7 +57,11 @@ def read_plan_options(model: str | None = None) -> dict[str, int]:
     Raises:
         ValueError: if the model has no readable processor configuration.
     """
-    saved = {} if model is None else _read_processor(find_model(model))
+    try:
+        path = None if model is None else find_model(model)
+    except ValueError as error:
+        raise ValueError(f"cannot read {PROCESSOR_FILES[0]} of {model}: {error}") from None
+    saved = {} if path is None else _read_processor(path)
     size = saved.get("size", SIDE)
     found = {
         "max_crops": saved.get("max_crops", MAX_CROPS),

@@ -104,3 +104,32 @@ def test_a_folder_without_a_processor_is_refused(tmp_path):
 
 def test_the_help_names_all_tasks():
     assert TASK_NAMES == tuple(TASKS)
+
+
+@pytest.mark.parametrize("name", ["/nosuch/dir", "./nosuch", "~/nosuch", "a/b/c", "nosuch/dir/", "README.md", ""])
+def test_a_folder_that_is_not_there(name, monkeypatch):
+    """It is not sent to the Hub as an id."""
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="there is no folder .* neither a folder nor a Hub id"):
+        folders.find_model(name)
+    assert folders.find_model("somebody/model") == "somebody/model"
+    assert folders.find_model("tiny") == str(ROOT / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "is not an index of weights"),
+        ([1], "is not an index of weights"),
+        ({"weight_map": {}}, "is not an index of weights"),
+        ({"weight_map": {"a": 7}}, "is not an index of weights"),
+        ({"weight_map": {"a": "nosuch.safetensors"}}, "lacks the shard nosuch.safetensors that"),
+        ({"weight_map": {"a": "../model.safetensors"}}, "lacks the shard ../model.safetensors that"),
+    ],
+)
+def test_an_index_without_its_shards(tmp_path, content, message):
+    from mc_llava.loading import load_model
+
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        load_model(str(tmp_path))

@@ -90,6 +90,23 @@ class TestQuestionsAndPrompts:
         for images in (array, torch.from_numpy(array.copy()), [array / 255], np.stack([array])):
             assert torch.equal(processor("What?", images)["pixel_values"], processor("What?", WIDE)["pixel_values"])
 
+    def test_each_image_is_loaded_once(self, processor, monkeypatch):
+        """By the image processor. Loaded twice, what one of them refuses is refused."""
+        loaded = []
+        module = sys.modules[type(processor.image_processor).__module__]
+        load = module.load_image
+        monkeypatch.setattr(
+            module, "load_image", lambda image, *options: loaded.append(image) or load(image, *options)
+        )
+        assert not hasattr(sys.modules[type(processor).__module__], "load_image")
+        content = io.BytesIO()
+        WIDE.save(content, "PNG")
+        processor(["a", "b"], [content.getvalue(), SMALL])
+        processor.apply_chat_template(
+            messages({"type": "image", "image": content.getvalue()}, part("a")), tokenize=True, return_dict=True
+        )
+        assert loaded == [content.getvalue(), SMALL, content.getvalue()]
+
     def test_the_return_type(self, processor):
         out = processor(["a", "b b"], [SMALL, WIDE], return_tensors=None, padding=False)
         assert isinstance(out["input_ids"], list) and len(out["input_ids"][0]) != len(out["input_ids"][1])
