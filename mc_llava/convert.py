@@ -1,5 +1,6 @@
 """Converts a checkpoint in the published layout to a model folder that the Auto classes load."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +11,7 @@ from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
-from .folders import find_model, read_shards
+from .folders import find_model
 
 
 # Inference Endpoints run the handler and install the requirements.
@@ -37,7 +38,7 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{source} is a folder, which has no revision {revision}: leave the revision out")
-    elif source.count("/") != 1:
+    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise ValueError(f"{source} is neither a folder nor a Hub id such as visheratin/MC-LLaVA-3b")
     else:
         patterns = ["*.json", "*.safetensors", "*.txt"]
@@ -69,10 +70,16 @@ def _copy_weights(source: Path, target: Path):
     if (source / SAFE_WEIGHTS_NAME).exists():  # transformers looks for this first, too
         names = [SAFE_WEIGHTS_NAME]
     elif index.exists():
-        names = read_shards(index)
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{index} is not an index of weights ({error!r}): fetch it again") from error
         shutil.copyfile(index, target / index.name)
     else:
         raise ValueError(f"{source} has neither {SAFE_WEIGHTS_NAME} nor {index.name}: convert it to safetensors")
+    for name in names:
+        if Path(name).name != name or not (source / name).is_file():
+            raise ValueError(f"{source} lacks the shard {name} that {SAFE_WEIGHTS_INDEX_NAME} names: fetch it again")
 
     total = sum((source / name).stat().st_size for name in names)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Copying weights") as progress:

@@ -29,25 +29,6 @@ def find_model(name: str) -> str:
     return text
 
 
-def read_shards(index: Path) -> list[str]:
-    """
-    The names of the files with weights that an index names.
-
-    Raises:
-        ValueError: if it is not an index, names no file, or one that is not beside it.
-    """
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        if not names or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"it names {str(names)[:80]}")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index} is not an index of weights ({error!r}): fetch it again") from error
-    for name in names:
-        if Path(name).name != name or not (index.parent / name).is_file():
-            raise ValueError(f"{index.parent} lacks the shard {name} that {index.name} names: fetch it again")
-    return names
-
-
 def read_plan_options(model: str | None = None) -> dict[str, int]:
     """
     `max_crops`, `num_tokens`, `side` and `patch_size` as a model's processor was saved, by default the 3B's.

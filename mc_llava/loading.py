@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 from transformers import BitsAndBytesConfig, QuantoConfig
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
-from .folders import find_model, read_shards
+from .folders import find_model
 from .journal import hash_file
 
 
@@ -54,13 +53,9 @@ def load_model(
         quantize: one of `QUANTIZED`, for the weights of the language model's layers.
 
     Raises:
-        ValueError: if there is no such folder or device, a shard is missing, `quantize` is unknown, or the package
-            that it needs is missing.
+        ValueError: if there is no such device, `quantize` is unknown, or the package that it needs is missing.
     """
     path, device = find_model(path), find_device(device)
-    index = Path(path, SAFE_WEIGHTS_INDEX_NAME)
-    if index.is_file() and not Path(path, SAFE_WEIGHTS_NAME).is_file():
-        read_shards(index)  # transformers' errors name neither the file nor the shard
     options = {"dtype": dtype, "use_safetensors": True, "revision": revision or "main"}
     if quantize is None:
         return MCLlavaForConditionalGeneration.from_pretrained(path, **options).to(device).eval()

@@ -114,22 +114,3 @@ def test_a_folder_that_is_not_there(name, monkeypatch):
         folders.find_model(name)
     assert folders.find_model("somebody/model") == "somebody/model"
     assert folders.find_model("tiny") == str(ROOT / "tiny")
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({}, "is not an index of weights"),
-        ([1], "is not an index of weights"),
-        ({"weight_map": {}}, "is not an index of weights"),
-        ({"weight_map": {"a": 7}}, "is not an index of weights"),
-        ({"weight_map": {"a": "nosuch.safetensors"}}, "lacks the shard nosuch.safetensors that"),
-        ({"weight_map": {"a": "../model.safetensors"}}, "lacks the shard ../model.safetensors that"),
-    ],
-)
-def test_an_index_without_its_shards(tmp_path, content, message):
-    from mc_llava.loading import load_model
-
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=message):
-        load_model(str(tmp_path))
