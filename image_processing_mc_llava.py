@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.image_processing_backends import PilBackend
@@ -239,7 +240,10 @@ class MCLlavaImageProcessor(PilBackend):
         return rest | {name: check_knob(name, value, KNOB_MINIMA[name]) for name, value in knobs.items()}
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
-        return super().preprocess(images, **self.check_kwargs(kwargs))
+        try:
+            return super().preprocess(images, **self.check_kwargs(kwargs))
+        except StrictDataclassError as error:  # the type of an option's value
+            raise ValueError(f"an option has a wrong value: {error}") from error
 
     def _prepare_image_like_inputs(self, images, *, input_data_format=None, **kwargs) -> list[Image.Image]:
         return [load_image(image, input_data_format) for image in flatten_images(images)]

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
@@ -82,10 +83,15 @@ def check_unicode(text: str):
 
 
 def template_names(chat_template: str) -> set[str]:
-    """The names in the expressions and statements of a template, without attributes and quoted text."""
+    """
+    The names in the expressions and statements of a template, without attributes, quoted text, the names of arguments,
+    and what a loop or an assignment defines.
+    """
     code = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", chat_template, flags=re.DOTALL))
     code = re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", "''", code, flags=re.DOTALL)
-    return set(re.findall(r"(?<![\w.])[A-Za-z_]\w*", code))
+    defined = re.findall(r"\bfor\s+([\w\s,]+?)\s+in\b", code) + re.findall(r"\bset\s+(\w+)", code)
+    defined = set(re.findall(r"\w+", " ".join(defined)))
+    return set(re.findall(r"(?<![\w.])[A-Za-z_]\w*\b(?!\s*=[^=])", code)) - defined
 
 
 def to_plain(value):
@@ -99,6 +105,11 @@ def to_plain(value):
     if callable(getattr(value, "model_dump", None)):  # pydantic's, without importing it
         return _without_none(to_plain(value.model_dump()))
     return value
+
+
+def is_given(value) -> bool:
+    """Whether an optional value is there: OpenAI's clients send None and empty lists for what was left out."""
+    return value is not None and not (isinstance(value, (str, list, tuple, dict, bool)) and not value)
 
 
 def _without_none(fields: dict) -> dict:
@@ -325,7 +336,7 @@ class MCLlavaProcessor(ProcessorMixin):
         names, rendered = set(inspect.signature(super().apply_chat_template).parameters), template_names(template)
         refuse_unknown(set(kwargs) - rendered, names | self._known_kwargs())
         for name in {"tools", "documents"} - rendered:
-            if kwargs.get(name):
+            if is_given(kwargs.get(name)):
                 raise ValueError(
                     f"the chat template doesn't render {name}: leave them out, or pass a chat_template that does"
                 )
@@ -360,7 +371,7 @@ class MCLlavaProcessor(ProcessorMixin):
         if not isinstance(role, str) or role not in ROLES:
             raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r:.100}")
         for name in ("tool_calls", "function_call"):
-            if message.get(name) and name not in template:
+            if is_given(message.get(name)) and name not in template:
                 raise ValueError(f"the chat template doesn't render {name}: leave them out of the message")
         if not isinstance(content, (str, list)):
             raise ValueError(f"content must be a string or a list of parts, got {content!r:.200}")
@@ -415,6 +426,12 @@ class MCLlavaProcessor(ProcessorMixin):
         return kwargs
 
     # The methods below are called by ProcessorMixin.__call__.
+
+    def _merge_kwargs(self, *args, **kwargs):
+        try:
+            return super()._merge_kwargs(*args, **kwargs)
+        except StrictDataclassError as error:  # the type of an option's value
+            raise ValueError(f"an option has a wrong value: {error}") from error
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         prompts, images = self._assemble(text, images)
