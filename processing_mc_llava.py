@@ -85,13 +85,12 @@ def check_unicode(text: str):
 def template_names(chat_template: str) -> set[str]:
     """
     The names in the expressions and statements of a template, without attributes, quoted text, the names of arguments,
-    and what a loop or an assignment defines.
+    and what a loop defines. A name that is assigned may have had a value before.
     """
     code = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", chat_template, flags=re.DOTALL))
     code = re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", "''", code, flags=re.DOTALL)
-    defined = re.findall(r"\bfor\s+([\w\s,]+?)\s+in\b", code) + re.findall(r"\bset\s+(\w+)", code)
-    defined = set(re.findall(r"\w+", " ".join(defined)))
-    return set(re.findall(r"(?<![\w.])[A-Za-z_]\w*\b(?!\s*=[^=])", code)) - defined
+    loops = " ".join(re.findall(r"\bfor\s+([\w\s,]+?)\s+in\b", code))
+    return set(re.findall(r"(?<![\w.])[A-Za-z_]\w*\b(?!\s*=[^=])", code)) - set(re.findall(r"\w+", loops))
 
 
 def to_plain(value):

@@ -506,11 +506,13 @@ class TestOtherTemplates:
         template = "{{ tools[0]['name'] }} {{ documents | length }} {% if mood %}{{ mood }}{% endif %}"
         options = {"tools": [{"name": "zoom"}], "documents": [{"text": "a"}], "mood": "calm"}
         assert processor.apply_chat_template(messages("a"), template, **options) == "zoom 1 calm"
+        assigned = "{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools[0]['name'] }}"
+        assert processor.apply_chat_template(messages("a"), assigned, tools=options["tools"]) == "zoom"
         template = "{{ messages.docs }}{{ 'tool' }}{% for word in [] %}{{ word }}{% endfor %}{{ dict(key=1)['key'] }}"
         for name in ("docs", "tool", "word", "key"):  # an attribute, quoted text, and names that the template defines
             with pytest.raises(ValueError, match=f"unknown options {name}"):
                 processor.apply_chat_template(messages("a"), template, **{name: 1})
-        for name in ("images", "text", "part", "ns"):
+        for name in ("images", "text", "part"):
             with pytest.raises(ValueError, match=f"unknown options {name}"):
                 processor.apply_chat_template(messages("a"), **{name: 1})
         assert processor.apply_chat_template(messages("a"), tools=[], documents=None)
