@@ -13,7 +13,6 @@ import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -458,9 +457,6 @@ def build_trainee(recipe: Recipe) -> tuple[MCLlavaForConditionalGeneration, Any]
     from peft import LoraConfig
 
     model = load_model(recipe.model, recipe.dtype, "cpu")
-    # transformers writes checkpoints under the published tensor names and reads them back under its own: it would find
-    # no weight, warn, and resume from where the run began.
-    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
     if "tower" not in recipe.train:
         # Gradient checkpointing lets embeddings require gradients, those of patches, too: all steps would go back
         # through a tower in which nothing learns.

@@ -4,13 +4,17 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import ROOT, write_untrained_tiny
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from trl import SFTTrainer
+from transformers import Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
 from mc_llava.training import PARTS, Collator, Recipe, build_recipe, check, read_recipe, train
@@ -225,6 +229,74 @@ def test_training_lowers_the_loss_and_resumes_on_the_same_curve(recipe, tmp_path
     Path(output, "checkpoint-4", "trainer_state.json").unlink()
     train(replace(recipe, resume=True))
     assert losses(output) == pytest.approx(whole, rel=1e-4)
+
+
+class TestAUsersOwnTrainer:
+    """Whatever a Trainer saves, it loads: a resumed run goes on as if nothing had happened."""
+
+    def trainer(self, folder, run, steps, kind="whole", **options):
+        torch.manual_seed(0)
+        model = MCLlavaForConditionalGeneration.from_pretrained(folder / "model")
+        processor = MCLlavaProcessor.from_pretrained(folder / "model")
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["multi_modal_projector"], r=4)
+        if kind == "sharded":
+            model.save_pretrained = partial(model.save_pretrained, max_shard_size="100KB")
+        arguments = {
+            "output_dir": str(run),
+            "max_steps": steps,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 2,
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "remove_unused_columns": False,
+            **options,
+        }
+        if kind == "sft":
+            turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a sign."}]
+            rows = Dataset.from_list([{"messages": turns}] * 16)
+            arguments = SFTConfig(**arguments, max_length=None)
+            return SFTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=processor)
+        data, images = str(folder / "llava_instruct_150k.json"), str(folder / "images")
+        recipe = Recipe(str(folder / "model"), data, images, str(run), max_crops=(1, 4), num_tokens=(8, 16))
+        rows, collator = check(recipe, processor).good, Collator(processor, recipe, 2048)
+        model = get_peft_model(model, lora) if kind == "peft" else model
+        return Trainer(model, TrainingArguments(**arguments), collator, Dataset.from_list(rows), rows[:2])
+
+    def losses(self, trainer):
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    @pytest.mark.parametrize("kind", ["whole", "sharded", "peft", "sft"])
+    def test_resumes(self, folder, tmp_path, kind):
+        whole = self.trainer(folder, tmp_path / "whole", 4, kind)
+        whole.train()
+        self.trainer(folder, tmp_path / "run", 2, kind).train()
+        resumed = self.trainer(folder, tmp_path / "run", 4, kind)
+        resumed.train(resume_from_checkpoint=True)
+        assert self.losses(resumed) == pytest.approx(self.losses(whole), rel=1e-4)
+        assert self.losses(whole)[2] < self.losses(whole)[0]
+
+    def test_resumes_from_weights_alone(self, folder, tmp_path):
+        options = {"save_only_model": True, "optim": "sgd", "weight_decay": 0.0}
+        whole = self.trainer(folder, tmp_path / "whole", 4, **options)
+        whole.train()
+        self.trainer(folder, tmp_path / "run", 2, **options).train()
+        resumed = self.trainer(folder, tmp_path / "run", 4, **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert self.losses(resumed) == pytest.approx(self.losses(whole), rel=1e-4)
+
+    @pytest.mark.parametrize("kind", ["whole", "sharded", "peft", "sft"])
+    def test_loads_the_best_model_at_the_end(self, folder, tmp_path, kind):
+        steps = {"save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "load_best_model_at_end": True}
+        trainer = self.trainer(folder, tmp_path, 3, kind, learning_rate=3.0, **steps)
+        trainer.train()
+        found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{found.index(min(found)) + 1}")
+        assert found[-1] > min(found)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-4)
 
 
 @pytest.mark.parametrize("parts", [("coordinates", "projector"), ("tower",), ("language_model",)])

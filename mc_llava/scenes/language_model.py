@@ -5,7 +5,6 @@ The tower comes from `tower.py`. Once it is frozen, the patches it keeps of a cr
 once, and the language model, the projector and the coordinate embedding train on them many times faster.
 """
 
-import functools
 import json
 import os
 import random
@@ -537,8 +536,6 @@ def train_language_model(
     for layer in trainee.model.language_model.layers:
         layer.compile()  # saves time on a CPU; needs a C++ compiler
     set_trainable(trainee, ("coordinates", "projector", "language_model"))
-    # See `training.train`: a run could not resume from checkpoints under the published names.
-    trainee.save_pretrained = functools.partial(trainee.save_pretrained, save_original_format=False)
     trainer = LookingTrainer(
         trainee,
         TrainingArguments(**stage.options(output), train_sampling_strategy="sequential"),
