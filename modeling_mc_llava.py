@@ -86,7 +86,11 @@ class MCLlavaCoordinateEmbedding(nn.Sequential):
 
 
 class MCLlavaMultiModalProjector(nn.Module):
-    """Maps the tower's outputs to the language model's width: float[..., vision_hidden] to float[..., hidden]."""
+    """
+    Maps the tower's outputs to the language model's width: float[..., vision_hidden] to float[..., hidden].
+
+    Casts them to the dtype of its biases, see `MCLlavaCoordinateEmbedding`.
+    """
 
     def __init__(self, config: MCLlavaConfig):
         super().__init__()
@@ -95,7 +99,7 @@ class MCLlavaMultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(hidden_states)))
+        return self.linear_2(self.act(self.linear_1(hidden_states.to(self.linear_1.bias.dtype))))
 
 
 def rename_published(module: "MCLlavaPreTrainedModel", state_dict: dict, prefix: str, *args):
@@ -122,8 +126,8 @@ def rename_published(module: "MCLlavaPreTrainedModel", state_dict: dict, prefix:
 
 def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """
-    The `state_dict` of a module, which is left as it is: on a CPU, bitsandbytes' layers of 4 bits reorder their weights
-    when they are asked for their state, and lose the order of the scales (bitsandbytes 0.50).
+    The `state_dict` of a module, which is left as it is: on a CPU, bitsandbytes' layers of 4 bits reorder their
+    weights when they are asked for their state, and lose the order of the scales (bitsandbytes 0.50).
     """
     has_4_bits = any(getattr(parameter, "quant_state", None) is not None for parameter in module.parameters())
     return (copy.deepcopy(module) if has_4_bits else module).state_dict()

@@ -130,7 +130,9 @@ class TestStateDicts:
 
     @pytest.fixture
     def published(self, checkpoint):
-        return {name: tensor for shard in checkpoint.glob("*.safetensors") for name, tensor in load_file(shard).items()}
+        return {
+            name: tensor for shard in checkpoint.glob("*.safetensors") for name, tensor in load_file(shard).items()
+        }
 
     def test_published_names(self, checkpoint, published):
         expected = load(checkpoint)

@@ -118,7 +118,9 @@ def test_all_that_a_users_own_configuration_quantizes_still_knows_where_crops_li
     given = []
     small.model.coord_embed[0].register_forward_pre_hook(lambda layer, args: given.append(args[0]))
     with torch.no_grad():
-        (found,), (expected,) = (m.get_image_features(**images, return_dict=True).pooler_output for m in (small, model))
+        (found,), (expected,) = (
+            m.get_image_features(**images, return_dict=True).pooler_output for m in (small, model)
+        )
     assert given[0].dtype.is_floating_point
     torch.testing.assert_close(given[0].float(), inputs["crop_coords"], atol=2e-3, rtol=0)
     assert torch.cosine_similarity(found.float(), expected, dim=-1).mean() > agreement

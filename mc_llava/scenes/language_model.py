@@ -22,7 +22,7 @@ from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig,
 
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaModel, MCLlavaProcessor
 from ..journal import replacing, write_json
-from ..training import checked, last_checkpoint, set_trainable
+from ..training import StopIfDiverged, checked, last_checkpoint, set_trainable
 from .questions import KINDS, SceneQuestion, ask, caption, is_correct
 from .scene import SIDE, Scene, Thing, draw_scene, legible_height, make_scene, outline
 from .tower import MuonAndAdamW, Report, Stage, pretrain_tower
@@ -543,7 +543,7 @@ def train_language_model(
         data_collator=SceneCollator(processor, images, CAPTIONS, TURNS),
         processing_class=processor,
         optimizers=(MuonAndAdamW(trainee, stage.learning_rate, stage.weight_decay), None),
-        callbacks=[Report(stage.save_steps, measured)],
+        callbacks=[Report(stage.save_steps, measured), StopIfDiverged()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     model.load_state_dict(trainee.state_dict())
