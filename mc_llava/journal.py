@@ -22,7 +22,12 @@ from safetensors import SafetensorError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Of safetensors, which is written in Rust, and of `torch.save`.
-FULL_MESSAGES = (*(f"os error {number})" for number in FULL), "PytorchStreamWriter", "inline_container")
+FULL_MESSAGES = (
+    *(f"os error {number})" for number in FULL),
+    "PytorchStreamWriter",
+    "inline_container",
+    "iostream error",
+)
 PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy", "bitsandbytes", "optimum-quanto")
 
 

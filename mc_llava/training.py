@@ -14,6 +14,7 @@ import math
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -432,6 +433,18 @@ def is_json(path: Path) -> bool:
     return True
 
 
+class FinishedError(Exception):
+    """The checkpoint that a run resumes from is its last one."""
+
+
+class StopIfFinished(TrainerCallback):
+    """Ends a run, with the weights of its checkpoint, that would resume to take one step too many, as Trainer does."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise FinishedError
+
+
 class StopIfDiverged(TrainerCallback):
     """
     Ends training with a ValueError once the loss or the gradient that is logged is not finite, or, before a checkpoint
@@ -503,7 +516,7 @@ def train(recipe: Recipe) -> Path:
         train_dataset=Dataset.from_list(rows.good),
         processing_class=processor,
         peft_config=lora,
-        callbacks=[StopIfDiverged()],
+        callbacks=[StopIfFinished(), StopIfDiverged()],
     )
     for name, parameter in trainer.model.named_parameters():  # of copies that peft made, too
         parameter.requires_grad = parameter.requires_grad and UNREAD not in name
@@ -511,7 +524,8 @@ def train(recipe: Recipe) -> Path:
             parameter.data = parameter.data.float()
     prepare_sharding(trainer, model, recipe.quantize is not None)
     with storing(output, "free some space and set resume to continue"):
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with suppress(FinishedError):
+            trainer.train(resume_from_checkpoint=checkpoint)
         weights = trainer.accelerator.get_state_dict(trainer.model)  # all processes give theirs
         if trainer.is_world_process_zero():
             save_whole(recipe, trainer, weights, processor)

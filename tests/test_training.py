@@ -460,6 +460,21 @@ class TestAUsersOwnTrainer:
         assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-4)
 
 
+@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}])
+def test_a_run_that_was_killed_behind_its_last_checkpoint_takes_no_further_step(recipe, lora):
+    recipe = replace(recipe, lora=lora, train=("coordinates", "projector"))
+    output = train(recipe)
+    whole = losses(output)
+    weights = {name: tensor.clone() for name, tensor in load_file(output / "model.safetensors").items()}  # unmapped
+    (output / "model.safetensors").write_bytes(b"torn")
+    train(replace(recipe, resume=True))
+    assert losses(output) == whole and not list(output.glob("checkpoint-5"))
+    again = load_file(output / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+    train(replace(recipe, resume=True, max_steps=6))
+    assert list(losses(output)) == [1, 2, 3, 4, 5, 6]
+
+
 @pytest.mark.parametrize("parts", [("coordinates", "projector"), ("tower",), ("language_model",)])
 def test_only_the_named_parts_change(recipe, parts):
     output = train(replace(recipe, train=parts, max_steps=3))
