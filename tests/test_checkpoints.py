@@ -36,6 +36,7 @@ from mc_llava import (
 )
 from mc_llava import convert as convert_module
 from mc_llava.convert import convert
+from mc_llava.loading import load_model
 
 
 CODE_FILES = [f"{name}.py" for name in ROOT_FILES]
@@ -305,6 +306,8 @@ class TestConversion:
             "no shard",
             "cut shard",
             "empty index",
+            "index of nothing",
+            "index of numbers",
             "foreign shard",
             "wrong shape",
             "interrupted",
@@ -320,6 +323,10 @@ class TestConversion:
             (source / "config.json").unlink()
         elif damage == "empty index":
             (source / "model.safetensors.index.json").write_text("{}")
+        elif damage == "index of nothing":
+            (source / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
+        elif damage == "index of numbers":
+            (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1, "b": ["c"]}}')
         elif damage == "wrong shape":
             save_file({**load_file(shard), "language_model.lm_head.bias": torch.zeros(7)}, shard)
         elif damage == "no shard":
@@ -335,6 +342,27 @@ class TestConversion:
             )
         with pytest.raises(KeyboardInterrupt if damage == "interrupted" else ValueError):
             convert(str(source), str(tmp_path / "target"))
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    @pytest.mark.parametrize(
+        ("index", "message"),
+        [
+            ({"weight_map": {}}, "index.json names no file: fetch it again"),
+            ({"weight_map": []}, "is not an index of weights"),
+            ([], "is not an index of weights"),
+            ({"weight_map": {"lm_head.bias": "model-00009-of-00002.safetensors"}}, "lacks the shard model-00009-of"),
+            ({"weight_map": {"lm_head.bias": 1}}, "lacks the shard 1"),
+            (None, "neither model.safetensors nor model.safetensors.index.json"),
+        ],
+    )
+    def test_an_index_that_names_no_file(self, checkpoint, tmp_path, index, message):
+        folder = tmp_path / "source"
+        shutil.copytree(checkpoint, folder)
+        path = folder / "model.safetensors.index.json"
+        path.unlink() if index is None else path.write_text(json.dumps(index))
+        for load_it in (load_model, lambda source: convert(source, str(tmp_path / "target"))):
+            with pytest.raises(ValueError, match=message):
+                load_it(str(folder))
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
     def test_hub_ids_revisions_and_uploads(self, checkpoint, tmp_path, monkeypatch):
