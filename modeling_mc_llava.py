@@ -89,7 +89,8 @@ class MCLlavaMultiModalProjector(nn.Module):
     """
     Maps the tower's outputs to the language model's width: float[..., vision_hidden] to float[..., hidden].
 
-    Casts them to the dtype of its biases, see `MCLlavaCoordinateEmbedding`.
+    Casts them to the dtype of its weights, see `MCLlavaCoordinateEmbedding`, unless these are quantized: such layers
+    take any dtype and return the same.
     """
 
     def __init__(self, config: MCLlavaConfig):
@@ -99,7 +100,10 @@ class MCLlavaMultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(hidden_states.to(self.linear_1.bias.dtype))))
+        dtype = getattr(getattr(self.linear_1, "weight", None), "dtype", torch.uint8)
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            hidden_states = hidden_states.to(dtype)
+        return self.linear_2(self.act(self.linear_1(hidden_states)))
 
 
 def rename_published(module: "MCLlavaPreTrainedModel", state_dict: dict, prefix: str, *args):
