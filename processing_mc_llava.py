@@ -370,8 +370,8 @@ class MCLlavaProcessor(ProcessorMixin):
         saved = self.image_processor
         if saved.asks_to_zoom(kwargs):
             raise ValueError(
-                "zoom needs several passes over a prompt, which serving engines don't make: pass zoom=0, or boxes that "
-                "another call found as plans"
+                "zoom needs several passes over a prompt, which serving engines don't make: pass zoom=0, or as plans "
+                "the boxes that model.zoom found"
             )
         knobs = (
             getattr(saved, name) if kwargs.get(name) is None else kwargs[name] for name in ("max_crops", "num_tokens")

@@ -194,17 +194,20 @@ class MCLlavaZoomMixin:
         """For each view, float[tokens]: the share of the prompt's last token's attention that a visual token gets."""
         heads = [(entry["layer"], entry["head"]) for entry in self.config.zoom_heads or ()]
         features = self.features(views)
-        places = input_ids == self.config.image_token_id
-        embeds = self.model.embed_prompt(input_ids, features)
-        found = last_attention(self.model.language_model, embeds, attention_mask, heads or self._late_heads())
-        if not heads:  # as ViCrop does (arXiv 2502.17422): what any question looks at doesn't count
+        found = self.image_attention(input_ids, attention_mask, features, heads or self._late_heads()).mean(0)
+        if not heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
             warn_unmeasured(self.config.name_or_path)
             general = self._ask_in_general(input_ids, attention_mask, general_ids)
-            embeds = self.model.embed_prompt(general[0], features)
-            usual = last_attention(self.model.language_model, embeds, general[1], self._late_heads())
-            found_there = usual[general[0] == self.config.image_token_id]
-            return list((found[places] / found_there.clamp(min=1e-6)).split([len(part) for part in features]))
-        return list(found[places].split([len(part) for part in features]))
+            found = found / self.image_attention(*general, features, self._late_heads()).mean(0).clamp(min=1e-6)
+        return list(found.split([len(part) for part in features]))
+
+    def image_attention(
+        self, input_ids, attention_mask, features: list[torch.Tensor], heads: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Attention of the prompts' last tokens to the visual tokens of all images: float32[heads, tokens]."""
+        embeds = self.model.embed_prompt(input_ids, features)
+        found = last_attention(self.model.language_model, embeds, attention_mask, heads)
+        return found.transpose(0, 1)[:, input_ids == self.config.image_token_id]
 
     def _late_heads(self) -> list[tuple[int, int]]:
         """All heads of the layer at three quarters of the language model's depth."""
@@ -235,7 +238,7 @@ def last_attention(
     language_model, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, heads: list[tuple[int, int]]
 ) -> torch.Tensor:
     """
-    Attention of the last token, averaged over some heads: float32[batch, length].
+    Attention of the last token in some heads: float32[batch, heads, length].
 
     Only the layers below the deepest of these heads are run, and of each chosen layer only the keys and the last
     token's query are computed, whatever attention the model was loaded with.
@@ -253,16 +256,17 @@ def last_attention(
         **{CACHE: None},
     )
     rotary = language_model.rotary_emb(inputs_embeds, position_ids)
-    total = torch.zeros(inputs_embeds.shape[:2], device=inputs_embeds.device)
+    found = {}
     deepest = max(layer for layer, _ in heads)
     hidden = inputs_embeds
     for index, layer in enumerate(language_model.layers[: deepest + 1]):
         if chosen := [head for at, head in heads if at == index]:
-            total += _head_attention(layer, hidden, rotary, attention_mask, chosen).sum(1).to(total.device)
+            attention = _head_attention(layer, hidden, rotary, attention_mask, chosen).to(inputs_embeds.device)
+            found |= {(index, head): attention[:, place] for place, head in enumerate(chosen)}
         if index < deepest:
             hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-    return total / len(heads)
+    return torch.stack([found[head] for head in heads], dim=1)
 
 
 def _head_attention(
@@ -272,7 +276,7 @@ def _head_attention(
     attention_mask: torch.Tensor,
     heads: list[int],
 ) -> torch.Tensor:
-    """Softmax of the last token's query over all keys, for some heads of one of Phi's layers: [batch, heads, length]."""
+    """For some heads of one of Phi's layers, the last token's attention to all tokens: [batch, heads, length]."""
     attention = layer.self_attn
     states = layer.input_layernorm(hidden)
     shape = (*states.shape[:2], -1, attention.head_dim)
@@ -290,10 +294,12 @@ def _head_attention(
         return scores[:, heads]
     # Tensor parallel: each process has its share of the heads.
     first = torch.distributed.get_rank() * scores.shape[1]
-    owned = [head - first for head in heads if first <= head < first + scores.shape[1]]
-    summed = scores[:, owned].sum(1, keepdim=True)
-    torch.distributed.all_reduce(summed)
-    return summed
+    found = torch.zeros_like(scores[:, :1]).repeat(1, len(heads), 1)
+    for place, head in enumerate(heads):
+        if first <= head < first + scores.shape[1]:
+            found[:, place] = scores[:, head - first]
+    torch.distributed.all_reduce(found)
+    return found
 
 
 def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

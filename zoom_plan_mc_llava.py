@@ -94,9 +94,9 @@ def plan_scouts(
 
 def share_evenly(boxes: list[Box], num_tokens: int) -> list[Crop]:
     """
-    Share exactly `num_tokens` tokens among crops with these boxes: the first ones get one more where they don't divide.
+    Share exactly `num_tokens` tokens among crops with these boxes. If they don't divide, the first ones get one more.
 
-    However many crops a picture has later, its tokens in the prompt stay as many.
+    However many crops a picture gets, its tokens in the prompt stay as many.
     """
     share, more = divmod(num_tokens, len(boxes))
     return [Crop(box, share + (index < more)) for index, box in enumerate(boxes)]
