@@ -1,6 +1,8 @@
 """Configuration of MC-LLaVA: a SigLIP vision tower, a coordinate embedding, a projector and a Phi language model."""
 
 import copy
+import sys
+from importlib import import_module
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -36,6 +38,20 @@ PHI_2 = {
     "vocab_size": 51200,
 }
 
+# No model of these kinds is near them. Beyond, a damaged or hostile file would take the memory, or days.
+LIMITS = {
+    "hidden_size": 2**17,
+    "image_size": 2**14,
+    "intermediate_size": 2**20,
+    "max_position_embeddings": 2**24,
+    "num_attention_heads": 2**12,
+    "num_channels": 3,
+    "num_hidden_layers": 1000,
+    "num_key_value_heads": 2**12,
+    "patch_size": 2**14,
+    "vocab_size": 2**24,
+}
+
 GENERATION_CLASS = "modeling_mc_llava.MCLlavaForConditionalGeneration"
 AUTO_MAP = {
     "AutoConfig": "configuration_mc_llava.MCLlavaConfig",
@@ -44,6 +60,23 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": GENERATION_CLASS,
     "AutoModelForMultimodalLM": GENERATION_CLASS,
 }
+
+
+def without_kernels(config: dict) -> dict:
+    """A saved configuration without the names of code that computes attention or experts."""
+    return {
+        name: value
+        for name, value in config.items()
+        if not name.removesuffix("_internal").endswith("_implementation") and "kernel" not in name
+    }
+
+
+def check_sizes(name: str, config: PreTrainedConfig):
+    """Raise a ValueError for a size below 1 or beyond its limit."""
+    for key, limit in LIMITS.items():
+        size = getattr(config, key, None)
+        if size is not None and not (isinstance(size, int) and 1 <= size <= limit):
+            raise ValueError(f"{key} of {name} must be from 1 to {limit}, got {size!r:.100}: fetch config.json again")
 
 
 @strict
@@ -66,9 +99,13 @@ class MCLlavaConfig(PreTrainedConfig):
     The published configuration can be loaded unchanged. Its keys `ignore_index` and outer `vocab_size` are dropped,
     because the loss function and `text_config` own them.
 
+    A loaded file does not choose how attention is computed: transformers would fetch and run a kernel that it names.
+    `from_pretrained(..., attn_implementation=...)` does.
+
     Raises:
-        ValueError: if `projector_tokens_num`, another key of the published configuration, is not 1. No other projector
-            was ever published.
+        ValueError: if `projector_tokens_num`, another key of the published configuration, is not 1 (no other projector
+            was ever published), if a sub-configuration is of another model than SigLIP or Phi, or if one of its sizes
+            is below 1 or above `LIMITS`.
 
     ```python
     >>> MCLlavaConfig().text_config.hidden_size
@@ -92,6 +129,8 @@ class MCLlavaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.vision_config = copy.copy(self._sub_config(self.vision_config, SIGLIP_SO400M))  # not the caller's
         self.text_config = self._sub_config(self.text_config, PHI_2)
+        check_sizes("vision_config", self.vision_config)
+        check_sizes("text_config", self.text_config)
         self.vision_config.vision_use_head = False
 
         projector_tokens_num = kwargs.pop("projector_tokens_num", 1)
@@ -112,9 +151,23 @@ class MCLlavaConfig(PreTrainedConfig):
         self.auto_map = dict(auto_map)
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        config_dict = without_kernels(config_dict)
+        for name in cls.sub_configs:
+            if isinstance(config_dict.get(name), dict):
+                config_dict[name] = without_kernels(config_dict[name])
+        return super().from_dict(config_dict, **kwargs)
+
     @staticmethod
     def _sub_config(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:
-        if isinstance(config, PreTrainedConfig):
+        is_built = isinstance(config, PreTrainedConfig)
+        model_type = config.model_type if is_built else (config or default).get("model_type", default["model_type"])
+        if model_type != default["model_type"]:
+            raise ValueError(
+                f"model_type must be {default['model_type']}, got {model_type!r:.100}: use another checkpoint"
+            )
+        if is_built:
             return config
         config = dict(default if config is None else config)
         config.pop("auto_map", None)  # the published text_config points to code in a third repository
@@ -130,5 +183,10 @@ MCLlavaConfig.register_for_auto_class()
 # Pipelines and `transformers serve` look the class up by name, and the configuration is the first file they load.
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names[MCLlavaConfig.model_type] = GENERATION_CLASS.rpartition(".")[2]
+
+# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
+# and sends functions, looks a class up in the package, and copies all of it if it is not there.
+if __package__:
+    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
 __all__ = ["MCLlavaConfig"]

@@ -37,7 +37,7 @@ def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw:
             f"image_grid_thw has {sum(crops_per_image)} crops, crop_num_tokens {len(crop_num_tokens)}: "
             "pass what the processor returned"
         )
-    return [int(crops.sum()) for crops in crop_num_tokens.split(crops_per_image)]
+    return [sum(crops.tolist()) for crops in crop_num_tokens.split(crops_per_image)]  # no sum wraps around
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,9 @@ class EncodedImages:
             `MCLlavaForConditionalGeneration.hash_encoder`.
 
     Raises:
-        ValueError: if the features are not finite floats, the counts are not int64 of at least 1, or the shapes don't
-            match.
+        ValueError: if the features or the coordinates are not finite floats, a coordinate is not in 0 to 1, a box is
+            empty, a row of `image_grid_thw` is not [crops, 1, 1], the counts are not int64 of at least 1, or the
+            shapes don't match.
     """
 
     features: torch.Tensor
@@ -75,8 +76,12 @@ class EncodedImages:
                     f"{name} must be int64 counts of at least 1, got {counts.dtype} {list(counts.shape)}: "
                     "encode the images again"
                 )
-        if not self.features.is_floating_point() or not self.features.isfinite().all():
-            raise ValueError("features must be finite floats: encode the images again, in another dtype if need be")
+        if (self.image_grid_thw[:, 1:] != 1).any():
+            raise ValueError("image_grid_thw must have rows [crops, 1, 1]: encode the images again")
+        for name in ("features", "crop_coords"):
+            floats = getattr(self, name)
+            if not floats.is_floating_point() or not floats.isfinite().all():
+                raise ValueError(f"{name} must be finite floats: encode the images again, in another dtype if need be")
         tokens, crops = sum(self.tokens_per_image), len(self.crop_num_tokens)
         shapes = {name: list(getattr(self, name).shape) for name in ("features", "crop_boxes", "crop_coords")}
         if shapes != {
@@ -85,6 +90,15 @@ class EncodedImages:
             "crop_coords": [crops, 2],
         }:
             raise ValueError(f"{crops} crops with {tokens} tokens don't fit {shapes}: encode the images again")
+        if len(shapes["features"]) != 2:
+            raise ValueError(f"features must be [tokens, hidden], got {shapes['features']}: encode the images again")
+        if self.crop_coords.min() < 0 or self.crop_coords.max() > 1:
+            raise ValueError("crop_coords must lie in 0 to 1: encode the images again")
+        edges = self.crop_boxes
+        if edges.dtype != torch.int64 or edges.min() < 0 or not (edges[:, :2] < edges[:, 2:]).all():
+            raise ValueError(
+                "crop_boxes must be int64, with 0 <= left < right and 0 <= top < bottom: encode the images again"
+            )
 
     @property
     def plans(self) -> list[list[Crop]]:
@@ -147,6 +161,8 @@ class EncodedImages:
             with safe_open(path, "pt", device=str(device)) as file:
                 tensors = {name: file.get_tensor(name) for name in names}
                 return cls(**tensors, weights_hash=file.metadata()["weights_hash"])
+        except ValueError as error:
+            raise ValueError(f"{path} holds no encoded images: {error}") from error
         except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"{path} holds no encoded images ({error}): pass a file that save() wrote") from error
 
@@ -163,6 +179,15 @@ def is_encoded(value) -> bool:
     isinstance can't be used.
     """
     return hasattr(value, "weights_hash")
+
+
+def check_processor(model, image_processor):
+    """Raise a ValueError unless an image processor cuts crops for the model's vision tower."""
+    tower, size = model.config.vision_config, image_processor.size
+    found = {"size": (size["height"], size["width"]), "patch_size": image_processor.patch_size}
+    wanted = {"size": (tower.image_size, tower.image_size), "patch_size": tower.patch_size}
+    if found != wanted:
+        raise ValueError(f"the image processor has {found}, the model {wanted}: use the processor of this model")
 
 
 def check_weights(images: list[EncodedImages], weights_hash: str):
@@ -196,6 +221,10 @@ def hash_tensors(tensors) -> str:
         mixed ^= mixed >> 32
         digest.update(f"{tensor.dtype}{list(tensor.shape)}{(mixed * keys).sum().item()}".encode())
     return digest.hexdigest()
+
+
+# In an image processor's configuration: saving it may write them, and they change no pixel.
+NAMES_OF_CODE = ("auto_map", "feature_extractor_type", "image_processor_type", "processor_class")
 
 
 class FeatureCache:
@@ -254,13 +283,15 @@ class FeatureCache:
             raise ValueError("zoom needs the question, and features are of the picture alone: pass zoom=0, or plans")
         if not images:
             return []  # and no weights are read for it
+        check_processor(model, image_processor)
         encoder, device = model.hash_encoder(), model.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
         found = []
         for index, image in enumerate(images):
             chosen = options if plans is None else {**options, "plans": [plans[index]]}
             picture = load_image(image, options.get("input_data_format"))
-            settings = json.dumps({**image_processor.to_dict(), **chosen}, sort_keys=True, default=_to_json)
+            settings = {name: value for name, value in image_processor.to_dict().items() if name not in NAMES_OF_CODE}
+            settings = json.dumps({**settings, **chosen}, sort_keys=True, default=_to_json)
             found.append(self._encode(model, image_processor, picture, chosen, (settings, encoder, dtype)))
         return found
 
@@ -294,6 +325,7 @@ def _to_json(value):
 __all__ = [
     "EncodedImages",
     "FeatureCache",
+    "check_processor",
     "check_weights",
     "count_image_tokens",
     "hash_tensors",

@@ -142,6 +142,8 @@ class MCLlavaGenerationMixin(GenerationMixin):
             ValueError: if the prompt leaves no room for an answer, if images don't match the `<image>` tokens or were
                 encoded with other weights, or if an option can't be combined with images or with the short form.
         """
+        if kwargs.get("tokenizer") is not None:  # of stop strings; `transformers serve` passes the processor
+            kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         request = self._read_request(inputs, image_features, kwargs)
         if request.tokens_per_image:
             self._refuse_options(request.is_short, generation_config, kwargs)

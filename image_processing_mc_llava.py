@@ -1,11 +1,21 @@
 """Cut pictures into the crops that the vision tower reads."""
 
+import math
+import shutil
+import sys
+from importlib import import_module
+from numbers import Real
+from pathlib import Path
+
 import numpy as np
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from transformers.dynamic_module_utils import get_relative_import_files
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
+from transformers.utils import logging
 
 from .crops_mc_llava import (
     MAX_CROPS,
@@ -19,8 +29,11 @@ from .crops_mc_llava import (
     plan_crops,
     refuse_unknown,
 )
-from .image_loading_mc_llava import flatten_images, load_image
+from .image_loading_mc_llava import MAX_IMAGE_SIDE, flatten_images, load_image
 from .zoom_plan_mc_llava import plan_scouts
+
+
+logger = logging.get_logger(__name__)
 
 
 def cut_crops(
@@ -62,7 +75,50 @@ FIXED_OPTIONS = {
     "data_format": ChannelDimension.FIRST,
 }
 # Keys of a saved configuration that are not options.
-CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type"}
+CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
+# The code that a folder of an image processor and a tokenizer needs to load as a processor.
+PROCESSOR_FILE = Path(__file__).with_name("processing_mc_llava.py")
+
+
+def is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_numbers(options: dict):
+    """Raise a ValueError for means, deviations, a scale, a size or a filter that would give no pixels or garbage."""
+    for name, low in (("image_mean", -math.inf), ("image_std", 0)):
+        if (value := options.get(name)) is None:
+            continue
+        values = list(value) if isinstance(value, (list, tuple, np.ndarray)) else [value] * 3
+        if len(values) != 3 or not all(is_number(one) and one > low for one in values):
+            bound = "" if low < 0 else " above 0"
+            raise ValueError(f"{name} must be a finite number{bound}, or three of them, got {value!r:.100}")
+    factor = options.get("rescale_factor")
+    if factor is not None and not (is_number(factor) and factor > 0):
+        raise ValueError(f"rescale_factor must be a finite number above 0, got {factor!r:.100}")
+    for name in ("do_rescale", "do_normalize"):
+        if not isinstance(options.get(name), (bool, np.bool_, type(None))):
+            raise ValueError(f"{name} must be true or false, got {options[name]!r:.100}")
+    if (resample := options.get("resample")) is not None:
+        try:
+            PILImageResampling(resample)
+        except ValueError:
+            known = ", ".join(f"{entry.value} ({entry.name.lower()})" for entry in PILImageResampling)
+            raise ValueError(f"resample must be one of Pillow's {known}, got {resample!r:.100}") from None
+    if options.get("size") is not None:
+        check_size(options["size"])
+
+
+def check_size(size):
+    """Raise a ValueError unless a size, in any of transformers' forms, is that of a square."""
+    if isinstance(size, (list, tuple)):
+        sides = list(size)
+    else:
+        sides = [size.get("height"), size.get("width")] if hasattr(size, "get") else [size, size]
+    if len(sides) != 2 or sides[0] is None or sides[0] != sides[1]:
+        raise ValueError(f"size must have equal height and width, got {size}: the vision tower reads squares")
+    if check_knob("size", sides[0], 1) > MAX_IMAGE_SIDE:
+        raise ValueError(f"size must be at most {MAX_IMAGE_SIDE}, got {sides[0]}")
 
 
 class MCLlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -141,6 +197,38 @@ class MCLlavaImageProcessor(PilBackend):
             raise ValueError("plans belong to the images of one call and can't be saved: pass them to the call")
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, image_processor_dict: dict, **kwargs):
+        known = CONFIG_KEYS | set(cls.valid_kwargs.__annotations__)
+        if unknown := sorted(map(str, set(image_processor_dict) - known)):
+            logger.warning_once(
+                f"the saved image processor has unknown options {', '.join(unknown)}, which are ignored: another "
+                "version may know them"
+            )
+        saved = {name: value for name, value in image_processor_dict.items() if name in known}
+        return super().from_dict(saved, **kwargs)
+
+    def to_dict(self) -> dict:
+        """With the names of the code, whether it was saved before or not."""
+        saved = super().to_dict()
+        names = {"AutoImageProcessor": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
+        if PROCESSOR_FILE.exists():
+            names["AutoProcessor"] = f"{PROCESSOR_FILE.stem}.MCLlavaProcessor"
+        return {**saved, "auto_map": {**names, **saved.get("auto_map", {})}}
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """
+        Also saves the code of `MCLlavaProcessor`: a pipeline saves the image processor and the tokenizer, and loads a
+        processor.
+        """
+        files = super().save_pretrained(save_directory)
+        if PROCESSOR_FILE.exists():
+            for path in (PROCESSOR_FILE, *map(Path, get_relative_import_files(PROCESSOR_FILE))):
+                shutil.copyfile(path, Path(save_directory, path.name))
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
+        return files
+
     @property
     def option_names(self) -> set[str]:
         """The names of the options that a call takes."""
@@ -160,6 +248,7 @@ class MCLlavaImageProcessor(PilBackend):
             if kwargs.get("zoom"):
                 raise ValueError("plans say which crops there are: leave zoom out")
             kwargs = {**kwargs, "plans": check_plans(kwargs["plans"])}
+        check_numbers(kwargs)
         for name, fixed in FIXED_OPTIONS.items():
             if kwargs.get(name) not in (None, fixed):
                 raise ValueError(f"{name} must be {fixed}, got {kwargs[name]}: leave it out")
@@ -174,7 +263,10 @@ class MCLlavaImageProcessor(PilBackend):
         return bool(zoom) and given.get("plans") is None
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
-        return super().preprocess(images, **self.check_kwargs(kwargs))
+        try:
+            return super().preprocess(images, **self.check_kwargs(kwargs))
+        except StrictDataclassError as error:  # the type of an option's value
+            raise ValueError(f"an option has a wrong value: {error}") from error
 
     def _prepare_image_like_inputs(self, images, *, input_data_format=None, **kwargs) -> list[Image.Image]:
         return [load_image(image, input_data_format) for image in flatten_images(images)]
@@ -200,8 +292,9 @@ class MCLlavaImageProcessor(PilBackend):
     ) -> BatchFeature:
         if not images:
             raise ValueError("got an empty list of images: pass at least one")
-        if size.height is None or size.height != size.width:
-            raise ValueError(f"size must have equal height and width, got {size}: the vision tower reads squares")
+        check_numbers(
+            {"size": size, "image_mean": image_mean, "image_std": image_std, "rescale_factor": rescale_factor}
+        )
         side = size.height
         sizes = [image.size for image in images]
         is_zooming = zoom > 0 and plans is None
@@ -271,5 +364,10 @@ class MCLlavaImageProcessor(PilBackend):
 
 
 MCLlavaImageProcessor.register_for_auto_class()
+
+# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
+# and sends functions, looks a class up in the package, and copies all of it if it is not there.
+if __package__:
+    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
 __all__ = ["IMAGE_FIELDS", "ZOOM_FIELDS", "MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs", "cut_crops"]

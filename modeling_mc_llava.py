@@ -9,7 +9,9 @@ pixel_values [crops, 3, side, side]
 
 import copy
 import hashlib
+import sys
 from dataclasses import dataclass
+from importlib import import_module
 from itertools import accumulate
 
 import torch
@@ -176,7 +178,8 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         if low < 1 or high >= patches:
             raise ValueError(
                 f"crop_num_tokens must lie between 1 and {patches - 1} (patches of a crop, without the first), "
-                f"got {low} to {high}"
+                f"got {low} to {high}: use the processor of this model, with patch_size "
+                f"{self.config.vision_config.patch_size}"
             )
 
         hidden_states = self.encode_tokens(pixel_values, crop_num_tokens, **kwargs)
@@ -214,7 +217,16 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         """
         Encode crops float[crops, 3, side, side] to float[crops, patches, vision_hidden]: all patches, after the
         tower's last block and before `post_layernorm`.
+
+        Raises:
+            ValueError: if the crops don't have the size that the tower reads.
         """
+        side = self.config.vision_config.image_size
+        if pixel_values.shape[1:] != (3, side, side):
+            raise ValueError(
+                f"pixel_values are {list(pixel_values.shape)}, the vision tower reads [crops, 3, {side}, {side}]: "
+                f"use the processor of this model, whose size is {side}"
+            )
         embeddings = self.vision_tower.embeddings(pixel_values)
         return self.vision_tower.encoder(inputs_embeds=embeddings, **kwargs).last_hidden_state
 
@@ -240,39 +252,50 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         wanted = [name for name, asked in (("hidden_states", hidden_states), ("attentions", attentions)) if asked]
         return {name: tuple(map(torch.cat, zip(*(getattr(output, name) for output in outputs)))) for name in wanted}
 
-    def embed_prompt(self, input_ids: torch.LongTensor | None, image_features: list[torch.Tensor]) -> torch.Tensor:
+    def embed_prompt(
+        self, input_ids: torch.LongTensor | None, image_features: list[torch.Tensor], is_chunk: bool = False
+    ) -> torch.Tensor:
         """
         Embed an expanded prompt, with the images' features in place of `<image>`: float[batch, length, hidden].
 
         Args:
             input_ids: int[batch, length] with one `<image>` per visual token.
             image_features: one float[tokens, hidden] per image, in batch order.
+            is_chunk: see `get_placeholder_mask`.
 
         Raises:
             ValueError: as `get_placeholder_mask` does.
         """
-        mask = self.get_placeholder_mask(input_ids, [len(features) for features in image_features])
+        mask = self.get_placeholder_mask(input_ids, [len(features) for features in image_features], is_chunk)
         embeds = self.get_input_embeddings()(input_ids)
         features = torch.cat(list(image_features)).to(embeds.device, embeds.dtype)
         return embeds.masked_scatter(mask.to(embeds.device).unsqueeze(-1), features)
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, tokens_per_image: list[int]
+        self, input_ids: torch.LongTensor | None, tokens_per_image: list[int], is_chunk: bool = False
     ) -> torch.BoolTensor:
         """
         The positions of `<image>` tokens: bool[batch, length].
 
+        Args:
+            tokens_per_image: the number of tokens of each image, in batch order.
+            is_chunk: whether a chunked prefill may have passed the features of all images and rows as those of a
+                single image. Then only the sum is checked.
+
         Raises:
-            ValueError: if `input_ids` are None, or the number of `<image>` tokens in a row is not the sum over its
-                images, in batch order.
+            ValueError: if `input_ids` are None, or a run of `<image>` tokens ends within an image: it would get a part
+                of it, and another run, or another row, the rest.
         """
         if input_ids is None:
             raise ValueError("images need input_ids: their places are found by the id of <image>")
         mask = input_ids == self.config.image_token_id
-        row_ends, image_ends = mask.sum(-1).cumsum(0).tolist(), list(accumulate(tokens_per_image))
-        # A chunked prefill passes the features of all images and rows as those of a single image.
-        is_split = len(image_ends) > 1 and not set(row_ends) <= {0, *image_ends}
-        if row_ends[-1] != image_ends[-1] or is_split:
+        follows = torch.cat(
+            [mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1
+        )  # whether the next one is a place, too
+        places = mask.flatten().cumsum(0)
+        run_ends, image_ends = places[(mask & ~follows).flatten()].tolist(), list(accumulate(tokens_per_image))
+        is_split = not (is_chunk and len(image_ends) == 1) and not set(run_ends) <= set(image_ends)
+        if (run_ends[-1] if run_ends else 0) != image_ends[-1] or is_split:
             raise ValueError(
                 f"the rows have {mask.sum(-1).tolist()} <image> tokens, the images {tokens_per_image} tokens: "
                 "use the processor's input_ids with its images, unshortened"
@@ -305,6 +328,8 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         encoded = (mm_encoder_outputs or {}).get("image")
+        # The parts of encoded images that a chunked prefill passes have nothing but the features.
+        is_chunk = encoded is not None and encoded.last_hidden_state is None
         if pixel_values is not None:
             if encoded is not None:
                 raise ValueError("pass either pixel_values or image features, not both")
@@ -315,7 +340,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
 
         cache = one_cache(cache, past_key_values)
         if encoded is not None:
-            inputs_embeds = self.embed_prompt(input_ids, encoded.pooler_output)
+            inputs_embeds = self.embed_prompt(input_ids, encoded.pooler_output, is_chunk)
         elif inputs_embeds is None:
             # Skip this check while decoding: reading an id waits for the device.
             if (
@@ -458,6 +483,9 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
         Raises:
             ValueError: if images don't match the `<image>` tokens in the prompt, or were encoded with other weights.
         """
+        mm_encoder_outputs = self._encoder_outputs(image_features, mm_encoder_outputs)
+        if image_features is not None and mm_encoder_outputs:
+            self.model.get_placeholder_mask(input_ids, list(map(len, mm_encoder_outputs["image"].pooler_output)))
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -469,7 +497,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             crop_boxes=crop_boxes,
-            mm_encoder_outputs=self._encoder_outputs(image_features, mm_encoder_outputs),
+            mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
         )
@@ -550,6 +578,11 @@ register_checkpoint_conversion_mapping(
 # Saved models then include this code.
 MCLlavaAutoModel.register_for_auto_class()
 MCLlavaModel.register_for_auto_class("AutoModel")
+
+# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
+# and sends functions, looks a class up in the package, and copies all of it if it is not there.
+if __package__:
+    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
 __all__ = [
     "CROPS_PER_PASS",

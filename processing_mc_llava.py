@@ -3,56 +3,96 @@
 The processor handles text. The image processor decides where crops are and how many tokens they give.
 """
 
+import inspect
+import re
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .crops_mc_llava import check_plans, make_plans, refuse_unknown
-from .encoded_images_mc_llava import is_encoded
-from .image_loading_mc_llava import flatten_images, load_image
+from .encoded_images_mc_llava import check_processor, is_encoded
+from .image_loading_mc_llava import flatten_images
 from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs
 
 
-# ChatML as Phi-2 was fine-tuned with it: no turn is added, and an image comes before the part that follows it.
+# The tokens that control the model. In a published tokenizer, not all of them are marked as special.
+CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<pad>")
+
+# ChatML as Phi-2 was fine-tuned with it: no turn is added. A turn's images come before its text, wherever they stand
+# in the message: the model was trained on nothing else. Where an image stood between two texts, a new line begins.
 # It rejects special tokens in a message as well, because engines such as vLLM render it without the processor.
 # `{% generation %}` marks the assistant's text, including its <|im_end|>, for training on those tokens alone.
+# The files chat_template.jinja are written from here, by `save_pretrained`.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
-{%- set ns = namespace(text='', said=message['role'] + '\\n') -%}
+{%- set ns = namespace(images='', text='', gap='') -%}
 {%- if message['content'] is string -%}
 {%- set ns.text = message['content'] -%}
-{%- set ns.said = ns.said + message['content'] -%}
 {%- else -%}
 {%- for part in message['content'] -%}
-{%- set ns.text = ns.text + ('<image>\\n' if part['type'] == 'image' else part['text']) -%}
-{%- set ns.said = ns.said + ('\\n' if part['type'] == 'image' else part['text']) -%}
+{%- if part['type'] in ['image', 'image_url'] -%}
+{%- set ns.images = ns.images + '<image>\\n' -%}
+{%- set ns.gap = '\\n' if ns.text else '' -%}
+{%- else -%}
+{%- set ns.text = ns.text + (ns.gap if part['text'] else '') + part['text'] -%}
+{%- set ns.gap = '' if part['text'] else ns.gap -%}
+{%- endif -%}
 {%- endfor -%}
 {%- endif -%}
-{%- for token in ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<image>', '<pad>'] if token in ns.said -%}
+{%- for token in CONTROL_TOKENS if token in message['role'] + '\\n' + ns.text -%}
 {{- raise_exception('the text of a message must not hold the special token ' + token + ': remove it') -}}
 {%- endfor -%}
 {%- if message['role'] == 'assistant' -%}
-{%- generation -%}{{- ns.text + '<|im_end|>' -}}{%- endgeneration -%}
+{%- generation -%}{{- ns.images + ns.text + '<|im_end|>' -}}{%- endgeneration -%}
 {%- else -%}
-{{- ns.text + '<|im_end|>' -}}
+{{- ns.images + ns.text + '<|im_end|>' -}}
 {%- endif -%}
 {{- '\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
 {{- '<|im_start|>assistant\\n' -}}
 {%- endif -%}
-"""
+""".replace("CONTROL_TOKENS", str(list(CONTROL_TOKENS)))
 
 ROLES = ("system", "user", "assistant")
 # What guided zoom compares a question with, for a model whose attention heads were never measured.
 GENERAL_QUESTION = "Write a general description of the image."
+SOURCES = ("image", "url", "path", "base64")  # where transformers looks for the picture of an image part
+
+
+class Prompt(str):
+    """Text that a chat template has rendered. The processor uses it unchanged, whatever it holds."""
+
+    __slots__ = ()
+
+
+def check_unicode(text: str):
+    """Raise a ValueError for half of a surrogate pair, from JSON or from bytes that were not text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the text can't be encoded as UTF-8 ({error}): pass decoded text") from None
+
+
+def template_names(chat_template: str) -> set[str]:
+    """
+    The names in the expressions and statements of a template, without attributes, quoted text, the names of arguments,
+    and what a loop defines. A name that is assigned may have had a value before.
+    """
+    code = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", chat_template, flags=re.DOTALL))
+    code = re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", "''", code, flags=re.DOTALL)
+    loops = " ".join(re.findall(r"\bfor\s+([\w\s,]+?)\s+in\b", code))
+    return set(re.findall(r"(?<![\w.])[A-Za-z_]\w*\b(?!\s*=[^=])", code)) - set(re.findall(r"\w+", loops))
 
 
 def to_plain(value):
@@ -66,6 +106,11 @@ def to_plain(value):
     if callable(getattr(value, "model_dump", None)):  # pydantic's, without importing it
         return _without_none(to_plain(value.model_dump()))
     return value
+
+
+def is_given(value) -> bool:
+    """Whether an optional value is there: OpenAI's clients send None and empty lists for what was left out."""
+    return value is not None and not (isinstance(value, (str, list, tuple, dict, bool)) and not value)
 
 
 def _without_none(fields: dict) -> dict:
@@ -117,19 +162,54 @@ class MCLlavaProcessor(ProcessorMixin):
         tokenizer = AutoTokenizer.from_pretrained(
             pretrained_model_name_or_path, padding_side="left", clean_up_tokenization_spaces=False, **kwargs
         )
+        # Saved alone, a tokenizer would name our code, and a folder would lack it. Saving a processor writes the name.
+        tokenizer.init_kwargs.pop("auto_map", None)
         return [image_processor, tokenizer]
 
     @property
     def special_tokens(self) -> list[str]:
-        """The tokens that control the model. The tokenizer's other added tokens are runs of spaces and tabs."""
-        return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if not str(token).isspace()]
+        """The tokens that control the model. Words that were added to the tokenizer are not among them."""
+        marked = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        return list(dict.fromkeys([*CONTROL_TOKENS, *self.tokenizer.all_special_tokens, *marked]))
 
-    def _first_special_token(self, text: str) -> str | None:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:  # half of a surrogate pair, from JSON or from bytes that were not text
-            raise ValueError(f"the text can't be encoded as UTF-8 ({error}): pass decoded text") from None
-        return next((token for token in self.special_tokens if token in text), None)
+    def _written_token(self, text: str, is_normalized: bool = False) -> str | None:
+        """
+        The first special token that is written in a text.
+
+        Args:
+            is_normalized: look for tokens that the tokenizer finds in normalized text only.
+        """
+        normalizer = getattr(getattr(self.tokenizer, "backend_tokenizer", None), "normalizer", None)
+        if is_normalized and normalizer is None:
+            return None
+        added = {str(token): token for token in self.tokenizer.added_tokens_decoder.values()}
+        for name in self.special_tokens:
+            token, written, searched = added.get(name), name, text
+            if is_normalized:
+                if token is None or not token.normalized:
+                    continue
+                written, searched = normalizer.normalize_str(name).strip(), normalizer.normalize_str(text)
+            pattern = re.escape(written)
+            if token is not None and token.single_word and name not in CONTROL_TOKENS:
+                pattern = rf"(?<!\w){pattern}(?!\w)"
+            if written and re.search(pattern, searched):
+                return name
+        return None
+
+    def _is_prompt(self, text: str) -> bool:
+        """Whether a text is a prompt rather than a question."""
+        check_unicode(text)
+        return isinstance(text, Prompt) or self._written_token(text) is not None
+
+    def _refuse_special_tokens(self, text: str):
+        check_unicode(text)
+        token = self._written_token(text) or self._written_token(text, is_normalized=True)
+        if token is not None:
+            raise ValueError(f"the text of a message must not hold the special token {token}: remove it")
+
+    def get_vocab(self) -> dict[str, int]:
+        """The tokenizer's tokens and their ids, for callers that take a processor for a tokenizer."""
+        return self.tokenizer.get_vocab()
 
     def __call__(
         self,
@@ -137,21 +217,24 @@ class MCLlavaProcessor(ProcessorMixin):
         images: Any = None,
         model: PreTrainedModel | None = None,
         feature_cache: Any = None,
+        is_prompt: bool | None = None,
         **kwargs: Unpack[MCLlavaProcessorKwargs],
     ) -> BatchFeature:
         r"""
         Prepare questions or prompts, and their images, for the model.
 
         Args:
-            text (`str` or `list[str]`): questions or raw prompts. Text with a special token is a raw prompt and is
-                used unchanged; it needs one `<image>` per image. Text without one is a question and is put into the
-                chat template after its images.
+            text (`str` or `list[str]`): questions or raw prompts. Text with a special token, and text that
+                `apply_chat_template` returned, is a raw prompt and is used unchanged; it needs one `<image>` per
+                image. All other text is a question and is put into the chat template after its images.
             images (*optional*): anything that `load_image` reads. In a flat list, a single text gets all images;
                 otherwise each question gets one and each raw prompt as many as it has `<image>`. A list of lists has
                 the images of each text.
             model (`MCLlavaForConditionalGeneration`, *optional*): encode the images in this call, as the published
                 processor did. `input_ids` then keep one `<image>` per image.
             feature_cache (`FeatureCache`, *optional*): cache for the encoded images. Requires `model`.
+            is_prompt (`bool`, *optional*): whether the texts are raw prompts (True) or questions (False), whatever
+                they hold. A question with a special token is refused.
             kwargs: `max_crops`, `num_tokens`, `plans` (one per image, in the order of the texts; see
                 `MCLlavaImageProcessorKwargs`) and the options of transformers' processors (`padding`,
                 `return_tensors`, ...), flat or in `images_kwargs` and `text_kwargs`.
@@ -171,6 +254,7 @@ class MCLlavaProcessor(ProcessorMixin):
             check_plans(plans, 0 if images is None else len(flatten_images(images)))
         if text is None:
             raise ValueError("text is missing: pass a question or a prompt, or call the image processor for images")
+        text = self._mark_texts(text, is_prompt)
         if model is None:
             if feature_cache is not None:
                 raise ValueError("feature_cache needs the model that encodes: pass model as well")
@@ -178,7 +262,7 @@ class MCLlavaProcessor(ProcessorMixin):
         if self.image_processor.asks_to_zoom(kwargs):
             raise ValueError("zoom needs the question, not the model: leave model out, or pass zoom=0")
 
-        prompts, images = self._assemble(text, images, kwargs.get("input_data_format"))
+        prompts, images = self._assemble(text, images)
         kwargs = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -189,6 +273,7 @@ class MCLlavaProcessor(ProcessorMixin):
         inputs = BatchFeature(dict(inputs)).to(device)
         if images:
             options = kwargs["images_kwargs"]
+            check_processor(model, self.image_processor)
             if feature_cache is not None:
                 encoded = feature_cache.encode(model, self.image_processor, images, **options)
                 inputs["image_features"] = [one.features for one in encoded]
@@ -213,33 +298,81 @@ class MCLlavaProcessor(ProcessorMixin):
         """
         Like transformers' `apply_chat_template`, with these differences: knobs may be passed flat or in
         `processor_kwargs`, an image part may hold anything that `load_image` reads, and messages and their parts may
-        be dicts, dataclasses or pydantic models, such as those of OpenAI's client.
+        be dicts, dataclasses or pydantic models, such as those of OpenAI's client. The default template puts a turn's
+        images before its text. Given `return_assistant_tokens_mask` and no `return_tensors`, ids and masks are lists.
 
         Raises:
             ValueError: if a role is not one of system, user and assistant, if the text of a message holds a special
-                token (so that a question can't forge a turn or an image) or is not valid Unicode, or if a part is
-                neither text nor an image.
+                token (so that a question can't forge a turn or an image) or is not valid Unicode, if a part is
+                neither text nor an image, if an option is unknown, or if there are tools or documents and the template
+                does not render them.
         """
-        if not isinstance(conversation, (list, tuple)):
-            raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")
-        is_batched = bool(conversation) and isinstance(conversation[0], (list, tuple))
-        checked = [
-            [self._check_message(to_plain(message)) for message in messages]
-            for messages in (conversation if is_batched else [conversation])
-        ]
-        if not all(checked):
-            raise ValueError("a conversation has no message: pass at least one, such as a user's question")
+        template = self._find_template(chat_template)
+        conversations, is_batched = self._read_conversations(conversation, template)
         # transformers warns about flat processor options and, up to 5.20, lets them replace `processor_kwargs`.
         known = self._known_kwargs()
+        if not isinstance(processor_kwargs, (dict, type(None))):
+            raise ValueError(f"processor_kwargs must be a dict of options, got {processor_kwargs!r:.100}")
         processor_kwargs = {
             **(processor_kwargs or {}),
             **{name: kwargs.pop(name) for name in list(kwargs) if name in known and name != "return_tensors"},
         }
-        return super().apply_chat_template(
-            checked if is_batched else checked[0], chat_template, processor_kwargs=processor_kwargs, **kwargs
+        self._check_template_kwargs(template, kwargs, processor_kwargs)
+        if kwargs.get("tokenize"):
+            processor_kwargs["is_prompt"] = True
+            if kwargs.get("return_assistant_tokens_mask") and kwargs.get("return_tensors") in (None, "auto"):
+                # transformers returns the masks as lists, and TRL looks ids up in a set: a tensor's are never found.
+                text_kwargs = processor_kwargs.get("text_kwargs") or {}
+                processor_kwargs["text_kwargs"] = {"return_tensors": None, **text_kwargs}
+        output = super().apply_chat_template(
+            conversations if is_batched else conversations[0], template, processor_kwargs=processor_kwargs, **kwargs
         )
+        if kwargs.get("tokenize"):
+            return output
+        return [Prompt(prompt) for prompt in output] if is_batched else Prompt(output)
 
-    def _check_message(self, message: dict) -> dict:
+    def _find_template(self, chat_template: str | None) -> str:
+        """The template of a call: a template, or the name of one of the processor's."""
+        if chat_template is not None and not isinstance(chat_template, str):
+            raise ValueError(f"chat_template must be a template or the name of one, got {chat_template!r:.100}")
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        name = "default" if chat_template is None else chat_template
+        if chat_template is None and name not in templates:
+            raise ValueError(f"there is no default among the chat templates {sorted(templates)}: name one of them")
+        return templates.get(name) or name
+
+    def _check_template_kwargs(self, template: str, kwargs: dict, processor_kwargs: dict):
+        """Raise a ValueError for options that neither transformers, nor the processor, nor the template knows."""
+        own = ("images", "model", "feature_cache")  # arguments of a call that are no options
+        self._check_kwargs({name: value for name, value in processor_kwargs.items() if name not in own})
+        names, rendered = set(inspect.signature(super().apply_chat_template).parameters), template_names(template)
+        refuse_unknown(set(kwargs) - rendered, names | self._known_kwargs())
+        for name in {"tools", "documents"} - rendered:
+            if is_given(kwargs.get(name)):
+                raise ValueError(
+                    f"the chat template doesn't render {name}: leave them out, or pass a chat_template that does"
+                )
+
+    def _read_conversations(self, conversation, template: str) -> tuple[list[list[dict]], bool]:
+        """Checked copies of the conversations, and whether there is a batch of them."""
+        conversation = getattr(conversation, "messages", conversation)  # of an object that holds a conversation
+        if not isinstance(conversation, (list, tuple)):
+            raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")
+        first = conversation[0] if conversation else None
+        is_batched = isinstance(first, (list, tuple)) or hasattr(first, "messages")
+        conversations = [getattr(entry, "messages", entry) for entry in conversation] if is_batched else [conversation]
+        for messages in conversations:
+            if not isinstance(messages, (list, tuple)):
+                raise ValueError(f"each conversation of a batch must be a list of messages, got {messages!r:.200}")
+            if not messages:
+                raise ValueError("a conversation has no message: pass at least one, such as a user's question")
+        try:
+            plain = [to_plain(messages) for messages in conversations]
+        except RecursionError:
+            raise ValueError("a message holds itself, or is nested too deep: pass text and image parts") from None
+        return [[self._check_message(message, template) for message in messages] for messages in plain], is_batched
+
+    def _check_message(self, message: dict, template: str) -> dict:
         """A copy of the message with string content or text and image parts, free of special tokens."""
         if not isinstance(message, dict):
             raise ValueError(
@@ -247,23 +380,35 @@ class MCLlavaProcessor(ProcessorMixin):
             )
         role, content = message.get("role"), message.get("content")
         content = "" if content is None else content
-        if role not in ROLES:
-            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r}")
-        if not isinstance(content, (str, list, tuple)):
+        if not isinstance(role, str) or role not in ROLES:
+            raise ValueError(f"role must be one of {', '.join(ROLES)}, got {role!r:.100}")
+        for name in ("tool_calls", "function_call"):
+            if is_given(message.get(name)) and name not in template:
+                raise ValueError(f"the chat template doesn't render {name}: leave them out of the message")
+        if not isinstance(content, (str, list)):
             raise ValueError(f"content must be a string or a list of parts, got {content!r:.200}")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
-        run = ""  # adjacent text parts are checked together, or a token could be split over two of them
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = [_without_none(part) if isinstance(part, dict) else part for part in parts]
+        self._check_parts(parts, template)
+        return {**message, "content": content if isinstance(content, str) else parts}
+
+    def _check_parts(self, parts: list, template: str):
+        # Adjacent text parts are checked together, or a token could be split over two of them.
+        runs = [""]
         for part in parts:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind == "text" and isinstance(part.get("text"), str):
-                run += part["text"]
+                runs[-1] += part["text"]
             elif kind in ("image", "image_url"):
-                run += "\n"
+                runs.append("")
+                if len(sources := [name for name in SOURCES if name in part]) > 1:
+                    raise ValueError(
+                        f"an image part must hold one image, got {' and '.join(sources)}: pass a part each"
+                    )
             else:
                 raise ValueError(f"a content part must be a text with a string or an image, got {part!r:.200}")
-        if token := self._first_special_token(run):
-            raise ValueError(f"the text of a message must not hold the special token {token}: remove it")
-        return {**message, "content": content if isinstance(content, str) else parts}
+        # The default template parts the text where an image stood. Another may not.
+        self._refuse_special_tokens(("\n" if template == CHAT_TEMPLATE else "").join(runs))
 
     @property
     def text_option_names(self) -> set[str]:
@@ -294,16 +439,39 @@ class MCLlavaProcessor(ProcessorMixin):
 
     # The methods below are called by ProcessorMixin.__call__.
 
+    def _merge_kwargs(self, *args, **kwargs):
+        try:
+            return super()._merge_kwargs(*args, **kwargs)
+        except StrictDataclassError as error:  # the type of an option's value
+            raise ValueError(f"an option has a wrong value: {error}") from error
+
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
-        prompts, images = self._assemble(text, images, kwargs.get("input_data_format"))
+        prompts, images = self._assemble(text, images)
         return images or None, prompts, None, None
 
-    def _assemble(self, text, images, input_data_format=None) -> tuple[list[str], list]:
-        """One prompt per text, and the loaded images in the order of their `<image>`."""
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        """`_assemble` has checked them. transformers' own check knows fewer kinds of images."""
+
+    def _process_images(self, images, **kwargs):
+        processed = self.image_processor(images, **kwargs)
+        return processed, [self.replace_image_token(processed, index) for index in range(len(images))]
+
+    def _mark_texts(self, text, is_prompt: bool | None) -> list[str]:
+        """The texts of a call as a list, with prompts marked if `is_prompt` says so."""
         texts = [text] if isinstance(text, str) else text
         if not isinstance(texts, (list, tuple)) or not texts or not all(isinstance(entry, str) for entry in texts):
             raise ValueError(f"text must be a string or a list of strings, got {text!r:.200}")
-        raw = [self._first_special_token(entry) is not None for entry in texts]
+        if is_prompt not in (None, True, False):
+            raise ValueError(f"is_prompt must be True, False or None, got {is_prompt!r:.100}")
+        if is_prompt is False:
+            for entry in texts:
+                self._refuse_special_tokens(entry)
+            return [str(entry) for entry in texts]
+        return [Prompt(entry) for entry in texts] if is_prompt else list(texts)
+
+    def _assemble(self, texts: list[str], images) -> tuple[list[str], list]:
+        """One prompt per text, and the images in the order of their `<image>`. The image processor loads them."""
+        raw = [self._is_prompt(entry) for entry in texts]
         wanted = [entry.count(self.image_token) if is_raw else None for entry, is_raw in zip(texts, raw)]
         per_text = self._images_per_text(images, wanted)
 
@@ -319,7 +487,7 @@ class MCLlavaProcessor(ProcessorMixin):
                     f"write one {self.image_token} per image (prompt: {entry[:80]!r})"
                 )
             prompts.append(entry)
-        return prompts, [load_image(image, input_data_format) for own in per_text for image in own]
+        return prompts, [image for own in per_text for image in own]
 
     def _images_per_text(self, images, wanted: list[int | None]) -> list[list]:
         """
@@ -357,6 +525,11 @@ class MCLlavaProcessor(ProcessorMixin):
     def _check_special_mm_tokens(self, text: list[str], text_inputs, modalities: list[str]):
         for prompt, ids in zip(text, text_inputs["input_ids"]):
             wanted, kept = prompt.count(self.image_token), int((np.asarray(ids) == self.image_token_id).sum())
+            if kept > wanted:
+                raise ValueError(
+                    f"the tokenizer finds {kept} {self.image_token} where {wanted} are written: remove what it "
+                    f"normalizes to {self.image_token}"
+                )
             if wanted != kept:
                 raise ValueError(
                     f"truncation would keep {kept} of {wanted} visual tokens: "
@@ -386,4 +559,9 @@ class MCLlavaProcessor(ProcessorMixin):
 
 MCLlavaProcessor.register_for_auto_class()
 
-__all__ = ["CHAT_TEMPLATE", "MCLlavaProcessor", "MCLlavaProcessorKwargs", "to_plain"]
+# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
+# and sends functions, looks a class up in the package, and copies all of it if it is not there.
+if __package__:
+    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
+
+__all__ = ["CHAT_TEMPLATE", "MCLlavaProcessor", "MCLlavaProcessorKwargs", "Prompt", "to_plain"]

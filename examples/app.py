@@ -7,10 +7,12 @@ a Hub id (`tiny` by default); `GRADIO_SERVER_NAME` and `GRADIO_SERVER_PORT`, as 
 
 import json
 import os
+import re
 import sys
 import time
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
@@ -20,7 +22,10 @@ except ModuleNotFoundError as error:
     if error.name != "gradio":
         raise
     raise SystemExit('app.py needs Gradio: pip install "mc-llava[app]"') from None
+from gradio.utils import get_upload_folder
 from PIL import Image
+from starlette.middleware import Middleware
+from starlette.responses import PlainTextResponse
 
 
 ROOT = Path(__file__).parent.parent
@@ -42,16 +47,52 @@ PHOTOGRAPHS = [
     [str(ROOT / "examples" / "coffee.jpg"), "What is on the table?"],
     [str(ROOT / "examples" / "hubble.jpg"), "What shines in the middle?"],
 ]
+EXAMPLES = {os.path.realpath(path) for path, _ in (*SCENES, *PHOTOGRAPHS)}
+NOT_UPLOADED = "this picture was not uploaded here: upload it, or pick an example"
 MAX_UPLOAD = "64mb"
+MAX_QUESTION = 100_000  # characters
 GRID_SIDE = 1600  # longest side of the drawn grid in pixels
+MIN_TEMPERATURE = 0.01  # a lower one is 0, the most likely token: logits divided by it might overflow
+
+
+class Knob(NamedTuple):
+    """A slider. Its value is a float if `step` is one, an integer otherwise."""
+
+    label: str
+    minimum: float
+    maximum: float
+    default: float
+    step: float
+
+    def read(self, value) -> int | float:
+        """
+        A value that a visitor sent. JSON has one type of numbers: 32.0 is an integer and 2 a float, too.
+
+        Raises:
+            ValueError: if it is not such a number, or beyond the slider's ends.
+        """
+        kind = type(self.step)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        # NaN is not between the ends.
+        if not is_number or not self.minimum <= value <= self.maximum or (kind is int and value != int(value)):
+            number = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{self.label} must be {number} from {self.minimum} to {self.maximum}, got {value!r:.50}")
+        return kind(value)
 
 
 class Demo:
-    """A model and the page's callbacks. Independent of Gradio except for its error class."""
+    """A model and the page's callbacks. Independent of Gradio except for its errors and its folder of uploads."""
 
     def __init__(self, model: str):
         self.engine = Engine(load_model(model), load_processor(model))
         self.planner = self.engine.processor.image_processor
+        context = self.engine.model.config.text_config.max_position_embeddings
+        crops, tokens = self.planner.max_crops, self.planner.num_tokens
+        self.max_crops = Knob("max_crops", 0, max(100, crops), crops, 1)
+        self.num_tokens = Knob("num_tokens", 1, max(context, tokens), tokens, 1)
+        self.max_new_tokens = Knob("Longest answer in tokens", 1, 512, 200, 1)
+        self.temperature = Knob("Temperature (0: always the most likely word)", 0, 2, 0, 0.1)
+        self.top_p = Knob("Top p", 0.05, 1, 1, 0.05)
         self.flops_per_second = self._measure_speed()
 
     def _measure_speed(self) -> float:
@@ -70,13 +111,17 @@ class Demo:
     def cost(self, crops: int, tokens: int) -> Estimate:
         return estimate(self.engine.model.config, crops, tokens, new_tokens=1)
 
+    def _read_knobs(self, max_crops, num_tokens) -> dict[str, int]:
+        return {"max_crops": self.max_crops.read(max_crops), "num_tokens": self.num_tokens.read(num_tokens)}
+
     def preview(self, path: str | None, max_crops: int, num_tokens: int):
         """The crop grid drawn over the picture, and the cost of a question as text; empty without a picture."""
         if path is None:
             return None, ""
         try:
+            knobs = self._read_knobs(max_crops, num_tokens)
             picture = load_upload(path)
-            plan = self.planner.plan(*picture.size, max_crops=max_crops, num_tokens=num_tokens)
+            plan = self.planner.plan(*picture.size, **knobs)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         grid = draw_crop_grid(picture, plan)
@@ -112,15 +157,19 @@ class Demo:
                 raise ValueError("there is no picture yet: upload one or pick an example")
             if not (question := (question or "").strip()):
                 raise ValueError("there is no question yet: type one")
+            if len(question) > MAX_QUESTION:
+                raise ValueError(f"a question may have {MAX_QUESTION} characters, got {len(question)}: shorten it")
+            knobs = self._read_knobs(max_crops, num_tokens)
+            options = {"max_new_tokens": self.max_new_tokens.read(max_new_tokens), "do_sample": False}
+            temperature, top_p = self.temperature.read(temperature), self.top_p.read(top_p)
+            if temperature >= MIN_TEMPERATURE:
+                options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
             misses = self.engine.feature_cache.misses
             start = time.perf_counter()
-            encoded = self.engine.encode([load_upload(path)], max_crops=max_crops, num_tokens=num_tokens)
+            encoded = self.engine.encode([load_upload(path)], **knobs)
             status = "The picture was encoded before."
             if self.engine.feature_cache.misses > misses:
                 status = f"The picture was encoded in {time.perf_counter() - start:.2f} s."
-            options = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-            if temperature > 0:
-                options |= {"temperature": temperature, "top_p": top_p}
             text = ""
             for piece in self.engine.stream(ask_about(encoded, question), **options):
                 text += piece
@@ -131,8 +180,37 @@ class Demo:
 
 
 def load_upload(path: str) -> Image.Image:
-    """Load a picture from its bytes, so that errors don't show its path on the server."""
+    """
+    Load a picture that was uploaded, or an example. It is read here, so that errors don't show its path on the server.
+
+    Raises:
+        ValueError: if it is neither, or `load_image` can't read it.
+    """
+    if not is_upload(path) and os.path.realpath(path) not in EXAMPLES:
+        raise ValueError(NOT_UPLOADED)
     return load_image(Path(path).read_bytes())
+
+
+def is_upload(path) -> bool:
+    """
+    Whether this is the path of a regular file in Gradio's folder of uploads, which also has copies of the examples.
+
+    A path comes from the visitor, who may write whatever they like. Nothing outside the folder is touched to find out,
+    so that neither errors nor time tell what else there is on the server. Gradio keeps each upload in a subfolder
+    named after a hash of its bytes and a secret of the installation: a visitor can't guess the path of another's
+    picture, but may use one that they were given.
+    """
+    if not isinstance(path, str) or "\0" in path:
+        return False
+    folder = os.path.abspath(get_upload_folder())
+    inside = os.path.abspath(path)
+    if not inside.startswith(folder + os.sep):
+        return False
+    try:
+        is_inside = os.path.realpath(inside).startswith(os.path.realpath(folder) + os.sep)  # symbolic links
+        return is_inside and os.path.isfile(inside)  # a pipe or a device might never end
+    except (OSError, ValueError):  # a name that the file system can't encode
+        return False
 
 
 class Upload(gr.Image):
@@ -144,10 +222,59 @@ class Upload(gr.Image):
         return None if payload is None else payload.path
 
 
+class Slider(gr.Slider):
+    """Passes on what was sent: Gradio's class lets NaN, booleans and numbers between two steps pass."""
+
+    is_template = True
+
+    def preprocess(self, payload):
+        return payload
+
+
+class Page(gr.Blocks):
+    """
+    Refuses inputs that the page doesn't send, before Gradio looks at them. It checks paths only of files with `meta`,
+    fetches the file of a URL, and its errors show paths on the server.
+    """
+
+    async def preprocess_data(self, block_fn, inputs, state, explicit_call=False):
+        inputs = [check_input(block, value) for block, value in zip(block_fn.inputs, inputs)]
+        return await super().preprocess_data(block_fn, inputs, state, explicit_call)
+
+
+def check_input(block, value):
+    """A component's value: for a picture only the path of the upload."""
+    if isinstance(block, Upload) and value is not None:
+        path = value.get("path") if isinstance(value, dict) else None
+        if not is_upload(path):
+            raise gr.Error(NOT_UPLOADED, print_exception=False)
+        return {"path": path, "meta": {"_type": "gradio.FileData"}}
+    if isinstance(value, (dict, list)):
+        raise gr.Error("a text or a number was expected, got a list or an object", print_exception=False)
+    return value
+
+
+class RefuseUrls:
+    """Gradio's route for files also fetches URLs for whoever asks."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and re.search("https?:/", scope["path"], re.IGNORECASE):
+            return await PlainTextResponse("this page fetches no URLs", 404)(scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def slider(knob: Knob, **options) -> Slider:
+    # With precision 0, the API's description says integer.
+    precision = 0 if isinstance(knob.step, int) else None
+    label, minimum, maximum, default, step = knob
+    return Slider(minimum, maximum, default, step=step, label=label, precision=precision, **options)
+
+
 def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
-    defaults = demo.planner
-    context = demo.engine.model.config.text_config.max_position_embeddings
-    with gr.Blocks(title="MC-LLaVA", analytics_enabled=False) as page:
+    with Page(title="MC-LLaVA", analytics_enabled=False) as page:
         gr.Markdown("# MC-LLaVA\nAsk about a picture. The model looks at all of it and at a grid of crops.")
         with gr.Row():
             with gr.Column():
@@ -165,13 +292,10 @@ def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
                     elem_id="grid",
                 )
                 cost = gr.Markdown(elem_id="cost")
-                most = max(100, defaults.max_crops), max(context, defaults.num_tokens)
-                max_crops = gr.Slider(0, most[0], defaults.max_crops, step=1, label="max_crops", elem_id="max_crops")
-                num_tokens = gr.Slider(1, most[1], defaults.num_tokens, step=1, label="num_tokens", elem_id="tokens")
+                max_crops = slider(demo.max_crops, elem_id="max_crops")
+                num_tokens = slider(demo.num_tokens, elem_id="tokens")
                 with gr.Accordion("Sampling", open=False):
-                    max_new_tokens = gr.Slider(1, 512, 200, step=1, label="Longest answer in tokens")
-                    temperature = gr.Slider(0, 2, 0, step=0.1, label="Temperature (0: always the most likely word)")
-                    top_p = gr.Slider(0.05, 1, 1, step=0.05, label="Top p")
+                    sampling = [slider(knob) for knob in (demo.max_new_tokens, demo.temperature, demo.top_p)]
         knobs = [max_crops, num_tokens]
         gr.Examples(examples, [picture, question], elem_id="examples")
         for changed in (picture, *knobs):
@@ -181,7 +305,7 @@ def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
         gr.on(
             [ask.click, question.submit],
             demo.answer,
-            [picture, question, *knobs, max_new_tokens, temperature, top_p],
+            [picture, question, *knobs, *sampling],
             [answer, status],
         )
     return page
@@ -192,4 +316,10 @@ if __name__ == "__main__":
     examples = SCENES if model == "tiny" else PHOTOGRAPHS
     # The visitor's fonts, so that the page makes no third-party requests.
     theme = gr.themes.Default(font="sans-serif", font_mono="monospace")
-    build_page(Demo(model), examples).launch(theme=theme, show_error=True, max_file_size=MAX_UPLOAD, ssr_mode=False)
+    build_page(Demo(model), examples).launch(
+        theme=theme,
+        show_error=True,
+        max_file_size=MAX_UPLOAD,
+        ssr_mode=False,
+        app_kwargs={"middleware": [Middleware(RefuseUrls)]},
+    )

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -108,17 +109,24 @@ class Parquet:
         return self.table.slice(index - start, 1).to_pylist()[0]
 
 
+def picture_suffixes() -> set[str]:
+    """Of the formats that `load_image` reads, with those that need a plugin: without it, their rows say so."""
+    known = {suffix for suffix, format in Image.registered_extensions().items() if format in FORMATS}
+    return known | {".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif"}
+
+
 class Folder:
     """The images in a folder and its subfolders, by name."""
 
     def __init__(self, path: Path):
         self.folder = path
-        suffixes = {suffix for suffix, format in Image.registered_extensions().items() if format in FORMATS}
-        self.names = sorted(
-            file.relative_to(path).as_posix()
-            for file in path.rglob("*")
-            if file.suffix.lower() in suffixes and file.is_file()
-        )
+        suffixes, self.names, self.left_out = picture_suffixes(), [], []
+        for file in path.rglob("*"):
+            is_picture = file.suffix.lower() in suffixes and file.is_file()
+            if not file.is_dir():
+                (self.names if is_picture else self.left_out).append(file.relative_to(path).as_posix())
+        self.names.sort()
+        self.left_out.sort()
         # A file name can be bytes that are not UTF-8.
         self.digest = hashlib.sha256("\n".join(self.names).encode("utf-8", "surrogateescape")).hexdigest()
 
@@ -327,6 +335,9 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
     rows = open_rows(job.source)
     if isinstance(rows, Folder) and not job.question:
         raise ValueError(f"the images in the folder {job.source} have no questions: pass --question, one for all")
+    if isinstance(rows, Folder) and rows.left_out:
+        names = ", ".join(rows.left_out[:5]) + (", ..." if len(rows.left_out) > 5 else "")
+        warnings.warn(f"{len(rows.left_out)} files of {job.source} are left out, no pictures: {names}", stacklevel=2)
     # Ray's workers start in their own folders, and a run may be resumed from another one. Each finds "tiny" itself.
     is_folder = find_model(job.model) == job.model and os.path.isdir(job.model)
     job = replace(

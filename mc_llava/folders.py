@@ -11,8 +11,22 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # ours,
 
 
 def find_model(name: str) -> str:
-    """The path or Hub id to load for a model's name: "tiny" is the bundled checkpoint, all else is unchanged."""
-    return str(TINY) if name == "tiny" else name
+    """
+    The path or Hub id to load for a model's name: "tiny" is the bundled checkpoint, all else is unchanged.
+
+    Raises:
+        ValueError: if the name can only be a path, and no folder is there.
+    """
+    if name == "tiny":
+        return str(TINY)
+    text = str(name)
+    is_id = not text.startswith((".", "/", "~")) and text.count("/") <= 1 and "\\" not in text
+    if not text or not Path(text).is_dir() and (not is_id or Path(text).exists()):
+        raise ValueError(
+            f"there is no folder {text:.200}, it is neither a folder nor a Hub id such as visheratin/MC-LLaVA-3b: "
+            "pass one, or tiny"
+        )
+    return text
 
 
 def read_plan_options(model: str | None = None) -> dict[str, int]:
@@ -24,7 +38,11 @@ def read_plan_options(model: str | None = None) -> dict[str, int]:
     Raises:
         ValueError: if the model has no readable processor configuration.
     """
-    saved = {} if model is None else _read_processor(find_model(model))
+    try:
+        path = None if model is None else find_model(model)
+    except ValueError as error:
+        raise ValueError(f"cannot read {PROCESSOR_FILES[0]} of {model}: {error}") from None
+    saved = {} if path is None else _read_processor(path)
     size = saved.get("size", SIDE)
     found = {
         "max_crops": saved.get("max_crops", MAX_CROPS),

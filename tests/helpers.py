@@ -1,5 +1,6 @@
 """What many tests share: the small random model, drawn pictures, the card's prompt, `tiny` with its questions."""
 
+import importlib.util
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -36,6 +37,14 @@ def plain_reply(folder: Path, image, question: str, options: dict | None = None,
     inputs = processor(question, [image], **knobs)
     output = model.generate(**inputs, **{"max_new_tokens": NEW_TOKENS, "do_sample": False, **(options or {})})
     return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def load_handler(folder: Path):
+    """The module `handler.py` of a converted folder, loaded as Inference Endpoints do."""
+    spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def write_untrained_tiny(folder: Path, layers: int):

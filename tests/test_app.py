@@ -1,4 +1,7 @@
-"""The Space in a real browser: Debian's chromium, headless, driven by Playwright."""
+"""
+The Space in a real browser (Debian's chromium, headless, driven by Playwright), and asked over HTTP for what the page
+never asks for.
+"""
 
 import importlib.util
 import json
@@ -7,8 +10,12 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
+import uuid
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
 
@@ -226,24 +233,249 @@ def test_errors_are_words(page, trial, tmp_path):
     assert "/" not in words and "component" not in words
 
 
-def test_a_broken_upload_by_the_api(url, tmp_path):
-    """The error shows no path of the server either, whatever the file is called."""
-    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nno picture\r\n--x--\r\n'
+META = {"_type": "gradio.FileData"}
+NOT_UPLOADED = "this picture was not uploaded here: upload it, or pick an example"
+REST = {"preview": [3, 30], "preview_1": [3, 30], "preview_2": [3, 30], "answer": ["What?", 3, 30, 2, 0, 1]}
+
+
+def fetch(address: str, body=None) -> tuple[int, str]:
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(address, None if body is None else json.dumps(body).encode(), headers)
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, reply.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def call(url: str, name: str, data: list) -> str:
+    """The last event of a call, as text."""
+    status, text = fetch(f"{url}/gradio_api/call/{name}", {"data": data})
+    assert status == 200, text
+    return fetch(f"{url}/gradio_api/call/{name}/{json.loads(text)['event_id']}")[1].strip().split("event: ")[-1]
+
+
+def join(url: str, name: str, data: list) -> str:
+    """As the page asks."""
+    dependencies = json.loads(fetch(f"{url}/config")[1])["dependencies"]
+    (index,) = (entry["id"] for entry in dependencies if entry["api_name"] == name)
+    session = uuid.uuid4().hex
+    body = {"data": data, "fn_index": index, "session_hash": session}
+    assert fetch(f"{url}/gradio_api/queue/join", body)[0] == 200
+    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash={session}", timeout=30) as reply:
+        return next(line.decode() for line in reply if b"process_completed" in line)
+
+
+ROUTES = {
+    "call": call,
+    "join": join,
+    "run": lambda url, name, data: fetch(f"{url}/gradio_api/run/{name}", {"data": data})[1],
+    "api": lambda url, name, data: fetch(f"{url}/gradio_api/api/{name}", {"data": data})[1],
+}
+
+
+def send(url: str, content: bytes, name: str = "a.png") -> str:
+    """Upload a file as the page does; its path on the server."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
     request = urllib.request.Request(
-        f"{url}/gradio_api/upload", body, {"Content-Type": "multipart/form-data; boundary=x"}
+        f"{url}/gradio_api/upload",
+        head.encode() + content + b"\r\n--x--\r\n",
+        {"Content-Type": "multipart/form-data; boundary=x"},
     )
-    path = json.load(urllib.request.urlopen(request))[0]
+    return json.load(urllib.request.urlopen(request))[0]
+
+
+def test_a_broken_upload_by_the_api(url):
+    """The error shows no path of the server either, whatever the file is called."""
+    path = send(url, b"no picture")
     for name in ("a.png", "a.svg", None):
-        file = {"path": path, "orig_name": name, "meta": {"_type": "gradio.FileData"}}
-        request = urllib.request.Request(
-            f"{url}/gradio_api/call/preview",
-            json.dumps({"data": [file, 3, 30]}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        event = json.load(urllib.request.urlopen(request))["event_id"]
-        reply = urllib.request.urlopen(f"{url}/gradio_api/call/preview/{event}").read().decode()
+        reply = call(url, "preview", [{"path": path, "orig_name": name, "meta": META}, 3, 30])
         assert "is not an image that can be read" in reply
         assert str(Path(path).parent) not in reply and "component" not in reply
+
+
+@pytest.fixture(scope="module")
+def stranger():
+    """A server that counts what is fetched from it: its address and its list of requests."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/a.png", asked
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(scope="module")
+def secrets(url, stranger, tmp_path_factory):
+    """Values of the picture that name what nobody uploaded."""
+    folder = tmp_path_factory.mktemp("secrets")
+    picture = folder / "picture.png"
+    Image.new("RGB", (40, 30), "red").save(picture)
+    (folder / "words.txt").write_text("secret")
+    os.mkfifo(folder / "pipe")
+    upload = Path(send(url, (ROOT / "examples" / "scene1.jpg").read_bytes()))
+    uploads = upload.parent.parent
+    (uploads / "link.png").symlink_to(picture)
+    (uploads / "folder").symlink_to(folder)
+    (uploads / "loop").symlink_to(uploads / "loop")
+    (uploads / "zero").symlink_to("/dev/zero")
+    os.mkfifo(uploads / "pipe")
+    paths = [picture, folder / "words.txt", folder / "nothing.png", folder, folder / "pipe", "/dev/zero"]
+    paths += ["/proc/self/environ", "/dev/stdin", os.path.relpath(picture, ROOT), "examples/scene1.jpg", "~", "."]
+    paths += [uploads, upload.parent, uploads / "link.png", uploads / "folder" / "picture.png", uploads / "loop"]
+    paths += [
+        uploads / "zero",
+        uploads / "pipe",
+        uploads / "nothing.png",
+        f"{uploads}/../../{folder.name}/picture.png",
+    ]
+    paths += [f"{upload}\0", f"{upload}\ud800", f"{uploads}/{'a' * 5000}", f"{uploads}.png", "", "\0"]
+    paths += [f"file://{picture}", f"file://{upload}", f"/gradio_api/file={picture}", stranger[0], "data:,a"]
+    paths += ["https://example.com/a.png", "HTTP://example.com/a.png", "ftp://example.com/a.png", 3, True, [], {}]
+    paths += [[str(picture)], {"path": str(picture)}, ["a"] * 3]
+    values = [{"path": str(path) if isinstance(path, Path) else path} for path in paths]
+    values += [{**value, "meta": META} for value in values]
+    for extra in ({"meta": "x"}, {"meta": {}}, {"meta": {"_type": "other"}}, {"meta": META, "is_stream": True}):
+        values.append({"path": str(picture), **extra})
+    for address in (stranger[0], f"file://{picture}", str(picture), "data:image/png;base64,AAAA"):
+        values += [{"url": address}, {"url": address, "path": None, "meta": META}]
+        values += [{"url": address, "path": str(picture), "meta": META}]
+    return [*values, str(picture), [str(picture)], [{"path": str(picture), "meta": META}], {}, 3, True, "a"]
+
+
+@pytest.fixture(scope="module")
+def file(url):
+    return {"path": send(url, (ROOT / "examples" / "scene1.jpg").read_bytes())}
+
+
+class TestWhatAVisitorMayRead:
+    @pytest.mark.parametrize("name", REST)
+    def test_nothing_else(self, url, secrets, stranger, name):
+        """One sentence, whatever the file is and whether it exists; nothing is opened or fetched."""
+        for value in secrets:
+            start = time.monotonic()
+            reply = call(url, name, [value, *REST[name]])
+            assert reply.startswith("error") and json.loads(reply.partition("data: ")[2])["error"] == NOT_UPLOADED, (
+                value
+            )
+            assert time.monotonic() - start < 5
+        assert not stranger[1]
+
+    @pytest.mark.parametrize("route", ROUTES)
+    @pytest.mark.parametrize("name", REST)
+    def test_by_no_route(self, url, secrets, name, route):
+        uploaded = {"path": send(url, (ROOT / "examples" / "scene1.jpg").read_bytes())}
+        assert NOT_UPLOADED not in ROUTES[route](url, name, [uploaded, *REST[name]])
+        for value in secrets[::7]:
+            assert NOT_UPLOADED in ROUTES[route](url, name, [value, *REST[name]])
+
+    def test_not_as_another_value(self, url, secrets, stranger):
+        """Gradio looks for files in the values of all components."""
+        uploaded = {"path": send(url, (ROOT / "examples" / "scene1.jpg").read_bytes())}
+        for value in ({"path": stranger[0], "meta": META}, [{"path": "/etc/passwd", "meta": META}]):
+            for place in range(1, 7):
+                data = [uploaded, *REST["answer"]]
+                data[place] = value
+                assert "got a list or an object" in call(url, "answer", data)
+        assert not stranger[1]
+
+    def test_others_still_get_their_answers(self, url, secrets):
+        path = send(url, (ROOT / "examples" / "scene1.jpg").read_bytes())
+        for file in ({"path": path}, {"path": path, "meta": META, "url": "http://example.com/a.png"}):
+            assert "crops**" in call(url, "preview", [file, 3, 30])
+            assert "in all" in call(url, "answer", [file, *REST["answer"]])
+
+    def test_gradios_client_and_the_examples(self, url, trial):
+        client = pytest.importorskip("gradio_client")
+        asked = client.Client(url, verbose=False)
+        file = client.handle_file(str(trial.pictures[0]))
+        answer, _ = asked.predict(file, trial.questions[0], 32, 128, NEW_TOKENS, 0, 1, api_name="/answer")
+        assert trial.is_right(0, answer)
+        samples = [
+            component["props"]["samples"]
+            for component in json.loads(fetch(f"{url}/config")[1])["components"]
+            if component["type"] == "dataset"
+        ]
+        assert samples
+        for (file, _question), *_ in samples:
+            assert "crops**" in call(url, "preview", [file, 3, 30])
+
+    @pytest.mark.parametrize("route", ["file=", "file/", "proxy=", "file=/"])
+    def test_no_url_is_fetched(self, url, stranger, route):
+        for address in (stranger[0], "http://example.com/", "https://example.com/a.png"):
+            assert fetch(f"{url}/gradio_api/{route}{address}") == (404, "this page fetches no URLs")
+        assert not stranger[1]
+
+    def test_gradios_files_tell_nothing(self, url):
+        for path in ("/etc/passwd", "/etc/nothing", "/dev/zero", str(ROOT / "examples" / "app.py")):
+            assert fetch(f"{url}/gradio_api/file={path}") == (
+                403,
+                json.dumps({"detail": f"File not allowed: {path}."}, separators=(",", ":")),
+            )
+
+
+class TestSliders:
+    def ask(self, url, file, **changes) -> str:
+        values = {"max_crops": 3, "num_tokens": 30, "longest": 2, "temperature": 0, "top_p": 1, **changes}
+        return call(url, "answer", [file, "What?", *values.values()])
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            *({"temperature": 2}, {"temperature": 1}, {"temperature": 2.0}, {"temperature": 1e-300}, {"top_p": 1.0}),
+            *({"max_crops": 32.0}, {"num_tokens": 32.0}, {"longest": 2.0}, {"max_crops": 0}, {"max_crops": -0.0}),
+            {"temperature": 2, "top_p": 0.05},
+        ],
+        ids=str,
+    )
+    def test_any_form_of_a_number(self, url, file, changes):
+        assert self.ask(url, file, **changes).startswith("complete")
+        knobs = [changes.get("max_crops", 3), changes.get("num_tokens", 30)]
+        assert call(url, "preview", [file, *knobs]).startswith("complete")
+
+    @pytest.mark.parametrize(
+        "value", ["3", True, None, float("nan"), float("inf"), -float("inf"), 10**30, -1, ""], ids=str
+    )
+    @pytest.mark.parametrize(
+        "name, words",
+        [
+            ("max_crops", "max_crops must be a whole number from 0 to 100"),
+            ("num_tokens", "num_tokens must be a whole number from 1 to 2048"),
+            ("longest", "Longest answer in tokens must be a whole number from 1 to 512"),
+            ("temperature", "Temperature (0: always the most likely word) must be a number from 0 to 2"),
+            ("top_p", "Top p must be a number from 0.05 to 1"),
+        ],
+    )
+    def test_nothing_else(self, url, file, name, words, value):
+        reply = self.ask(url, file, **{name: value})
+        assert reply.startswith("error") and words in reply
+        if name in ("max_crops", "num_tokens"):
+            reply = call(url, "preview", [file, *({"max_crops": 3, "num_tokens": 30} | {name: value}).values()])
+            assert reply.startswith("error") and words in reply
+
+    def test_between_two_integers(self, url, file):
+        for name in ("max_crops", "num_tokens", "longest"):
+            assert "must be a whole number" in self.ask(url, file, **{name: 32.5})
+
+    def test_what_the_api_says(self, url):
+        parameters = json.loads(fetch(f"{url}/gradio_api/info")[1])["named_endpoints"]["/answer"]["parameters"]
+        kinds = {entry["label"]: entry["type"]["type"] for entry in parameters if entry["component"] == "Slider"}
+        assert list(kinds.values()) == ["integer"] * 3 + ["number"] * 2
+
+    def test_a_long_question(self, url, file):
+        reply = call(url, "answer", [file, "What? " * 20_000, *REST["answer"][1:]])
+        assert "a question may have 100000 characters, got 119999: shorten it" in reply
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +500,32 @@ def test_the_tower_is_passed_once_for_two_questions(app, trial):
     assert first == len(passes) > 0 and "was encoded before" in status
     with pytest.raises(app.gr.Error, match="no question yet"):
         list(demo.answer(str(trial.pictures[0]), None, *knobs, NEW_TOKENS, 0, 1))
+
+
+def test_only_uploads_and_examples_are_read(app, trial, tmp_path, monkeypatch):
+    """Whatever Gradio lets through."""
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
+    for folder in ("uploads/hash", "uploads.old"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (40, 30)).save(tmp_path / folder / "a.png")
+    (tmp_path / "uploads" / "link.png").symlink_to(tmp_path / "uploads.old" / "a.png")
+    (tmp_path / "uploads" / "inside.png").symlink_to(tmp_path / "uploads" / "hash" / "a.png")
+    os.mkfifo(tmp_path / "uploads" / "pipe")
+    for path in ("uploads/hash/a.png", "uploads/inside.png", "uploads/../uploads/hash/a.png", trial.pictures[0]):
+        assert app.load_upload(str(tmp_path / path)).width >= 40
+    paths = [
+        tmp_path / name
+        for name in ("uploads.old/a.png", "uploads/link.png", "uploads/hash", "uploads/pipe", "uploads", "uploads/b")
+    ]
+    for path in (
+        *paths,
+        tmp_path / "uploads/../uploads.old/a.png",
+        "/dev/zero",
+        ROOT / "README.md",
+        ROOT / "docs/app.png",
+    ):
+        with pytest.raises(ValueError, match=NOT_UPLOADED):
+            app.load_upload(str(path))
 
 
 def start_without(folder, module: str) -> subprocess.CompletedProcess:

@@ -120,6 +120,18 @@ def read_rows(source: Path, question: str | None = None) -> list[tuple[dict, lis
     return [worker.read(index) for index in range(len(worker.rows))]
 
 
+def test_what_a_folder_leaves_out_is_told(tmp_path, converted):
+    picture(9, 9).save(tmp_path / "a.png")
+    for name in ("b.HEIC", "c.heif", "d.hif", "notes.txt", "clip.mov"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    read = read_rows(tmp_path, "What is it?")
+    assert [record["id"] for record, _ in read] == ["a.png", "b.HEIC", "c.heif", "d.hif"]
+    assert all("pillow-heif" in record["error"] for record, _ in read[1:])
+    with pytest.warns(UserWarning, match="3 files of .* are left out, no pictures: clip.mov, gone.png, notes.txt"):
+        run(job(tmp_path, converted, source=str(tmp_path), question="What is it?"), tmp_path.parent / "out.jsonl")
+
+
 def test_a_name_that_is_no_utf8_and_what_is_no_file(tmp_path):
     name = b"caf\xe9.png"
     try:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -391,6 +392,114 @@ class TestAutoClasses:
         files = {operation.path_in_repo for upload in uploads for operation in upload["operations"]}
         assert {"config.json", "modeling_mc_llava.py", "model.safetensors"} <= files
 
+    def test_a_pushed_processor_brings_its_code(self, converted, monkeypatch, tmp_path):
+        """Whole, and as the image processor that a pipeline saves."""
+        uploads = []
+
+        class Url:
+            repo_id = "somebody/model"
+
+        monkeypatch.setattr("huggingface_hub.HfApi.create_commit", lambda self, **kwargs: uploads.append(kwargs))
+        monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *args, **kwargs: Url())
+        monkeypatch.chdir(tmp_path)
+        code = {
+            "processing_mc_llava.py",
+            "image_processing_mc_llava.py",
+            "image_loading_mc_llava.py",
+            "crops_mc_llava.py",
+        }
+        processor = MCLlavaProcessor.from_pretrained(converted)
+        for push, config in (
+            (lambda: processor.push_to_hub("somebody/model"), "processor_config.json"),
+            (lambda: processor.image_processor.push_to_hub("somebody/model"), "preprocessor_config.json"),
+            (
+                lambda: processor.image_processor.save_pretrained("here", push_to_hub=True, repo_id="somebody/model"),
+                "preprocessor_config.json",
+            ),
+        ):
+            uploads.clear()
+            push()
+            files = {operation.path_in_repo for upload in uploads for operation in upload["operations"]}
+            assert code | {config} <= files
+
+    def test_a_tokenizer_saved_alone_names_no_code(self, converted, tmp_path):
+        processor = MCLlavaProcessor.from_pretrained(converted)
+        processor.tokenizer.save_pretrained(tmp_path)
+        assert "auto_map" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
+        assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(processor.tokenizer)
+
+
+class TestASavedImageProcessor:
+    def test_saving_changes_no_configuration(self, converted, tmp_path):
+        """So that a cache of features still knows its images."""
+        processor = MCLlavaProcessor.from_pretrained(converted)
+        before = processor.image_processor.to_dict()
+        processor.save_pretrained(tmp_path / "both")
+        processor.image_processor.save_pretrained(tmp_path / "one")
+        assert processor.image_processor.to_dict() == before
+        for folder in ("both", "one"):
+            again = MCLlavaImageProcessor.from_pretrained(tmp_path / folder)
+            assert again.to_dict() == before
+
+    def test_unknown_keys_are_ignored_and_named(self, converted, tmp_path, caplog):
+        """An extra attribute of the user's, or an option of a newer version."""
+        processor = MCLlavaProcessor.from_pretrained(converted)
+        processor.image_processor.zoom_of_tomorrow = {"levels": 3}
+        processor.save_pretrained(tmp_path)
+        again = MCLlavaProcessor.from_pretrained(tmp_path)
+        MCLlavaImageProcessor.from_pretrained(tmp_path)
+        assert caplog.text.count("unknown options zoom_of_tomorrow, which are ignored") == 1
+        assert not hasattr(again.image_processor, "zoom_of_tomorrow")
+        assert torch.equal(again("a", PHOTOGRAPH)["pixel_values"], processor("a", PHOTOGRAPH)["pixel_values"])
+        with pytest.raises(ValueError, match="unknown options max_crop: did you mean max_crops?"):
+            MCLlavaImageProcessor(max_crop=3)
+        with pytest.raises(ValueError, match="unknown options max_crop"):
+            again("a", PHOTOGRAPH, max_crop=3)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            (
+                {"image_std": [0.5, 0, 0.5]},
+                r"image_std must be a finite number above 0, or three of them, got \[0.5, 0",
+            ),
+            ({"image_std": 0}, "image_std must be a finite number above 0"),
+            ({"image_std": [-0.5] * 3}, "image_std must be a finite number above 0"),
+            ({"image_std": [0.5, 0.5]}, "or three of them"),
+            ({"image_std": [math.inf] * 3}, "image_std must be a finite number above 0"),
+            ({"image_mean": [0.5, math.nan, 0.5]}, "image_mean must be a finite number, or three of them"),
+            ({"image_mean": ["0.5"] * 3}, "image_mean must be a finite number"),
+            ({"image_mean": "0.5"}, "image_mean must be a finite number"),
+            ({"image_mean": [True] * 3}, "image_mean must be a finite number"),
+            ({"rescale_factor": math.nan}, "rescale_factor must be a finite number above 0"),
+            ({"rescale_factor": 0}, "rescale_factor must be a finite number above 0"),
+            ({"resample": 99}, "resample must be one of Pillow's 0 .nearest."),
+            ({"do_normalize": "no"}, "do_normalize must be true or false"),
+            ({"size": {"height": 384, "width": 380}}, "size must have equal height and width"),
+            ({"size": {"shortest_edge": 384}}, "size must have equal height and width"),
+            ({"size": {"height": 10**9, "width": 10**9}}, "size must be at most 20000, got 1000000000"),
+            ({"size": {"height": 0, "width": 0}}, "size must be at least 1, got 0"),
+            ({"size": {"height": 38.4, "width": 38.4}}, "size must be an integer"),
+            ({"patch_size": 0}, "patch_size must be at least 1"),
+        ],
+    )
+    def test_what_would_give_garbage_is_refused(self, converted, tmp_path, changes, message):
+        processor = MCLlavaProcessor.from_pretrained(converted)
+        processor.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "processor_config.json").read_text())
+        saved["image_processor"] |= changes
+        (tmp_path / "processor_config.json").write_text(json.dumps(saved))
+        with pytest.raises(ValueError, match=message):
+            MCLlavaProcessor.from_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=message):
+            processor("a", PHOTOGRAPH, **changes)
+
+    def test_attributes_that_would_give_garbage(self, converted):
+        processor = MCLlavaProcessor.from_pretrained(converted)
+        processor.image_processor.image_std = [0.0] * 3
+        with pytest.raises(ValueError, match="image_std must be a finite number above 0"):
+            processor("a", PHOTOGRAPH)
+
 
 class TestTheRootOfTheRepository:
     def test_configuration(self):
@@ -405,8 +514,8 @@ class TestTheRootOfTheRepository:
         generation = json.loads((ROOT / "generation_config.json").read_text())
         assert generation == {"bos_token_id": 50256, "eos_token_id": 50295, "pad_token_id": 50298}
         assert json.loads((converted / "generation_config.json").read_text()).items() >= generation.items()
-        assert (ROOT / "chat_template.jinja").read_text() == CHAT_TEMPLATE
-        assert (converted / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+        for folder in (ROOT, ROOT / "tiny", converted):
+            assert (folder / "chat_template.jinja").read_text() == CHAT_TEMPLATE, folder
 
     def test_processor_configuration(self, converted):
         assert (ROOT / "processor_config.json").read_text() == (converted / "processor_config.json").read_text()

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-from mc_llava import EncodedImages, FeatureCache, hash_tensors
+from mc_llava import EncodedImages, FeatureCache, MCLlavaImageProcessor, MCLlavaProcessor, hash_tensors
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(300, 300, seed=3)]
@@ -190,6 +190,27 @@ class TestFiles:
             ({"features": torch.full((20, 48), float("nan"))}, "features must be finite floats"),
             ({"features": torch.tensor(1.0)}, "1 crops with 20 tokens don't fit"),
             ({"crop_boxes": torch.zeros(2, 4, dtype=torch.int64)}, "1 crops with 20 tokens don't fit"),
+            ({"features": torch.ones(20)}, r"features must be \[tokens, hidden\], got \[20\]"),
+            ({"features": torch.full((20, 48), float("inf"))}, "features must be finite floats"),
+            ({"crop_coords": torch.tensor([[0.5, float("nan")]])}, "crop_coords must be finite floats"),
+            ({"crop_coords": torch.tensor([[0.5, float("inf")]])}, "crop_coords must be finite floats"),
+            ({"crop_coords": torch.zeros(1, 2, dtype=torch.int64)}, "crop_coords must be finite floats"),
+            ({"crop_coords": torch.tensor([[0.5, 1.5]])}, "crop_coords must lie in 0 to 1"),
+            ({"crop_coords": torch.tensor([[-0.5, 0.5]])}, "crop_coords must lie in 0 to 1"),
+            ({"image_grid_thw": torch.tensor([[1, 7, 9]])}, r"image_grid_thw must have rows \[crops, 1, 1\]"),
+            ({"crop_boxes": torch.tensor([[0, 0, 0, 30]])}, "0 <= left < right"),
+            ({"crop_boxes": torch.tensor([[0, 30, 40, 0]])}, "0 <= left < right"),
+            ({"crop_boxes": torch.tensor([[-1, 0, 40, 30]])}, "0 <= left < right"),
+            ({"crop_boxes": torch.tensor([[0.0, 0.0, 40.0, 30.0]])}, "crop_boxes must be int64"),
+            (  # their sum would wrap around to 20
+                {
+                    "crop_num_tokens": torch.tensor([2**62, 2**62, 2**62, 2**62 + 20]),
+                    "crop_boxes": torch.tensor([[0, 0, 40, 30]] * 4),
+                    "crop_coords": torch.zeros(4, 2),
+                    "image_grid_thw": torch.tensor([[4, 1, 1]]),
+                },
+                f"4 crops with {2**64 + 20} tokens don't fit",
+            ),
         ],
         ids=str,
     )
@@ -326,6 +347,35 @@ class TestFeatureCache:
         for image, hits in ((0, 0), (1, 0), (0, 1), (2, 1), (0, 2), (1, 2)):
             processor("What?", picture(40, 40, seed=image), model, feature_cache=cache, num_tokens=10)
             assert cache.hits == hits and len(cache) <= 2
+
+    def test_a_processor_that_was_saved_still_hits(self, model, processor, tmp_path):
+        processor = copy.deepcopy(processor)
+        cache = FeatureCache()
+        processor("What?", IMAGES[0], model, feature_cache=cache)
+        processor.save_pretrained(tmp_path)
+        processor("What?", IMAGES[0], model, feature_cache=cache)
+        again = MCLlavaProcessor.from_pretrained(tmp_path)
+        again("What?", IMAGES[0], model, feature_cache=cache)
+        assert (cache.hits, cache.misses) == (2, 1)
+
+    @pytest.mark.parametrize("options", [{"size": {"height": 70, "width": 70}}, {"patch_size": 7}, {"patch_size": 28}])
+    def test_a_processor_of_another_model_is_refused(self, model, processor, options):
+        knobs = {"size": processor.image_processor.size, "patch_size": 14, "max_crops": 0, "num_tokens": 3, **options}
+        other = MCLlavaProcessor(MCLlavaImageProcessor(**knobs), processor.tokenizer)
+        for arguments in ({}, {"feature_cache": FeatureCache()}):
+            with pytest.raises(
+                ValueError, match=r"the image processor has .*, the model .*: use the processor of this"
+            ):
+                other("What?", IMAGES[0], model, **arguments)
+        if "size" in options:
+            for call in (model, model.generate, model.encode_images):
+                with pytest.raises(
+                    ValueError, match=r"pixel_values are \[1, 3, 70, 70\], the vision tower reads \[crops, 3"
+                ):
+                    call(**other("What?", IMAGES[0]))
+        elif options["patch_size"] == 7:
+            with pytest.raises(ValueError, match="use the processor of this model, with patch_size 14"):
+                model(**other("What?", IMAGES[0], num_tokens=60))
 
     def test_in_messages(self, model, processor):
         cache = FeatureCache()

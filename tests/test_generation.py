@@ -1,5 +1,7 @@
 """Everything `generate` offers, with pixels, with features and with the short form of a prompt."""
 
+from functools import partial
+
 import pytest
 import torch
 from helpers import picture, prompt, small_model
@@ -7,7 +9,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
-from mc_llava import MCLlavaModel
+from mc_llava import Crop, MCLlavaModel
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(2000, 300)]
@@ -96,6 +98,59 @@ def test_chunked_prefill(model, processor):
         else:
             with pytest.raises(ValueError, match="needs transformers 5.23"):
                 model.generate(**inputs, prefill_chunk_size=7)
+
+
+class TestWhoseTokens:
+    """Places and tokens may agree in number by chance."""
+
+    def calls(self, model, text, fields):
+        features = model.get_image_features(**fields, return_dict=True)
+        for images in (
+            {"image_features": features.pooler_output},
+            {"image_features": model.encode_images(**fields)},
+            {"mm_encoder_outputs": {"image": features}},
+            fields,
+        ):
+            yield partial(model.generate, **text, **images, **GREEDY)
+            yield partial(model, **text, **images)
+
+    def split(self, processor, *arguments, **knobs):
+        inputs = processor(*arguments, **knobs)
+        return inputs, {name: inputs.pop(name) for name in processor.image_processor.model_input_names}
+
+    def test_one_image_is_not_dealt_out_among_rows(self, model, processor):
+        text, _ = self.split(processor, ["a", "b"], IMAGES[:1] * 2, num_tokens=1, max_crops=0)
+        _, fields = self.split(processor, "a", IMAGES[0], num_tokens=2, max_crops=0)
+        assert (text["input_ids"] == 50297).sum() == fields["crop_num_tokens"].sum() == 2
+        for call in self.calls(model, text, fields):
+            with pytest.raises(ValueError, match=r"the rows have \[1, 1\] <image> tokens, the images \[2\] tokens"):
+                call()
+
+    def test_nor_among_the_places_of_a_row(self, model, processor):
+        """Two images of 3 and 5 tokens, and places for 5 and 3."""
+        raw = prompt("a", 2)
+        plans = [[((0, 0, 40, 30), count)] for count in (3, 5)]
+        text, _ = self.split(processor, raw, IMAGES[:1] * 2, plans=[[Crop(*crop) for crop in plan] for plan in plans])
+        plans = [[Crop(*crop) for crop in plan] for plan in plans[::-1]]
+        _, fields = self.split(processor, raw, IMAGES[:1] * 2, plans=plans)
+        for call in self.calls(model, text, fields):
+            with pytest.raises(ValueError, match=r"the rows have \[8\] <image> tokens, the images \[5, 3\] tokens"):
+                call()
+
+    def test_images_may_touch(self, model, processor):
+        raw = prompt("a", 2).replace("<image>\n<image>", "<image><image>")
+        inputs = processor(raw, IMAGES[:2])
+        features, short = with_features(model, processor, raw, IMAGES[:2])
+        assert new_tokens(model, inputs) == new_tokens(model, features) == new_tokens(model, short)
+
+
+def test_stop_strings_with_a_processor(model, processor):
+    """`transformers serve` passes it as the tokenizer."""
+    letter = processor.tokenizer.convert_tokens_to_ids("a")
+    options = {"stop_strings": ["aaa"], "sequence_bias": {(letter,): 1e3}}
+    for one in (processor, processor.tokenizer):
+        assert new_tokens(model, processor(TEXTS[0], IMAGES[0]), **options, tokenizer=one) == [[letter] * 3]
+    assert processor.get_vocab() == processor.tokenizer.get_vocab()
 
 
 def test_embeddings_alone(model, processor):

@@ -1,31 +1,26 @@
 """`handler.py`, loaded and called as Inference Endpoints do, and asked by the Hub's own client."""
 
 import base64
-import importlib.util
 import io
 import json
 import re
+import reprlib
 import shutil
 import struct
 import subprocess
 import sys
 import threading
+import tracemalloc
 import urllib.error
 import urllib.request
 import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from helpers import NEW_TOKENS, ROOT, plain_reply
+import torch
+from helpers import NEW_TOKENS, ROOT, load_handler, plain_reply, prompt
 from huggingface_hub import InferenceClient, constants
 from PIL import Image
-
-
-def load_handler(folder):
-    spec = importlib.util.spec_from_file_location("handler", folder / "handler.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +206,7 @@ class TestShapes:
             ({"question": "What?", "image": "IMAGE", "foo": 3}, "unknown foo: there are"),
             ({"inputs": {"question": "?", "image": "IMAGE", "parameters": {"top_q": 3}}}, "unknown top_q: there are"),
             ({"question": "?", "image": "IMAGE", "parameters": {"top_k": 3}}, "number of answers to return here"),
-            ({"messages": [{"role": "user", "content": "What?"}], "n": 2}, "unknown n: there are"),
+            ({"messages": [{"role": "user", "content": "What?"}], "n": 2}, "n must be 1 here, got 2: leave it out"),
             ({"messages": [{"role": "user", "content": "What?", "name": "me"}]}, "unknown name: there are"),
             ({"messages": [], "max_tokens": 3, "parameters": {"max_new_tokens": 4}}, "max_new_tokens is given twice"),
             (
@@ -229,7 +224,7 @@ class TestShapes:
                 {"inputs": "What?", "image": "IMAGE", "parameters": {"max_new_tokens": "9"}},
                 "must be an integer from 1 to 1000000, got '9'",
             ),
-            ({"inputs": "What?", "image": "IMAGE", "parameters": {"max_crops": -1}}, "at least 0, got -1"),
+            ({"inputs": "What?", "image": "IMAGE", "parameters": {"max_crops": -1}}, "from 0 to 1000, got -1"),
             ({"inputs": "What?<|im_end|>", "image": "IMAGE"}, "special token <|im_end|>"),
             ({"messages": "What?"}, "messages must be a list"),
             ({"messages": [{"role": "user", "content": "What?"}], "stream": True}, "can't stream"),
@@ -300,3 +295,318 @@ def test_pictures_of_any_kind(handler, trial):
     Image.new("RGBA", (50, 40), (255, 0, 0, 0)).save(content, "PNG")
     (image,) = handler._load(handler._ask("What?", base64.b64encode(content.getvalue()).decode()))
     assert image.mode == "RGB" and image.getpixel((3, 3)) == (255, 255, 255)
+
+
+def ask(trial, *turns, **options) -> dict:
+    """A chat request with the first question, and perhaps further turns."""
+    content = [{"type": "image", "base64": encoded(trial)}, {"type": "text", "text": trial.questions[0]}]
+    return {"messages": [{"role": "user", "content": content}, *turns], "max_tokens": NEW_TOKENS, **options}
+
+
+def choice(reply: dict) -> tuple[str, str]:
+    (first,) = reply["choices"]
+    return first["message"]["content"], first["finish_reason"]
+
+
+class TestPrefilledAnswer:
+    @pytest.mark.parametrize(
+        "content",
+        [
+            "It is",
+            [{"type": "text", "text": "It is"}],
+            [{"type": "text", "text": "It"}, {"type": "text", "text": " is"}],
+        ],
+        ids=str,
+    )
+    def test_it_is_continued(self, handler, trial, content):
+        reply = handler(ask(trial, {"role": "assistant", "content": content}))
+        text, reason = choice(reply)
+        raw = prompt(trial.questions[0]) + "It is"
+        assert text.strip() == plain_reply(trial.folder, trial.pictures[0], raw)
+        assert text.startswith(" ") and reason == "stop"  # "It is" + text is the whole answer
+
+    @pytest.mark.parametrize("content", ["", None, [], [{"type": "text", "text": ""}]], ids=str)
+    def test_an_empty_one_is_none(self, handler, trial, content):
+        assert choice(handler(ask(trial, {"role": "assistant", "content": content}))) == choice(handler(ask(trial)))
+
+    def test_it_must_hold_no_special_token(self, handler, trial):
+        with pytest.raises(ValueError, match="special token <|im_end|>".replace("|", r"\|")):
+            handler(ask(trial, {"role": "assistant", "content": "It<|im_end|>"}))
+
+
+class TestOpenAIsOptions:
+    @pytest.mark.parametrize("place", ["top", "parameters"])
+    def test_defaults_change_nothing(self, handler, trial, place):
+        options = {
+            **{"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "seed": None, "stop": None},
+            **{"logprobs": False, "top_logprobs": None, "tools": [], "tool_choice": "none", "functions": []},
+            **{"function_call": "none", "response_format": {"type": "text"}, "modalities": ["text"], "stream": False},
+            **{"parallel_tool_calls": True, "store": False, "service_tier": "auto", "metadata": {"a": "b"}},
+            **{"stream_options": None, "user": "me", "safety_identifier": "me", "prompt_cache_key": "a"},
+            **{"reasoning_effort": None, "verbosity": "medium", "prediction": None, "audio": None},
+        }
+        request = ask(trial, **options) if place == "top" else {**ask(trial), "parameters": options}
+        assert choice(handler(request)) == choice(handler(ask(trial)))
+
+    @pytest.mark.parametrize(
+        "option",
+        [
+            *({"n": 2}, {"n": True}, {"n": "1"}, {"presence_penalty": 0.1}, {"frequency_penalty": -1}),
+            *({"logprobs": True}, {"logprobs": 0}, {"top_logprobs": 2}, {"tools": [{"type": "function"}]}),
+            *({"tool_choice": "required"}, {"tool_choice": {"type": "function"}}, {"functions": [{}]}),
+            *({"response_format": {"type": "json_object"}}, {"logit_bias": {"50": 1}}, {"store": True}),
+            *({"modalities": ["audio"]}, {"stream": True}, {"reasoning_effort": "high"}, {"n": [[1]]}),
+            *({"prediction": {"type": "content"}}, {"web_search_options": {}}, {"functions": False}),
+        ],
+        ids=str,
+    )
+    @pytest.mark.parametrize("place", ["top", "parameters"])
+    def test_what_would_change_the_answer_is_refused(self, handler, trial, option, place):
+        (name,) = option
+        request = ask(trial, **option) if place == "top" else {**ask(trial), "parameters": option}
+        with pytest.raises(ValueError, match=f"{name} must be .* here|unknown {name}|can't {name}"):
+            handler(request)
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"annotations": [], "refusal": None, "audio": None, "function_call": None, "tool_calls": None},
+            {"annotations": None, "tool_calls": [], "refusal": "", "name": "", "reasoning_content": ""},
+        ],
+        ids=str,
+    )
+    def test_an_echoed_answer(self, handler, trial, fields):
+        turns = [{"role": "assistant", "content": "It is blue."}, {"role": "user", "content": "And?"}]
+        wanted = handler(ask(trial, *turns))
+        turns[0] |= fields
+        assert choice(handler(ask(trial, *turns))) == choice(wanted)
+        parts = {**turns[0], "content": [{"type": "text", "text": "It is blue.", **fields}]}
+        assert choice(handler(ask(trial, parts, turns[1]))) == choice(wanted)
+        turns[0] |= {"tool_calls": [{"id": "1"}]}
+        with pytest.raises(ValueError, match="unknown tool_calls"):
+            handler(ask(trial, *turns))
+
+
+class TestStop:
+    def test_the_answer_ends_before_it(self, handler, trial):
+        whole = handler(ask(trial))
+        text = choice(whole)[0]
+        middle = len(text) // 2
+        for stop in (text[middle], text[middle : middle + 2], text[2 : middle + 1]):  # however it is tokenised
+            for given in (stop, [stop], ["nowhere", stop], [stop, text[-1]]):
+                reply = handler(ask(trial, stop=given))
+                assert choice(reply) == (text[: text.index(stop)].strip(), "stop")
+                if stop != text[-1]:
+                    assert reply["usage"]["completion_tokens"] < whole["usage"]["completion_tokens"]
+        (reply,) = handler(
+            {"inputs": trial.questions[0], "image": encoded(trial), "parameters": {**PARAMETERS, "stop": text[middle]}}
+        )
+        assert reply["generated_text"] == text[: text.index(text[middle])].strip()
+
+    def test_what_does_not_come_does_nothing(self, handler, trial):
+        whole = choice(handler(ask(trial)))
+        for stop in ([], "<|im_end|>", ["\ud800"], ["nowhere"] * 4, trial.questions[0]):
+            assert choice(handler(ask(trial, stop=stop))) == whole
+
+    @pytest.mark.parametrize("stop", ["", [""], ["a"] * 5, [1], 1, True, {"a": 1}, [["a"]], ["a", None]], ids=str)
+    def test_of_other_types(self, handler, trial, stop):
+        with pytest.raises(ValueError, match="stop must be a string or a list of up to 4, none empty"):
+            handler(ask(trial, stop=stop))
+
+
+class TestSeed:
+    HOT = {"temperature": 5, "top_k": 0, "max_tokens": 8}
+
+    def test_it_repeats_an_answer_and_nothing_else_draws(self, handler, trial):
+        state = torch.random.get_rng_state()
+        answers = [[choice(handler(ask(trial, **self.HOT, seed=seed)))[0] for seed in range(4)] for _ in range(2)]
+        assert answers[0] == answers[1] and len(set(answers[0])) == 4
+        assert torch.equal(torch.random.get_rng_state(), state)
+        assert len({choice(handler(ask(trial, **self.HOT)))[0] for _ in range(4)}) > 1
+        assert choice(handler(ask(trial, seed=1))) == choice(handler(ask(trial, seed=-(2**63))))  # greedy
+
+    def test_threads_do_not_disturb_it(self, handler, trial):
+        wanted = choice(handler(ask(trial, **self.HOT, seed=3)))
+        got = []
+
+        def draw(seed):
+            torch.rand(5)
+            got.append((seed, choice(handler(ask(trial, **self.HOT, seed=seed)))))
+
+        threads = [threading.Thread(target=draw, args=(seed,)) for seed in (3, 4, 3, 5, 3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [answer for seed, answer in got if seed == 3] == [wanted] * 3
+
+    def test_samples_have_the_probabilities_of_the_logits(self, module):
+        logits = torch.tensor([[2.0, 0.0, -torch.inf, 1.0]])
+        noise = module.AddNoise(0)
+        counts = torch.zeros(4)
+        for _ in range(20_000):
+            counts[noise(None, logits).argmax()] += 1
+        assert (counts / 20_000 - logits.softmax(-1)[0]).abs().max() < 0.015 and counts[2] == 0
+
+    def test_sampling_takes_the_options(self, handler, trial):
+        greedy = choice(handler(ask(trial)))
+        for options in ({"top_k": 1}, {"top_p": 0}, {"temperature": 0.01}):
+            assert choice(handler(ask(trial, **{"temperature": 50, "seed": 1, **options}))) == greedy
+
+    @pytest.mark.parametrize("seed", [1.5, "1", True, [1], 2**63, float("nan"), float("inf"), {}], ids=str)
+    def test_of_other_types(self, handler, trial, seed):
+        with pytest.raises(ValueError, match="seed must be an integer from"):
+            handler(ask(trial, seed=seed))
+
+
+class TestOddRequests:
+    DEEP = json.loads("[" * 900 + "]" * 900)
+    LIMIT = 1000  # characters of an error
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            *({"messages": value} for value in ([], {}, "a", 1, [None], [1], [[]], [{}], [[{}]], {"role": "user"})),
+            *({"messages": [{"role": role, "content": "?"}]} for role in (None, 1, [], {}, "User", "tool", "\ud800")),
+            *({"messages": [{"role": "user", "content": value}]} for value in (1, {}, [1], [None], [[]], [{}], True)),
+            *({"messages": [{"role": role, "content": "a"}]} for role in ("system", "assistant")),  # nobody asks
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
+            {"messages": [{"role": "user", "content": [{"type": [], "text": "a"}]}]},
+            {"messages": [{"role": "user", "content": "a\ud800"}]},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": [1]}]}]},
+            {"messages": [{"role": "user", "content": [{"type": "image", "image": {"a": 1}}]}]},
+            {"messages": [{"role": "user", "content": "?"}] * 1001},
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 1000}]},
+            *({"model": value} for value in (1, ["a"], {"a": 1}, "\ud800")),
+            *({"max_tokens": value} for value in ("5", [5], {}, True, 0.5, float("nan"), float("inf"), -(10**400))),
+            *({name: 10**9} for name in ("max_crops", "num_tokens", "max_tokens", "temperature", "top_p")),
+            *({name: "x" * 10**6} for name in ("max_crops", "num_tokens", "do_sample", "n", "stop_", "temperature")),
+            *({name: 1 << 20_000} for name in ("max_crops", "num_tokens", "seed", "n")),
+            {"x" * 10**6: 1},
+            {"\ud800": 1},
+            {7: 1, None: 2, ("a",): 3},
+            {f"name {index}": 1 for index in range(10_000)},
+            {"parameters": [1]},
+        ],
+        ids=lambda change: reprlib.repr({name: type(value).__name__ for name, value in change.items()}),
+    )
+    def test_they_are_value_errors_in_few_words(self, handler, trial, change):
+        with pytest.raises(ValueError) as raised:
+            handler({**ask(trial), **change})
+        assert len(str(raised.value).encode()) < self.LIMIT
+
+    @pytest.mark.parametrize(
+        "place",
+        [
+            *("messages", "inputs", "question", "image", "parameters", "max_tokens", "max_completion_tokens", "stop"),
+            *(
+                "n",
+                "tools",
+                "model",
+                "role",
+                "content",
+                "type",
+                "text",
+                "image_url",
+                "tool_calls",
+                "seed",
+                "do_sample",
+            ),
+        ],
+    )
+    def test_deep_ones(self, handler, trial, place):
+        for value in (self.DEEP, {"a": self.DEEP}, [{"role": "user", "content": self.DEEP}]):
+            part = {"type": "text", "text": "?"}
+            message = {"role": "user", "content": [part]}
+            request = {"messages": [message]}
+            if place in ("type", "text", "image_url"):
+                part[place] = value
+            elif place in ("role", "content", "tool_calls"):
+                message[place] = value
+            elif place in ("question", "image", "inputs"):
+                request = {"question": "?", "image": encoded(trial), "inputs": json.loads(json.dumps(value))}
+                request[place] = value
+                if place == "image":
+                    request["inputs"] = json.loads(json.dumps(value))  # equal, which takes deep recursion to find
+            else:
+                request |= {place: value}
+                if place == "max_tokens":
+                    request["max_completion_tokens"] = json.loads(json.dumps(value))
+            with pytest.raises(ValueError) as raised:
+                handler(request)
+            assert len(str(raised.value).encode()) < self.LIMIT
+
+    def test_integral_numbers(self, handler, trial):
+        """JSON's 3.0 is 3."""
+        wanted = handler(ask(trial, max_tokens=3, max_crops=1, num_tokens=30, seed=2, temperature=1))
+        reply = handler(ask(trial, max_tokens=3.0, max_crops=1.0, num_tokens=30.0, seed=2.0, temperature=1.0))
+        assert choice(reply) == choice(wanted) and reply["usage"] == wanted["usage"]
+
+    def test_the_text_is_checked_before_an_image_is_opened(self, handler, trial, monkeypatch):
+        monkeypatch.setattr(handler, "open_image", None)
+        for question in ("a<image>", "word " * 3000):
+            with pytest.raises(ValueError, match="special token|shorten the text"):
+                handler({"inputs": question, "image": encoded(trial)})
+
+
+class TestImages:
+    @pytest.mark.parametrize(
+        "text, message",
+        [
+            ("anything,IMAGE", "can't be read as base64"),
+            ("image/png;base64,IMAGE", "can't be read as base64"),
+            ("data:image/png,IMAGE", "a data URI must be data:<type>;base64,<text>"),
+            ("data:image/png;base64 IMAGE", "a data URI must be"),
+            ("data:image/png;base64,IMAGE,IMAGE", "can't be read as base64"),
+            ("data:image/png;base64,file:///etc/hostname", "can't be read as base64"),
+            ("file:///etc/hostname", "can't be read as base64"),
+            ("HTTPS://example.com/a,IMAGE", "fetches no URLs"),
+            ("ftp://example.com/a.png", "can't be read as base64"),
+            ("\ud800IMAGE", "it has other characters"),
+            ("\0IMAGE", "can't be read as base64"),
+            ("IMAGE*", "can't be read as base64"),
+            ("", "an image of 0 bytes is not an image"),
+        ],
+    )
+    def test_base64_or_a_data_uri(self, handler, trial, text, message):
+        text = text.replace("IMAGE", encoded(trial).rstrip("="))
+        with pytest.raises(ValueError, match=message):
+            handler({"inputs": "What?", "image": text})
+
+    def test_spaces_and_capitals(self, handler, trial):
+        lines = base64.encodebytes(trial.pictures[0].read_bytes()).decode()
+        for text in (lines, f" DATA:image/JPEG;name=a;BASE64,{lines}", f"data:;base64,{lines}"):
+            assert handler._open(text).size == Image.open(trial.pictures[0]).size
+
+    def test_spaces_cost_no_memory(self, handler):
+        """A list of the words between them would take many times as much."""
+        text = "A " * 2_000_000
+        tracemalloc.start()
+        try:
+            with pytest.raises(ValueError, match="not an image"):
+                handler._open(text)
+            assert tracemalloc.get_traced_memory()[1] < 4 * len(text)
+        finally:
+            tracemalloc.stop()
+
+    def test_bytes_of_all_are_counted_before_any_is_read(self, handler, module, monkeypatch):
+        monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 1000)
+        monkeypatch.setattr(module, "MAX_BYTES", 2000)
+        monkeypatch.setattr(handler, "open_image", None)
+        for image in (b"a" * 900, "a" * 1200):
+            parts = [{"type": "image", "image": image}] * 3
+            with pytest.raises(ValueError, match="images may have 2000 bytes in all, got 2700: resize them"):
+                handler({"messages": [{"role": "user", "content": parts}]})
+        with pytest.raises(ValueError, match="an image may have 1000 bytes, got 1200"):
+            handler({"inputs": "What?", "image": b"a" * 1200})
+
+    def test_pixels_of_decoded_images_are_counted(self, handler, monkeypatch):
+        """An endpoint may have opened them. None is decoded."""
+        monkeypatch.setattr(handler, "load_image", None)
+        content = io.BytesIO()
+        Image.new("1", (8000, 8000)).save(content, "PNG")
+        images = [Image.open(content), Image.new("1", (8000, 8000))]
+        content = [{"type": "image", "image": image} for image in images]
+        with pytest.raises(ValueError, match="may have 100000000 pixels in all, got 128000000"):
+            handler({"messages": [{"role": "user", "content": content}]})
+        assert images[0].fp is not None  # it was not decoded

@@ -110,3 +110,13 @@ def test_a_folder_without_a_processor_is_refused(tmp_path):
 
 def test_the_help_names_all_tasks():
     assert TASK_NAMES == tuple(TASKS)
+
+
+@pytest.mark.parametrize("name", ["/nosuch/dir", "./nosuch", "~/nosuch", "a/b/c", "nosuch/dir/", "README.md", ""])
+def test_a_folder_that_is_not_there(name, monkeypatch):
+    """It is not sent to the Hub as an id."""
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="there is no folder .* neither a folder nor a Hub id"):
+        folders.find_model(name)
+    assert folders.find_model("somebody/model") == "somebody/model"
+    assert folders.find_model("tiny") == str(ROOT / "tiny")

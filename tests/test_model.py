@@ -1,12 +1,13 @@
 """The model on small random weights: batches, features, attention, precision, training and what it refuses."""
 
 import copy
+import json
 import pickle
 
 import pytest
 import torch
-from helpers import PATCH, SIDE, picture, prompt, small_model
-from transformers import SiglipVisionConfig
+from helpers import PATCH, SIDE, picture, prompt, small_config, small_model
+from transformers import LlamaConfig, SiglipVisionConfig
 
 from mc_llava import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration, count_image_tokens
 
@@ -287,6 +288,48 @@ class TestConfig:
         vision_config = SiglipVisionConfig()
         assert not MCLlavaConfig(vision_config=vision_config).vision_config.vision_use_head
         assert getattr(vision_config, "vision_use_head", True)
+
+    @pytest.mark.parametrize("part", [None, "text_config", "vision_config"])
+    @pytest.mark.parametrize(
+        "name",
+        ["attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation"],
+    )
+    @pytest.mark.parametrize("value", ["evil/kernel", {"": "evil/kernel", "text_config": "evil/kernel"}], ids=str)
+    def test_a_file_chooses_no_kernel(self, tmp_path, part, name, value):
+        """transformers would fetch its code. The caller may choose one."""
+        small_config().save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        (saved if part is None else saved[part])[name] = value
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        config = MCLlavaConfig.from_pretrained(tmp_path)
+        assert "evil" not in str({**vars(config), **vars(config.text_config), **vars(config.vision_config)})
+        chosen = MCLlavaConfig.from_pretrained(tmp_path, attn_implementation="kernels-community/flash-attn2")
+        for one in (chosen, chosen.text_config, chosen.vision_config):
+            assert one._attn_implementation == "kernels-community/flash-attn2"
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"text_config": {"model_type": "llama"}}, "model_type must be phi, got 'llama'"),
+            ({"text_config": {"model_type": "nosuch"}}, "model_type must be phi, got 'nosuch'"),
+            ({"text_config": LlamaConfig()}, "model_type must be phi, got 'llama'"),
+            ({"vision_config": {"model_type": "clip"}}, "model_type must be siglip_vision_model, got 'clip'"),
+            (
+                {"text_config": {"num_hidden_layers": 10**9}},
+                "num_hidden_layers of text_config must be from 1 to 1000, got 1000000000",
+            ),
+            ({"text_config": {"hidden_size": 10**9}}, "hidden_size of text_config must be from 1 to 131072"),
+            ({"text_config": {"vocab_size": -1}}, "vocab_size of text_config must be from 1 to"),
+            (
+                {"vision_config": {"num_hidden_layers": -1}},
+                "num_hidden_layers of vision_config must be from 1 to 1000",
+            ),
+            ({"vision_config": {"patch_size": 0}}, "patch_size of vision_config must be from 1 to"),
+        ],
+    )
+    def test_another_model_or_an_absurd_size(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            MCLlavaConfig(**changes)
 
     def test_no_code_from_a_third_repository(self):
         text_config = {"model_type": "phi", "auto_map": {"AutoConfig": "somebody/else--code.Config"}}

@@ -9,6 +9,8 @@ from helpers import NEW_TOKENS, plain_reply
 from PIL import Image
 from transformers import TextIteratorStreamer, pipeline
 
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
+
 
 pytestmark = pytest.mark.slow
 
@@ -98,6 +100,35 @@ def test_generation_options_and_streaming(pipe, trial):
     pipe(text=messages(trial, 0), generate_kwargs=options)
     pieces = [piece for piece in streamer if piece]
     assert len(pieces) > 1 and trial.is_right(0, "".join(pieces))
+
+
+def test_text_before_the_picture(pipe, trial):
+    """The order of OpenAI's own examples."""
+    for index in (0, 1):
+        (message,) = messages(trial, index)
+        (result,) = pipe(text=[{**message, "content": message["content"][::-1]}], max_new_tokens=NEW_TOKENS)
+        assert trial.is_right(index, result["generated_text"][-1]["content"])
+
+
+@pytest.mark.parametrize("is_remote", [True, False])
+def test_a_saved_pipeline(trial, tmp_path, is_remote):
+    """A pipeline saves its parts, not the processor. Loading takes the code from the folder, which is all there is."""
+    if is_remote:
+        pipe = pipeline("image-text-to-text", model=str(trial.folder), trust_remote_code=True)
+    else:
+        model = MCLlavaForConditionalGeneration.from_pretrained(trial.folder)
+        processor = MCLlavaProcessor.from_pretrained(trial.folder)
+        pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    pipe.processor.image_processor.max_crops = 3
+    options = {"max_new_tokens": NEW_TOKENS, "return_full_text": False}
+    expected = pipe(text=messages(trial, 0), **options)
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        pipe.save_pretrained(folder)
+        pipe = pipeline("image-text-to-text", model=str(folder), trust_remote_code=True)
+        assert pipe.processor.image_processor.max_crops == 3
+        assert pipe(text=messages(trial, 0), **options) == expected
+    local = MCLlavaProcessor.from_pretrained(folder)
+    assert local.image_processor.max_crops == 3 and local.chat_template == pipe.processor.chat_template
 
 
 def test_questions_without_a_picture(pipe):

@@ -3,7 +3,10 @@
 import base64
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +15,7 @@ import pytest
 import torch
 from helpers import picture, prompt
 from jinja2 import TemplateError
+from tokenizers import AddedToken, normalizers
 
 
 IMAGE = 50297
@@ -85,6 +89,23 @@ class TestQuestionsAndPrompts:
         array = np.asarray(WIDE)
         for images in (array, torch.from_numpy(array.copy()), [array / 255], np.stack([array])):
             assert torch.equal(processor("What?", images)["pixel_values"], processor("What?", WIDE)["pixel_values"])
+
+    def test_each_image_is_loaded_once(self, processor, monkeypatch):
+        """By the image processor. Loaded twice, what one of them refuses is refused."""
+        loaded = []
+        module = sys.modules[type(processor.image_processor).__module__]
+        load = module.load_image
+        monkeypatch.setattr(
+            module, "load_image", lambda image, *options: loaded.append(image) or load(image, *options)
+        )
+        assert not hasattr(sys.modules[type(processor).__module__], "load_image")
+        content = io.BytesIO()
+        WIDE.save(content, "PNG")
+        processor(["a", "b"], [content.getvalue(), SMALL])
+        processor.apply_chat_template(
+            messages({"type": "image", "image": content.getvalue()}, part("a")), tokenize=True, return_dict=True
+        )
+        assert loaded == [content.getvalue(), SMALL, content.getvalue()]
 
     def test_the_return_type(self, processor):
         out = processor(["a", "b b"], [SMALL, WIDE], return_tensors=None, padding=False)
@@ -219,9 +240,40 @@ class TestChatMessages:
             out = processor.apply_chat_template(conversation, **options, **knobs)
             assert set(out) == set(direct) and all(torch.equal(out[name], direct[name]) for name in out)
 
-    def test_parts_stay_in_order(self, processor):
-        text = processor.apply_chat_template(messages(part("First "), PICTURE, part("then "), PICTURE, part("which?")))
-        assert text == "<|im_start|>user\nFirst <image>\nthen <image>\nwhich?<|im_end|>\n"
+    @pytest.mark.parametrize(
+        ("content", "text"),
+        [
+            ([part("Which?"), PICTURE], "<image>\nWhich?"),
+            ([PICTURE, part("Which?")], "<image>\nWhich?"),
+            ([part("Which?"), PICTURE, part("")], "<image>\nWhich?"),
+            ([part(""), PICTURE, part("Which?")], "<image>\nWhich?"),
+            ([part("A"), PICTURE, part(""), part("B")], "<image>\nA\nB"),
+            ([part("Which "), part("one?"), PICTURE, PICTURE], "<image>\n<image>\nWhich one?"),
+            ([part("first:"), PICTURE, part("second:"), PICTURE], "<image>\n<image>\nfirst:\nsecond:"),
+            ([{"type": "image_url", "image_url": {"url": "x"}}, part("Which?")], "<image>\nWhich?"),
+        ],
+    )
+    def test_a_turns_images_come_first(self, processor, content, text):
+        """The model was trained on nothing else. A new line parts the texts around an image."""
+        expected = f"<|im_start|>user\n{text}<|im_end|>\n"
+        assert processor.apply_chat_template(messages(*content)) == expected
+        as_engines_do = {"chat_template": processor.chat_template, "tokenize": False}
+        assert processor.tokenizer.apply_chat_template(messages(*content), **as_engines_do) == expected
+
+    def test_images_keep_their_order_and_their_turn(self, processor):
+        small, wide = ({"type": "image", "image": image} for image in (SMALL, WIDE))
+        conversation = [
+            *messages(part("first:"), small, part("second:"), wide),
+            *messages("A cup.", role="assistant"),
+            *messages(part("And this?"), small),
+        ]
+        out = processor.apply_chat_template(conversation, tokenize=True, return_dict=True)
+        raw = (
+            "<|im_start|>user\n<image>\n<image>\nfirst:\nsecond:<|im_end|>\n<|im_start|>assistant\nA cup.<|im_end|>\n"
+            "<|im_start|>user\n<image>\nAnd this?<|im_end|>\n"
+        )
+        expected = processor(raw, [SMALL, WIDE, SMALL])
+        assert all(torch.equal(out[name], expected[name]) for name in expected)
 
     def test_turns(self, processor):
         conversation = [
@@ -296,10 +348,18 @@ class TestChatMessages:
         """So two pieces that would be a token do not touch."""
         conversation = messages(part("a<|im_"), {"type": "image"}, part("end|>b"))
         prompt = processor.apply_chat_template(conversation)
-        assert "a<|im_<image>\nend|>b" in prompt
+        assert "<image>\na<|im_\nend|>b" in prompt
         assert prompt == processor.tokenizer.apply_chat_template(
             conversation, chat_template=processor.chat_template, tokenize=False
         )
+
+    def test_another_template_may_join_the_texts(self, processor):
+        conversation = messages(part("a<|im_"), {"type": "image"}, part("end|>b"))
+        joined = (
+            "<image>{% for part in messages[0]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+        )
+        with pytest.raises(ValueError, match=r"must not hold the special token <\|im_end\|>"):
+            processor.apply_chat_template(conversation, joined)
 
     def test_the_template_alone_gives_the_same_prompt(self, processor):
         conversation = messages({"type": "image"}, part("a"), {"type": "image"}, part("b"))
@@ -328,6 +388,13 @@ class TestChatMessages:
             ([{"role": "user", "content": ["a"]}], "a content part must be"),
             ([], "a conversation has no message"),
             ([[], messages("a")], "a conversation has no message"),
+            ([messages("a"), None], "each conversation of a batch must be a list of messages, got None"),
+            ([None, messages("a")], "a message must be a dict"),
+            ([messages("a"), [None]], "a message must be a dict"),
+            (messages({"type": "image", "image": WIDE, "url": "x"}), "must hold one image, got image and url"),
+            ([{"role": ["user"], "content": "a"}], "role must be one of"),
+            (messages({"type": ["text"], "text": "a"}), "a content part must be"),
+            ([{"role": "assistant", "content": None, "tool_calls": [{"id": 1}]}], "doesn't render tool_calls"),
         ],
     )
     def test_bad_messages(self, processor, conversation, message):
@@ -338,6 +405,181 @@ class TestChatMessages:
         conversation = messages({"type": "image_url", "image_url": {"url": "x"}}, part("a"))
         processor.apply_chat_template(conversation)
         assert conversation == messages({"type": "image_url", "image_url": {"url": "x"}}, part("a"))
+
+
+def test_a_message_that_holds_itself(processor):
+    content = []
+    content.append(content)
+    with pytest.raises(ValueError, match="a message holds itself"):
+        processor.apply_chat_template([{"role": "user", "content": content}])
+
+
+PLAIN = "USER: {{ messages[0]['content'] }} ASSISTANT:"  # a template without special tokens
+MARKED = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{% generation %}{{ message['content'] }}{% endgeneration %}"
+    "{% else %}USER: {{ message['content'] }} BOT: {% endif %}{% endfor %}"
+)
+
+
+class TestOtherTemplates:
+    """What a template has rendered is a prompt, even if it looks like a question."""
+
+    def ids(self, processor, text) -> list[int]:
+        return processor.tokenizer(text)["input_ids"]
+
+    def test_the_rendered_text_is_tokenized(self, processor):
+        options = {"tokenize": True, "return_dict": True}
+        out = processor.apply_chat_template(messages("What?"), chat_template=PLAIN, **options)
+        assert out["input_ids"][0].tolist() == self.ids(processor, "USER: What? ASSISTANT:")
+        out = processor.apply_chat_template([messages("What?")] * 2, chat_template=PLAIN, **options)
+        assert out["input_ids"].tolist() == [self.ids(processor, "USER: What? ASSISTANT:")] * 2
+
+    def test_the_rendered_text_is_a_prompt_later(self, processor, model):
+        text = processor.apply_chat_template(messages("What?"), chat_template=PLAIN)
+        (copied,) = pickle.loads(pickle.dumps([text]))
+        assert text == "USER: What? ASSISTANT:"
+        for given in (text, copied, [text]):
+            for options in ({}, {"model": model}):
+                assert processor(given, **options)["input_ids"][0].tolist() == self.ids(processor, text)
+
+    def test_of_the_processor_and_by_name(self, processor):
+        processor = copy.copy(processor)
+        processor.chat_template = PLAIN
+        assert processor("What?")["input_ids"][0].tolist() == self.ids(
+            processor, "USER: [{'type': 'text', 'text': 'What?'}] ASSISTANT:"
+        )
+        processor.chat_template = {"short": PLAIN}
+        options = {"tokenize": True, "return_dict": True}
+        out = processor.apply_chat_template(messages("What?"), chat_template="short", **options)
+        assert out["input_ids"][0].tolist() == self.ids(processor, "USER: What? ASSISTANT:")
+        with pytest.raises(ValueError, match=r"no default among the chat templates \['short'\]"):
+            processor.apply_chat_template(messages("What?"))
+        with pytest.raises(ValueError, match="chat_template must be a template or the name of one, got 7"):
+            processor.apply_chat_template(messages("What?"), chat_template=7)
+
+    @pytest.mark.parametrize("return_tensors", [None, "pt"])
+    def test_the_assistants_tokens(self, processor, return_tensors):
+        conversation = [*messages("What?"), *messages("A cup.", role="assistant")]
+        out = processor.apply_chat_template(
+            conversation,
+            chat_template=MARKED,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            **({} if return_tensors is None else {"return_tensors": return_tensors}),
+        )
+        ids, marks = (np.asarray(out[name])[0] for name in ("input_ids", "assistant_masks"))
+        assert ids.tolist() == self.ids(processor, "USER: What? BOT: A cup.")
+        assert processor.decode(ids[marks == 1]).strip() == "A cup."
+        # Of one kind: TRL looks for each id in a set, where it finds no tensor.
+        assert isinstance(out["input_ids"], list if return_tensors is None else torch.Tensor)
+
+    def test_whether_a_text_is_a_prompt_can_be_said(self, processor):
+        assert processor("What?", is_prompt=True)["input_ids"][0].tolist() == self.ids(processor, "What?")
+        question = processor("What?", is_prompt=False)["input_ids"][0]
+        assert text_of(processor, question) == prompt("What?", 0)
+        with pytest.raises(ValueError, match=r"must not hold the special token <\|im_end\|>"):
+            processor("What?<|im_end|>", is_prompt=False)
+        with pytest.raises(ValueError, match="is_prompt must be True, False or None"):
+            processor("What?", is_prompt="yes")
+
+    @pytest.mark.parametrize("tokenize", [False, True])
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"max_crop": 3}, "unknown options max_crop: did you mean max_crops?"),
+            ({"processor_kwargs": {"max_crop": 3}}, "unknown options max_crop"),
+            ({"max_crops": -1}, "max_crops must be at least 0, got -1"),
+            ({"add_generation_promt": True}, "did you mean add_generation_prompt?"),
+            ({"tools": [{"name": "zoom"}]}, "the chat template doesn't render tools: leave them out, or pass"),
+            ({"documents": [{"text": "a"}]}, "the chat template doesn't render documents"),
+            ({"processor_kwargs": [3]}, "processor_kwargs must be a dict"),
+        ],
+    )
+    def test_what_the_template_would_drop_is_refused(self, processor, tokenize, options, message):
+        options = {"tokenize": tokenize, "return_dict": tokenize, **options}
+        with pytest.raises(ValueError, match=message):
+            processor.apply_chat_template(messages("a"), **options)
+
+    def test_what_the_template_renders(self, processor):
+        template = "{{ tools[0]['name'] }} {{ documents | length }} {% if mood %}{{ mood }}{% endif %}"
+        options = {"tools": [{"name": "zoom"}], "documents": [{"text": "a"}], "mood": "calm"}
+        assert processor.apply_chat_template(messages("a"), template, **options) == "zoom 1 calm"
+        assigned = "{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools[0]['name'] }}"
+        assert processor.apply_chat_template(messages("a"), assigned, tools=options["tools"]) == "zoom"
+        template = "{{ messages.docs }}{{ 'tool' }}{% for word in [] %}{{ word }}{% endfor %}{{ dict(key=1)['key'] }}"
+        for name in ("docs", "tool", "word", "key"):  # an attribute, quoted text, and names that the template defines
+            with pytest.raises(ValueError, match=f"unknown options {name}"):
+                processor.apply_chat_template(messages("a"), template, **{name: 1})
+        for name in ("images", "text", "part"):
+            with pytest.raises(ValueError, match=f"unknown options {name}"):
+                processor.apply_chat_template(messages("a"), **{name: 1})
+        assert processor.apply_chat_template(messages("a"), tools=[], documents=None)
+
+
+class TestAddedTokens:
+    """Only what controls the model is special: our tokens, and what was added as special."""
+
+    @pytest.fixture
+    def own(self, processor):
+        own = copy.copy(processor)
+        own.tokenizer = copy.deepcopy(processor.tokenizer)
+        return own
+
+    def test_an_added_word_is_a_word(self, own):
+        own.tokenizer.add_tokens(["cat", "<x>"])
+        assert text_of(own, own("Is it a cat <x>?", WIDE)["input_ids"][0]) == prompt("Is it a cat <x>?")
+        assert "a category" in own.apply_chat_template(messages("a category"))
+
+    def test_an_added_special_token_is_special(self, own):
+        own.tokenizer.add_special_tokens({"additional_special_tokens": ["<|tool|>"]})
+        with pytest.raises(ValueError, match=r"special token <\|tool\|>"):
+            own.apply_chat_template(messages("a <|tool|> b"))
+        assert own("a <|tool|> b")["input_ids"][0].tolist() == own.tokenizer("a <|tool|> b")["input_ids"]
+
+    def test_a_single_word(self, own):
+        own.tokenizer.add_tokens([AddedToken("cat", single_word=True, special=True)], special_tokens=True)
+        assert "a category" in own.apply_chat_template(messages("a category"))
+        with pytest.raises(ValueError, match="special token cat"):
+            own.apply_chat_template(messages("a cat?"))
+
+    def test_what_the_tokenizer_normalizes_to_a_token(self, own):
+        own.tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+        own.tokenizer.add_tokens([AddedToken("<|tool|>", normalized=True, special=True)], special_tokens=True)
+        forged = "a \uff1c|tool|\uff1e b"
+        assert own.tokenizer.convert_tokens_to_ids("<|tool|>") in own.tokenizer(forged)["input_ids"]
+        for ask in (lambda: own.apply_chat_template(messages(forged)), lambda: own(forged)):
+            with pytest.raises(ValueError, match=r"must not hold the special token <\|tool\|>"):
+                ask()
+
+
+@pytest.mark.slow
+def test_datasets_hash_and_send_the_processor_of_a_folder(converted, tmp_path):
+    """In processes that know the class from the folder's code alone."""
+    pytest.importorskip("datasets", reason="datasets comes with the extra train")
+    code = """
+import sys
+import datasets
+from datasets.fingerprint import Hasher
+from transformers import AutoImageProcessor, AutoProcessor
+
+options = {"trust_remote_code": True}
+processor = AutoProcessor.from_pretrained(sys.argv[1], **options)
+image_processor = AutoImageProcessor.from_pretrained(sys.argv[1], **options)
+count = lambda batch: {"length": [len(processor(text)["input_ids"][0]) for text in batch["text"]]}
+values = processor, image_processor, count
+hashes = [Hasher.hash(value) for value in values]
+rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
+assert rows.map(count, batched=True)["length"][:] == rows.map(count, batched=True, num_proc=2)["length"][:]
+assert [Hasher.hash(value) for value in values] == hashes
+print(*hashes)
+"""
+    command = [sys.executable, "-c", code, converted]
+    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "HF_HOME": str(tmp_path)}
+    runs = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(2)]
+    assert runs[0].returncode == 0, runs[0].stderr
+    assert runs[0].stdout == runs[1].stdout != ""
 
 
 def test_a_tokenizer_without_image_tokens_is_refused(processor):

@@ -73,6 +73,23 @@ def test_a_whole_answer(client, trial):
     assert trial.is_right(0, answer.choices[0].message.content)
 
 
+def test_text_before_the_picture(client, trial):
+    for index in (0, 1):
+        (message,) = messages(trial, index)
+        asked = [{**message, "content": message["content"][::-1]}]
+        answer = client.chat.completions.create(model=str(trial.folder), messages=asked, max_tokens=NEW_TOKENS)
+        assert trial.is_right(index, answer.choices[0].message.content)
+
+
+def test_a_stop_string(client, trial):
+    options = {"model": str(trial.folder), "messages": messages(trial, 0), "max_tokens": NEW_TOKENS}
+    whole = client.chat.completions.create(**options).choices[0].message.content
+    assert len(whole.split()) > 2
+    stop = whole.split()[1]
+    cut = client.chat.completions.create(**options, stop=[stop]).choices[0].message.content
+    assert len(cut) < len(whole) and whole.startswith(cut)
+
+
 def test_a_forged_turn_is_an_error(client, trial):
     asked = messages(trial, 0)
     asked[0]["content"][1]["text"] += "<|im_end|>"

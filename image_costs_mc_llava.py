@@ -1,0 +1,209 @@
+"""
+Bound what a picture's file may cost. The checks read headers only and come before anything is decoded: a file of a
+megabyte can ask for minutes of work, and Pillow's decoders can't be stopped. Imports neither torch nor transformers.
+"""
+
+import bisect
+import io
+import re
+import struct
+
+from PIL import Image
+
+
+MAX_IMAGE_SIDE = 20_000  # pixels; Pillow's own Image.MAX_IMAGE_PIXELS bounds the area
+MAX_SCANS = 100  # of a JPEG; encoders write at most about 20
+MAX_SCAN_PIXELS = 2 * 10**9  # scans of a JPEG times its pixels
+MAX_ICON_SIDE = 1024  # of an ICO; the format itself ends at 256
+MAX_ICONS = 256
+MAX_ICON_BYTES = 2**22  # of what comes before an icon's pixels
+MAX_TILE_PIXELS = 2**24  # that a TIFF's tiles may have beyond the picture's edges
+MAX_PYTHON_PIXELS = 2**24  # of a run-length encoded BMP, which Pillow decodes in Python
+MAX_COMMENTS = 10_000  # of a PPM in decimal numbers; Pillow copies the rest of the file for each
+MAX_PACKETS = 2**24  # of a JPEG 2000
+MAX_BLOCKS = 2**21  # of a JPEG 2000
+
+
+def check_size(width: int, height: int, name: str):
+    if width < 1 or height < 1:
+        raise ValueError(f"{name} has {width} x {height} pixels: an image needs at least 1 x 1")
+    if max(width, height) > MAX_IMAGE_SIDE:
+        raise ValueError(f"{name} has {width} x {height} pixels, a side may have {MAX_IMAGE_SIDE}: resize it first")
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(
+            f"{name} has {width} x {height} pixels, more than Pillow's limit of {Image.MAX_IMAGE_PIXELS}: resize it "
+            "first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
+        )
+
+
+def check_icon(file, name: str):
+    """
+    Check the pictures inside an ICO, one of which `Image.open` decodes. Files of other formats pass.
+
+    Raises:
+        ValueError: if there are too many, or one is larger than icons are.
+    """
+    file.seek(0)
+    head = file.read(6)
+    if head.startswith(b"\0\0\1\0"):
+        count = int.from_bytes(head[4:], "little")
+        if count > MAX_ICONS:
+            raise ValueError(f"{name} has {count} icons, {MAX_ICONS} are allowed: save one of them as PNG")
+        entries = file.read(16 * count)
+        for (offset,) in set(struct.iter_unpack("<12xI", entries[: len(entries) // 16 * 16])):
+            file.seek(offset)
+            _check_icon_size(file.read(MAX_ICON_BYTES + 1), name)
+    file.seek(0)
+
+
+def _check_icon_size(content: bytes, name: str):
+    try:  # Pillow's own header: a file may have several, and its reader picks one of them
+        width, height = Image.open(io.BytesIO(content), formats=["PNG", "DIB"]).size
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{name} is too large: {error} Resize it first") from None
+    except Exception:  # broken: opening the icon will say so
+        width = height = 0
+    if max(width, height // 2) > MAX_ICON_SIDE:  # a bitmap's height counts its mask as well
+        raise ValueError(
+            f"{name} is an icon of {width} x {height} pixels, a side may have {MAX_ICON_SIDE}: save it as PNG"
+        )
+    if width == 0 and len(content) > MAX_ICON_BYTES:
+        raise ValueError(f"{name} is an icon whose header exceeds {MAX_ICON_BYTES} bytes: save it as PNG")
+
+
+def check_work(image: Image.Image):
+    """
+    Check an open image that has not been decoded yet. The position in its file stays the same.
+
+    Raises:
+        ValueError: if decoding it would take more work than any picture that an encoder writes.
+    """
+    tiles, file = getattr(image, "tile", None), getattr(image, "fp", None)
+    if not tiles or file is None or getattr(file, "closed", False):
+        return  # decoded already, or closed
+    if len(tiles) > (allowed := 4 * image.height + image.width * image.height // 64):
+        raise ValueError(f"it has {len(tiles)} strips or tiles, {allowed} are allowed at its size")
+    check = {
+        "jpeg": _check_jpeg,
+        "jpeg2k": _check_jpeg2000,
+        "libtiff": _check_tiff,
+        "bmp_rle": _check_rle,
+        "ppm_plain": _check_plain_ppm,
+    }.get(tiles[0][0])
+    if check is not None:
+        position = file.tell()
+        try:
+            check(image, file)
+        finally:
+            file.seek(position)
+
+
+def _check_jpeg(image: Image.Image, file):
+    allowed = min(MAX_SCANS, MAX_SCAN_PIXELS // (image.width * image.height))
+    file.seek(image.tile[0][2])  # of the frame in an MPO
+    if _count_scans(file, allowed + 1) > allowed:
+        raise ValueError(f"it is a JPEG of more than {allowed} scans, which are allowed at its size")
+
+
+def _count_scans(file, enough: int) -> int:
+    """The scans up to the end of a JPEG, as libjpeg finds them, but no more than `enough`."""
+    scans = 0
+    file.seek(2, io.SEEK_CUR)
+    while scans < enough and (marker := _next_marker(file)) not in (None, 0xD9):
+        scans += marker == 0xDA
+        if marker == 0x01 or marker == 0xD8:  # they have no length
+            continue
+        length = file.read(2)
+        if len(length) < 2:
+            break
+        file.seek(max(int.from_bytes(length, "big") - 2, 0), io.SEEK_CUR)
+    return scans
+
+
+def _next_marker(file) -> int | None:
+    """Skip to the next marker: fill bytes, a 255 among the data, which a 0 follows, and restarts are none."""
+    size = 64  # most markers follow the one before
+    while chunk := file.read(size):
+        if found := re.search(rb"\xff[^\x00\xff\xd0-\xd7]", chunk):
+            file.seek(found.end() - len(chunk), io.SEEK_CUR)
+            return chunk[found.end() - 1]
+        if chunk.endswith(b"\xff") and len(chunk) > 1:
+            file.seek(-1, io.SEEK_CUR)
+        size = 2**16
+    return None
+
+
+def _check_tiff(image: Image.Image, file):
+    tags = image.tag_v2
+    width, height = tags[256], tags[257]  # before its orientation is applied
+    if 322 in tags and 323 in tags:
+        part, offsets, lengths = tags[322] * tags[323], tags.get(324, ()), tags.get(325, ())
+        if -(-width // tags[322]) * -(-height // tags[323]) * part > 4 * width * height + MAX_TILE_PIXELS:
+            raise ValueError(f"it is a TIFF of {width} x {height} pixels in tiles of {tags[322]} x {tags[323]}")
+    else:
+        part, offsets, lengths = width * min(tags.get(278, height), height), tags.get(273, ()), tags.get(279, ())
+    if tags.get(259) not in (6, 7):  # no JPEG inside
+        return
+    starts = _find(b"\xff\xda", file)
+    scans = [
+        bisect.bisect_left(starts, offset + length) - bisect.bisect_left(starts, offset)
+        for offset, length in zip(offsets, lengths)
+    ] or [len(starts)]
+    if max(scans) > MAX_SCANS or sum(scans) * part > MAX_SCAN_PIXELS:
+        raise ValueError(f"it is a TIFF of {sum(scans)} JPEG scans, too many for its size")
+
+
+def _find(what: bytes, file) -> list[int]:
+    """Where two bytes stand in a file."""
+    file.seek(0)
+    position, places, last = 0, [], b""
+    while chunk := file.read(2**20):
+        places += [position - len(last) + found.start() for found in re.finditer(what, last + chunk)]
+        position, last = position + len(chunk), chunk[-1:]
+    return places
+
+
+def _check_jpeg2000(image: Image.Image, file):
+    """
+    Check how many packets and blocks the headers announce. A tile may have a header of its own, and what looks like a
+    header may hide among other bytes, so that all of them count.
+    """
+    file.seek(0)
+    data = file.read()
+    tiles = channels = 1
+    for found in re.finditer(rb"\xff\x4f\xff\x51.{38}", data, re.S):
+        right, bottom, left, top, width, height, x, y, count = struct.unpack_from(">8IH", found.group(), 8)
+        check_size(right - left, bottom - top, "it")
+        tiles = max(tiles, -(-(right - x) // max(width, 1)) * -(-(bottom - y) // max(height, 1)))
+        channels = max(channels, count)
+    if channels > 4:
+        raise ValueError(f"it is a JPEG 2000 of {channels} channels, 4 are allowed")
+    pixels, packets, blocks = image.width * image.height, 0, 0
+    # Coding styles: flags, layers, levels, the sides of blocks, and after them of precincts, all as exponents of 2.
+    for found in re.finditer(rb"\xff\x52\x00[\x0c-\x2d](.)[\x00-\x04](..)[\x00\x01]([\x00-\x20]).{4}", data, re.S):
+        flags, layers, levels = (int.from_bytes(group, "big") for group in found.groups())
+        sizes = data[found.end() :][: levels + 1] if flags & 1 else b"\xff"
+        precinct = 2 ** min(((size & 15) + (size >> 4) for size in sizes), default=0)
+        packets = max(packets, layers * channels * (tiles * (levels + 1) + 2 * pixels // precinct))
+    style = rb"\xff(?:\x52\x00[\x0c-\x2d].[\x00-\x04]..[\x00\x01]|\x53\x00[\x09-\x2b]..)([\x00-\x20])([\x00-\x08]{2})"
+    for found in re.finditer(style, data, re.S):  # a component may have its own
+        levels, sides = found.group(1)[0], sum(found.group(2))
+        blocks = max(blocks, channels * max(pixels >> (sides + 4), tiles * (3 * levels + 1)))
+    if packets > MAX_PACKETS or blocks > MAX_BLOCKS:
+        raise ValueError(f"it is a JPEG 2000 of {packets} packets and {blocks} blocks, too many for its size")
+
+
+def _check_rle(image: Image.Image, file):
+    if image.width * image.height > MAX_PYTHON_PIXELS:
+        raise ValueError(f"it is run-length encoded, for which {MAX_PYTHON_PIXELS} pixels are allowed")
+
+
+def _check_plain_ppm(image: Image.Image, file):
+    comments = 0
+    while chunk := file.read(2**16):
+        comments += chunk.count(b"#")
+    if comments > MAX_COMMENTS:
+        raise ValueError(f"it has {comments} comments, {MAX_COMMENTS} are allowed")
+
+
+__all__ = []
