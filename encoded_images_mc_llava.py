@@ -248,7 +248,7 @@ class FeatureCache:
     """
 
     def __init__(self, max_bytes: int = 256 * 2**20):
-        if max_bytes < 0:
+        if not max_bytes >= 0:  # of NaN, no comparison is true
             raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
         self.max_bytes = max_bytes
         self.nbytes = self.hits = self.misses = 0

@@ -9,6 +9,7 @@ pixel_values [crops, 3, side, side]
 
 import copy
 import hashlib
+import re
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -39,6 +40,15 @@ from .zoom_mc_llava import MCLlavaZoomMixin
 
 # Crops that pass the vision tower at once. This bounds its memory, whatever max_crops is.
 CROPS_PER_PASS = 16
+# Names in the published checkpoint -> in the model. `save_pretrained` writes the published ones, `from_pretrained` and
+# `load_state_dict` read both.
+PUBLISHED_NAMES = {
+    "vision_model.vision_tower.": "model.vision_tower.",
+    "vision_model.coord_embed.": "model.coord_embed.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+}
 
 
 @dataclass
@@ -71,16 +81,21 @@ class MCLlavaCoordinateEmbedding(nn.Sequential):
     Maps the centre of a crop to a vector that is added to each of its tokens: float[crops, 2] to
     float[crops, vision_hidden].
 
-    Casts the coordinates to the dtype of its weights, because the caller can't: PEFT wraps a trained copy, which may
-    have another dtype.
+    Casts the coordinates to the dtype of its biases, because the caller can't: PEFT wraps a trained copy, which may
+    have another dtype. Biases are never quantized, whereas the weights may be integers or packed into bytes.
     """
 
     def forward(self, coords: torch.Tensor) -> torch.Tensor:
-        return super().forward(coords.to(self[0].weight.dtype))
+        return super().forward(coords.to(self[0].bias.dtype))
 
 
 class MCLlavaMultiModalProjector(nn.Module):
-    """Maps the tower's outputs to the language model's width: float[..., vision_hidden] to float[..., hidden]."""
+    """
+    Maps the tower's outputs to the language model's width: float[..., vision_hidden] to float[..., hidden].
+
+    Casts them to the dtype of its weights, see `MCLlavaCoordinateEmbedding`, unless these are quantized: such layers
+    take any dtype and return the same.
+    """
 
     def __init__(self, config: MCLlavaConfig):
         super().__init__()
@@ -89,7 +104,41 @@ class MCLlavaMultiModalProjector(nn.Module):
         self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        dtype = getattr(getattr(self.linear_1, "weight", None), "dtype", torch.uint8)
+        if dtype.is_floating_point and dtype.itemsize > 1:
+            hidden_states = hidden_states.to(dtype)
         return self.linear_2(self.act(self.linear_1(hidden_states)))
+
+
+def rename_published(module: "MCLlavaPreTrainedModel", state_dict: dict, prefix: str, *args):
+    """
+    Hook before `load_state_dict`: gives tensors with `PUBLISHED_NAMES` the model's names, and drops the unused head.
+
+    `save_pretrained` writes published names. What reads them without `from_pretrained`, as transformers' `Trainer`
+    does when it resumes, would otherwise find no weight and keep those in memory.
+    """
+    is_whole = hasattr(module, "lm_head")
+    for name in [name for name in state_dict if name.startswith(prefix)]:
+        published = name.removeprefix(prefix)
+        start = next((start for start in PUBLISHED_NAMES if published.startswith(start)), None)
+        if start is None:
+            continue
+        ours = PUBLISHED_NAMES[start] + published.removeprefix(start).removeprefix("vision_model.")
+        ours = prefix + (ours if is_whole else ours.removeprefix("model."))
+        unused = any(re.search(pattern, name) for pattern in module._keys_to_ignore_on_load_unexpected)
+        if unused:
+            del state_dict[name]
+        elif ours not in state_dict:
+            state_dict[ours] = state_dict.pop(name)
+
+
+def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """
+    The `state_dict` of a module, which is left as it is: on a CPU, bitsandbytes' layers of 4 bits reorder their
+    weights when they are asked for their state, and lose the order of the scales (bitsandbytes 0.50).
+    """
+    has_4_bits = any(getattr(parameter, "quant_state", None) is not None for parameter in module.parameters())
+    return (copy.deepcopy(module) if has_4_bits else module).state_dict()
 
 
 class MCLlavaPreTrainedModel(PreTrainedModel):
@@ -109,6 +158,10 @@ class MCLlavaPreTrainedModel(PreTrainedModel):
     # SigLIP's pooling head, which is in the published checkpoint but not used.
     _keys_to_ignore_on_load_unexpected = [r"vision_tower\.(vision_model\.)?head\."]
 
+    def __init__(self, config: MCLlavaConfig):
+        super().__init__(config)
+        self.register_load_state_dict_pre_hook(rename_published)
+
 
 class MCLlavaModel(MCLlavaPreTrainedModel):
     """
@@ -121,6 +174,10 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
 
     def __init__(self, config: MCLlavaConfig):
         super().__init__(config)
+        if getattr(config, "quantization_config", None) is not None:
+            # All quantizers leave these alone. bitsandbytes can't pack rows of two weights for a CPU, and coordinates
+            # in 8 bits would lose the place of a crop.
+            self._keep_in_fp32_modules = ["coord_embed", "model.coord_embed"]
         hidden_size = config.vision_config.hidden_size
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.coord_embed = MCLlavaCoordinateEmbedding(
@@ -208,7 +265,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         self, hidden_states: torch.Tensor, crop_coords: torch.Tensor, crop_num_tokens: torch.LongTensor
     ) -> torch.Tensor:
         """Add to each token float[tokens, vision_hidden] the embedding of its crop's centre float[crops, 2]."""
-        positions = self.coord_embed(crop_coords).to(hidden_states.device)
+        positions = self.coord_embed(crop_coords).to(hidden_states)
         return hidden_states + positions.repeat_interleave(
             crop_num_tokens.to(hidden_states.device), dim=0, output_size=len(hidden_states)
         )
@@ -437,7 +494,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             ValueError: if weights are offloaded to disk.
         """
         parts = (self.model.vision_tower, self.model.coord_embed, self.model.multi_modal_projector)
-        weights = hash_tensors(tensor for part in parts for tensor in part.state_dict().values())
+        weights = hash_tensors(tensor for part in parts for tensor in read_weights(part).values())
         adapters = [
             (module.disable_adapters, module.active_adapters)
             for part in parts
@@ -562,16 +619,10 @@ class MCLlavaAutoModel(MCLlavaPreTrainedModel):
         MCLlavaForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
 
 
-# Names in the published checkpoint. transformers itself drops SigLIP's inner `vision_model.`.
+# transformers itself drops SigLIP's inner `vision_model.`.
 register_checkpoint_conversion_mapping(
     MCLlavaConfig.model_type,
-    [
-        WeightRenaming(r"^vision_model\.vision_tower\.", "model.vision_tower."),
-        WeightRenaming(r"^vision_model\.coord_embed\.", "model.coord_embed."),
-        WeightRenaming(r"^multi_modal_projector\.", "model.multi_modal_projector."),
-        WeightRenaming(r"^language_model\.model\.", "model.language_model."),
-        WeightRenaming(r"^language_model\.lm_head\.", "lm_head."),
-    ],
+    [WeightRenaming("^" + re.escape(published), ours) for published, ours in PUBLISHED_NAMES.items()],
     overwrite=True,
 )
 

@@ -3,9 +3,11 @@ Ask about many images, from a file or a folder into a file, with one model or a 
 
 A worker reads rows by their numbers, wherever it runs; `open_rows` alone knows the formats. During a run, its
 journal `OUT.partial` holds the settings and then the records in the order of the rows, written batch by batch. An
-interrupted run resumes there, with Ray or without; the finished file is `OUT`.
+interrupted run resumes there, with Ray or without, unless a picture has changed: records in the journal know the files
+of their pictures. The finished file is `OUT`, and `OUT.origin` says what it was made of.
 """
 
+import codecs
 import hashlib
 import json
 import os
@@ -13,7 +15,7 @@ import time
 import warnings
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import accumulate
@@ -26,7 +28,7 @@ from tqdm import tqdm
 from . import FORMATS, check_knob, load_image
 from .engine import GREEDY, Engine, answer_all, ask_about, fill_knobs
 from .folders import find_model
-from .journal import append, hash_file, lock, replacing, resume, versions
+from .journal import append, check_settings, hash_file, lock, replacing, resume, to_line, versions
 from .loading import find_device, identify, identify_code, load_model, load_processor
 
 
@@ -48,7 +50,7 @@ class JsonLines:
         self.starts, position, digest = array("Q"), 0, hashlib.sha256()
         with open(path, "rb") as file:
             for line in file:
-                if line.strip():
+                if line.removeprefix(codecs.BOM_UTF8).strip():
                     self.starts.append(position)
                 position += len(line)
                 digest.update(line)
@@ -160,26 +162,66 @@ def open_rows(source: str | os.PathLike) -> JsonLines | Parquet | Folder:
     return rows
 
 
-def read_images(row: dict, folder: Path) -> list[Image.Image]:
+def find_images(row: dict, folder: Path) -> list[str | bytes | Path]:
+    """What `load_image` reads for each image of a row: a file's path or bytes, or a data URI."""
     held = [cells for cells in (row.get("image"), row.get("images")) if cells is not None and cells != []]
     if not held:
         return []
     if len(held) > 1:
         raise ValueError("the row has both image and images: leave one of them out")
     cells = held[0]
-    return [read_image(cell, folder) for cell in (cells if isinstance(cells, list) else [cells])]
+    return [find_image(cell, folder) for cell in (cells if isinstance(cells, list) else [cells])]
 
 
-def read_image(cell: str | bytes | dict, folder: Path) -> Image.Image:
+def find_image(cell: str | bytes | dict, folder: Path) -> str | bytes | Path:
     if isinstance(cell, dict):
         cell = cell.get("bytes") or cell.get("path")
     if isinstance(cell, bytes):
-        return load_image(cell)
+        return cell
     if not isinstance(cell, str):
         raise ValueError(f"an image must be a path, a data URI or a file's bytes, got {type(cell).__name__}")
     if cell.lower().startswith(("http://", "https://")):  # rows must not make this machine send requests
         raise ValueError(f"{cell[:200]} is not fetched: download the image and name its file")
-    return load_image(cell if cell.startswith("data:") else Path(folder, cell))
+    return cell if cell.startswith("data:") else Path(folder, cell)
+
+
+# Files of pictures
+
+
+def stamp(path: Path) -> list[int] | None:
+    """What tells a changed file without reading it: its size and two times, of which no tool sets the second back."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def digest_of(path: Path) -> str | None:
+    """A digest of a regular file, None if there is none."""
+    digest = hashlib.sha256()
+    try:
+        if not path.is_file():  # a pipe would never end
+            return None
+        hash_file(digest, path)
+    except (OSError, ValueError):
+        return None
+    return digest.hexdigest()
+
+
+def check_files(records: Iterable[dict], answers: Path):
+    """
+    ValueError if a picture is not the one that a record is about, of those in the file `answers`.
+
+    Only those whose size or times have changed are read, so that a million pictures cost a million calls to `stat`.
+    """
+    for record in records:
+        for name, size_and_times, digest in record.get("files", ()):
+            if stamp(Path(name)) != size_and_times and digest_of(Path(name)) != digest:
+                raise ValueError(
+                    f"{name} has changed since row {record['row']} (id {record['id']}) was asked about it: "
+                    f"restore it, or remove {answers} to ask all rows again"
+                )
 
 
 # Answering
@@ -245,7 +287,11 @@ class Worker:
                 raise ValueError("the row has no question: give it one, or pass one for all rows")
             record["question"] = question
             question.encode()  # JSON can hold half of a surrogate pair, which is not text
-            images = read_images(row, self.rows.folder)
+            found = find_images(row, self.rows.folder)
+            if files := [path for path in found if isinstance(path, Path)]:
+                # Before they are read: one that is replaced meanwhile is then taken for a changed one.
+                record["files"] = [[str(path), stamp(path), digest_of(path)] for path in files]
+            images = [load_image(image) for image in found]
         except (ValueError, OverflowError, RecursionError) as error:  # of a far date, of a line that is all brackets
             record["error"] = str(error)
         return record, images
@@ -323,12 +369,15 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
     A record is `{"row", "id", "question", "answer", "crops", "tokens", "seconds"}`, with `error` in place of answer,
     crops and tokens if the row failed.
 
+    A run that has finished is not repeated if its settings were the same.
+
     Returns:
         The number of rows, and of those that failed.
 
     Raises:
-        ValueError: if the input can't be read, a number is out of range, `output` already exists, an interrupted run
-            had other settings, or another run writes `output`.
+        ValueError: if the input can't be read, a number is out of range, `output` exists and was not made by the same
+            run, an interrupted run had other settings or other pictures, or another run writes `output`.
+        OSError: if the disk is full. What was answered stays.
     """
     check_knob("batch_size", job.batch_size, 1)
     check_knob("max_new_tokens", job.max_new_tokens, 1)
@@ -353,7 +402,8 @@ def _run(
     job: Job, rows: JsonLines | Parquet | Folder, output: Path, use_ray: bool, workers: int | None
 ) -> tuple[int, int]:
     unfinished = output.with_name(output.name + ".partial")
-    if output.exists():
+    origin = output.with_name(output.name + ".origin")
+    if output.exists() and not origin.exists():
         raise ValueError(f"{output} already exists: choose another output")
     commit = identify(job.model, job.revision)
     settings = {
@@ -366,7 +416,13 @@ def _run(
         "versions": versions(),
         "code": identify_code(*CODE),
     }
+    if output.exists():
+        counted = count_finished(output, origin, settings)
+        unfinished.unlink(missing_ok=True)  # left if the run was killed between its last two lines
+        return counted
+    origin.unlink(missing_ok=True)  # of an output that was removed
     records = resume(unfinished, settings, job.batch_size)
+    check_files(records, unfinished)
     if not os.path.isdir(find_model(job.model)) and commit != "unknown":
         job = replace(job, revision=commit)  # a branch may move before a worker loads it
     total, done, failed = len(rows), len(records), sum("error" in record for record in records)
@@ -376,22 +432,50 @@ def _run(
         batches = answer_with_ray(job, starts, workers, digest)
     else:
         batches = map(Worker(job, digest).answer_batch, starts) if starts else ()
-    with (
-        tqdm(total=total, initial=done, unit="row", desc=output.name) as progress,
-        open(unfinished, "ab") as journal,
-    ):
+    with tqdm(total=total, initial=done, unit="row", desc=output.name) as progress:
         for records in batches:
             if records[0]["row"] != done:
                 raise RuntimeError(f"row {records[0]['row']} came where {done} was due: please report this")
-            append(journal, records)
+            append(unfinished, records)
             done, failed = done + len(records), failed + sum("error" in record for record in records)
             progress.update(len(records))
     if done != total:
         raise RuntimeError(f"{total - done} of {total} rows were not answered: run the command again")
 
-    # Without the settings, written whole or not at all.
-    with open(unfinished, "rb") as journal, replacing(output) as final:
-        next(journal)
-        final.writelines(journal)
-    unfinished.unlink()
+    finish(unfinished, output, origin)
     return done, failed
+
+
+def finish(unfinished: Path, output: Path, origin: Path):
+    """Turn a complete journal into the output and its origin, each of which is written whole or not at all."""
+    with open(unfinished, "rb") as journal, replacing(origin) as file:
+        file.write(next(journal))
+        for record in map(json.loads, journal):
+            if "files" in record:
+                file.write(to_line({name: record[name] for name in ("row", "id", "files")}))
+    with open(unfinished, "rb") as journal, replacing(output) as file:
+        next(journal)
+        for record in map(json.loads, journal):
+            record.pop("files", None)
+            file.write(to_line(record))
+    unfinished.unlink()
+
+
+def count_finished(output: Path, origin: Path, settings: dict) -> tuple[int, int]:
+    """
+    The number of rows of an output, and of those that failed.
+
+    Raises:
+        ValueError: if another run made it, or one about other pictures.
+    """
+    try:
+        with open(origin, "rb") as file:
+            check_settings(json.loads(next(file)), settings, output)
+            check_files(map(json.loads, file), output)
+        with open(output, "rb") as file:
+            failures = [("error" in record, record["row"]) for record in map(json.loads, file)]
+        if [row for _, row in failures] != list(range(settings["rows"])):
+            raise ValueError(f"it has other rows than {settings['source']}")
+    except (ValueError, TypeError, KeyError, StopIteration) as error:
+        raise ValueError(f"{output} already exists: choose another output ({error})") from error
+    return len(failures), sum(failed for failed, _ in failures)

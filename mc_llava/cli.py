@@ -449,8 +449,10 @@ def batch(
         device=device,
         quantize=quantize,
     )
+    was_there = Path(output).exists()
     rows, failed = run_job(job, output, use_ray=ray, workers=workers)
-    say(f"wrote {output}: {rows} rows, {failed} of them with an error")
+    done = f"{output} is complete, nothing was left to do" if was_there else f"wrote {output}"
+    say(f"{done}: {rows} rows, {failed} of them with an error")
     if failed == rows:
         raise ValueError(f"all of {rows} rows failed: see their errors in {output}")
 
@@ -523,6 +525,7 @@ def crop_progress(model: "MCLlavaForConditionalGeneration", crops: int):
 
 
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # names and rows may hold what is not UTF-8
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

@@ -1,6 +1,5 @@
 """Converts a checkpoint in the published layout to a model folder that the Auto classes load."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -8,10 +7,11 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
 from tqdm import tqdm
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
 from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
-from .folders import find_model
+from .folders import INDEX, WEIGHTS, find_model, list_weights
+from .journal import storing
 
 
 # Inference Endpoints run the handler and install the requirements.
@@ -30,6 +30,7 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
 
     Raises:
         ValueError: if the target is not empty, or the source lacks safetensors weights that match the model exactly.
+        OSError: if the disk is full.
     """
     target = Path(target).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -49,10 +50,11 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
     unfinished = parent / f".{target.name}-{os.getpid()}"
     unfinished.mkdir()
     try:
-        _copy_weights(folder, unfinished)
-        _load_and_save(folder, unfinished)
-        for name in (*(f"{module}.py" for module in ROOT_FILES), *ENDPOINT):
-            shutil.copyfile(ROOT / name, unfinished / name)
+        with storing(target, "free some space and convert again, nothing was left behind"):
+            _copy_weights(folder, unfinished)
+            _load_and_save(folder, unfinished)
+            for name in (*(f"{module}.py" for module in ROOT_FILES), *ENDPOINT):
+                shutil.copyfile(ROOT / name, unfinished / name)
         target.mkdir(parents=True, exist_ok=True)
         for path in unfinished.iterdir():
             path.replace(target / path.name)
@@ -66,21 +68,9 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
 
 
 def _copy_weights(source: Path, target: Path):
-    index = source / SAFE_WEIGHTS_INDEX_NAME
-    if (source / SAFE_WEIGHTS_NAME).exists():  # transformers looks for this first, too
-        names = [SAFE_WEIGHTS_NAME]
-    elif index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{index} is not an index of weights ({error!r}): fetch it again") from error
-        shutil.copyfile(index, target / index.name)
-    else:
-        raise ValueError(f"{source} has neither {SAFE_WEIGHTS_NAME} nor {index.name}: convert it to safetensors")
-    for name in names:
-        if Path(name).name != name or not (source / name).is_file():
-            raise ValueError(f"{source} lacks the shard {name} that {SAFE_WEIGHTS_INDEX_NAME} names: fetch it again")
-
+    names = list_weights(source)
+    if names != [WEIGHTS]:
+        shutil.copyfile(source / INDEX, target / INDEX)
     total = sum((source / name).stat().st_size for name in names)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="Copying weights") as progress:
         for name in names:

@@ -221,8 +221,10 @@ class Engine:
         How likely each of some answers is as the whole next turn of a conversation.
 
         Raises:
-            ValueError: if an answer doesn't fit into the context, or its likelihood is not finite.
+            ValueError: if there are no answers, one doesn't fit into the context, or its likelihood is not finite.
         """
+        if not answers:
+            raise ValueError("answers are empty: pass at least one")
         self.check(conversation)
         (conversation,) = self._encode_parts([conversation])
         prompt = self._write_prompt(conversation, add_generation_prompt=True)

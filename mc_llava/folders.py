@@ -7,6 +7,7 @@ from . import MAX_CROPS, NUM_TOKENS, PATCH_SIZE, ROOT, SIDE, check_knob
 
 
 TINY = ROOT / "tiny"  # the checkpoint that is bundled
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")  # ours, and the published one
 
 
@@ -51,6 +52,30 @@ def read_plan_options(model: str | None = None) -> dict[str, int]:
         "patch_size": saved.get("patch_size", PATCH_SIZE),
     }
     return {name: check_knob(name, value, 0 if name == "max_crops" else 1) for name, value in found.items()}
+
+
+def list_weights(folder: Path) -> list[str]:
+    """
+    The names of a folder's files of weights, in safetensors.
+
+    Raises:
+        ValueError: if it has none, or its index is not one or names files that are not there.
+    """
+    index = folder / INDEX
+    if (folder / WEIGHTS).exists():  # transformers looks for this first, too
+        return [WEIGHTS]
+    if not index.exists():
+        raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}: convert it to safetensors")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of weights ({error!r}): fetch it again") from error
+    if not names:
+        raise ValueError(f"{index} names no file: fetch it again")
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
+            raise ValueError(f"{folder} lacks the shard {name} that {INDEX} names: fetch it again")
+    return names
 
 
 def _read_processor(model: str) -> dict:

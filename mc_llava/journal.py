@@ -5,6 +5,7 @@ During a run, its journal holds the settings and then records, each a line of JS
 interrupted run resumes there if its settings are the same. Nothing here depends on what the records contain.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -16,8 +17,17 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Of safetensors, which is written in Rust, and of `torch.save`.
+FULL_MESSAGES = (
+    *(f"os error {number})" for number in FULL),
+    "PytorchStreamWriter",
+    "inline_container",
+    "iostream error",
+)
 PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy", "bitsandbytes", "optimum-quanto")
 
 
@@ -34,16 +44,25 @@ def lock(output: Path) -> Iterator[None]:
         raise ValueError(f"another run writes {output}: wait, or choose another output") from error
 
 
-def append(journal: BinaryIO, records: list[dict]):
-    """Write records that are on the disk when this returns."""
-    journal.writelines(map(to_line, records))
-    journal.flush()
-    os.fsync(journal.fileno())
+def append(unfinished: Path, records: list[dict]):
+    """Write records to a journal. They are on the disk when this returns."""
+    with (
+        storing(unfinished, "free some space and run the command again, it resumes"),
+        open(unfinished, "ab") as journal,
+    ):
+        journal.writelines(map(to_line, records))
+        journal.flush()
+        os.fsync(journal.fileno())
 
 
 def to_line(entry: dict) -> bytes:
     # Half of a surrogate pair, which may end a cut text, is not UTF-8; its escape is JSON.
     return (json.dumps(entry, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+
+
+def to_text(text: str) -> str:
+    """A text that any file and terminal takes: half of a surrogate pair becomes its escape."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
@@ -102,13 +121,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes `path` when the block ends without an error: a reader never sees half of it."""
     draft = path.with_name(path.name + ".draft")
     try:
-        with open(draft, "wb") as file:
+        with storing(path, "free some space and run the command again"), open(draft, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+@contextmanager
+def storing(path: Path, remedy: str) -> Iterator[None]:
+    """OSError that names what is written and the remedy if the disk or a quota is full: the system names neither."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        is_full = getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_MESSAGES)
+        if not is_full or str(error).startswith("cannot write"):
+            raise
+        raise OSError(f"cannot write {path} ({error}): {remedy}") from error
 
 
 def write_json(path: Path, content: Any):

@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
-from .folders import find_model
+from .folders import INDEX, find_model, list_weights
 from .journal import hash_file
 
 
@@ -53,9 +53,12 @@ def load_model(
         quantize: one of `QUANTIZED`, for the weights of the language model's layers.
 
     Raises:
-        ValueError: if there is no such device, `quantize` is unknown, or the package that it needs is missing.
+        ValueError: if there is no such device, an index names no weights, `quantize` is unknown, or its package is
+            missing.
     """
     path, device = find_model(path), find_device(device)
+    if Path(path, INDEX).is_file():  # what else may be missing, transformers says
+        list_weights(Path(path))
     options = {"dtype": dtype, "use_safetensors": True, "revision": revision or "main"}
     if quantize is None:
         return MCLlavaForConditionalGeneration.from_pretrained(path, **options).to(device).eval()

@@ -8,12 +8,14 @@ alone turns rows into batches, with the loss on what the assistant says. LLaVA's
     stage 2, conversations  LLaVA-Instruct-150K    train: [coordinates, projector, language_model], or lora
 """
 
+import codecs
 import json
+import math
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -33,10 +35,11 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 from tqdm import tqdm
+from transformers import TrainerCallback
 
 from . import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
 from .folders import find_model
-from .journal import replacing, to_line
+from .journal import replacing, storing, to_line, to_text
 from .loading import load_model, load_processor
 
 
@@ -57,6 +60,10 @@ checked = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 
 BROKEN_FILE = "broken.jsonl"
 ROWS_AT_ONCE = 10_000  # that wait for a thread
+DIVERGED = (
+    "training has diverged. Start again in another output with a lower learning_rate or more warmup; the checkpoints "
+    "before this step are kept"
+)
 
 
 @checked
@@ -80,6 +87,7 @@ class Recipe:
         output: folder for the model, checkpoints, TensorBoard's logs and the list of broken rows.
         train: which of `PARTS` learn; the others are unchanged.
         lora: adapters for the language model, which then must not be in `train`.
+        quantize: store the language model's weights, which adapters then must train, in 4 bits while training.
         max_crops, num_tokens: bounds [low, high] from which both knobs are drawn for each row, so that one checkpoint
             serves every budget.
         max_broken: how many broken rows are skipped before training is refused.
@@ -100,6 +108,7 @@ class Recipe:
     output: str
     train: tuple[str, ...] = ("coordinates", "projector")
     lora: Lora | None = None
+    quantize: Literal["nf4"] | None = None
     max_crops: tuple[NonNegativeInt, NonNegativeInt] = (0, 100)
     num_tokens: tuple[PositiveInt, PositiveInt] = (128, 728)
     max_broken: NonNegativeInt = 0
@@ -130,6 +139,8 @@ class Recipe:
             raise ValueError(f"nothing learns: name parts in train (of {list(PARTS)}), or set lora")
         if self.lora is not None and "language_model" in self.train:
             raise ValueError("lora trains the language model: remove language_model from train, or remove lora")
+        if self.quantize is not None and self.lora is None:
+            raise ValueError(f"weights in {self.quantize} can't learn: set lora, or remove quantize")
 
 
 def read_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] = ()) -> dict:
@@ -200,20 +211,13 @@ def read_rows(recipe: Recipe, processor: MCLlavaProcessor, context: int) -> Rows
     Raises:
         ValueError: if the file itself can't be read.
     """
-    data, special_tokens = recipe.data, processor.special_tokens
-    try:
-        text = Path(data).read_text(encoding="utf-8")
-        if text.lstrip().startswith("["):
-            entries = json.loads(text)
-        else:
-            entries = [json.loads(line) for line in text.split("\n") if line.strip()]
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {data} as JSON or JSON lines: {error}") from error
+    entries, special_tokens = read_entries(recipe.data), processor.special_tokens
 
     def read(position_and_entry):
         position, entry = position_and_entry
         name = str(entry.get("id", position)) if isinstance(entry, dict) else str(position)
         try:
+            check_text("the id", name)
             row = read_row(entry, recipe.images, special_tokens)
             check_room(row, processor, context - (0 if row["image"] is None else recipe.num_tokens[1]))
             return row | {"id": name}
@@ -230,6 +234,25 @@ def read_rows(recipe: Recipe, processor: MCLlavaProcessor, context: int) -> Rows
                 (rows.broken if "reason" in row else rows.good).append(row)
                 progress.update()
     return rows
+
+
+def read_entries(data: str) -> list:
+    """The values in a file of JSON or JSON lines, with or without a byte order mark, whatever they are."""
+    try:
+        content = Path(data).read_bytes().removeprefix(codecs.BOM_UTF8)
+        if content.lstrip().startswith(b"["):
+            return json.loads(content)
+        return [json.loads(line) for line in content.split(b"\n") if line.strip()]
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read {data} as JSON or JSON lines: {error}") from error
+
+
+def check_text(kind: str, text: str):
+    """ValueError if a text has half of a surrogate pair, which JSON can hold, but no other format."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{kind} is no text ({error}): {to_text(text)[:80]}") from error
 
 
 def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) -> dict:
@@ -251,7 +274,7 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
         if role == "user":
             places += value.count(IMAGE)
             value = value.replace(IMAGE, "")
-        value.encode()  # half of a surrogate pair, which JSON may hold, is no text
+        check_text(f"a turn of {turn['from']}", value)
         if not value.strip():
             raise ValueError(f"a turn of {turn['from']} is empty")
         if token := next((token for token in special_tokens if token in value), None):
@@ -269,6 +292,7 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
         raise ValueError(f"the turns have {places} {IMAGE} for {0 if image is None else 1} images")
     if image is not None:
         image = str(Path(images, image))
+        check_text("the path of the image", image)
         load_image(Path(image))
     return {"image": image, "messages": messages}
 
@@ -309,11 +333,12 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
             file.writelines(map(to_line, rows.broken))
     if len(rows.broken) > recipe.max_broken:
         first = rows.broken[0]
-        raise ValueError(
+        message = (
             f"{len(rows.broken)} of {len(rows.good) + len(rows.broken)} rows are broken, max_broken is "
             f"{recipe.max_broken}; the first is row {first['row']} (id {first['id']}): {first['reason']}. "
             f"See {report}; fix them or raise max_broken"
         )
+        raise ValueError(to_text(message))
     if not rows.good:
         raise ValueError(f"{recipe.data} has no rows to train on")
     return rows
@@ -395,8 +420,60 @@ class Collator:
 
 def last_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint of a run, None if there is none. Trainer's state is the last file it saves."""
-    whole = [path.parent for path in output.glob("checkpoint-[0-9]*/trainer_state.json")]
+    whole = [path.parent for path in output.glob("checkpoint-[0-9]*/trainer_state.json") if is_json(path)]
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file is whole, and not what a kill or a full disk left of it."""
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
+
+
+class FinishedError(Exception):
+    """The checkpoint that a run resumes from is its last one."""
+
+
+class StopIfFinished(TrainerCallback):
+    """Ends a run, with the weights of its checkpoint, that would resume to take one step too many, as Trainer does."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise FinishedError
+
+
+class StopIfDiverged(TrainerCallback):
+    """
+    Ends training with a ValueError once the loss or the gradient that is logged is not finite, or, before a checkpoint
+    is written, a weight that learns: earlier checkpoints stay.
+    """
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        for name, value in (logs or {}).items():
+            if name in ("loss", "grad_norm") and not math.isfinite(float(value)):
+                raise ValueError(f"{name} is {float(value)} at step {state.global_step}: {DIVERGED}")
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if control.should_save:
+            learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+            check_finite(learned, f"step {state.global_step}")
+
+
+def check_finite(weights: dict[str, torch.Tensor], when: str):
+    """
+    ValueError that names a weight which is not finite, or whose square is not: the last step's loss knows nothing of
+    what that step did. Of a weight that is sharded, each process sees its share.
+    """
+    shares = {name: getattr(weight, "to_local", lambda weight=weight: weight)() for name, weight in weights.items()}
+    finite = torch.stack([share.detach().float().square().sum().isfinite().cpu() for share in shares.values()])
+    if not finite.all():
+        bad = [name for name, is_finite in zip(shares, finite.tolist()) if not is_finite]
+        raise ValueError(
+            f"{len(bad)} weights are not finite or too large at {when}, the first is {bad[0]}: {DIVERGED}"
+        )
 
 
 def set_trainable(model: nn.Module, parts: tuple[str, ...]):
@@ -417,8 +494,9 @@ def train(recipe: Recipe) -> Path:
         in the folder `adapter` there.
 
     Raises:
-        ValueError: if the data has too many broken rows, `num_tokens` leaves no room in the context, or `output` has
-            checkpoints and `resume` is not set.
+        ValueError: if the data has too many broken rows, `num_tokens` leaves no room in the context, `output` has
+            checkpoints and `resume` is not set, or training diverges.
+        OSError: if a file can't be written. What was written before stays: see `resume`.
     """
     from datasets import Dataset
     from trl import SFTTrainer
@@ -438,17 +516,19 @@ def train(recipe: Recipe) -> Path:
         train_dataset=Dataset.from_list(rows.good),
         processing_class=processor,
         peft_config=lora,
+        callbacks=[StopIfFinished(), StopIfDiverged()],
     )
     for name, parameter in trainer.model.named_parameters():  # of copies that peft made, too
         parameter.requires_grad = parameter.requires_grad and UNREAD not in name
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    prepare_sharding(trainer, model)
-    trainer.train(resume_from_checkpoint=checkpoint)
-
-    weights = trainer.accelerator.get_state_dict(trainer.model)  # all processes give theirs
-    if trainer.is_world_process_zero():
-        save_whole(recipe, trainer, weights, processor)
+    prepare_sharding(trainer, model, recipe.quantize is not None)
+    with storing(output, "free some space and set resume to continue"):
+        with suppress(FinishedError):
+            trainer.train(resume_from_checkpoint=checkpoint)
+        weights = trainer.accelerator.get_state_dict(trainer.model)  # all processes give theirs
+        if trainer.is_world_process_zero():
+            save_whole(recipe, trainer, weights, processor)
     trainer.accelerator.wait_for_everyone()
     return output
 
@@ -457,10 +537,10 @@ def build_trainee(recipe: Recipe) -> tuple[MCLlavaForConditionalGeneration, Any]
     """The model, with gradients for the parts that learn, and the configuration of LoRA adapters or None."""
     from peft import LoraConfig
 
-    model = load_model(recipe.model, recipe.dtype, "cpu")
-    # transformers writes checkpoints under the published tensor names and reads them back under its own: it would find
-    # no weight, warn, and resume from where the run began.
-    model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+    # What is quantized is so on its device, and stays there.
+    model = load_model(
+        recipe.model, recipe.dtype, own_device() if recipe.quantize else "cpu", quantize=recipe.quantize
+    )
     if "tower" not in recipe.train:
         # Gradient checkpointing lets embeddings require gradients, those of patches, too: all steps would go back
         # through a tower in which nothing learns.
@@ -475,6 +555,13 @@ def build_trainee(recipe: Recipe) -> tuple[MCLlavaForConditionalGeneration, Any]
         target_modules=LORA_TARGETS,
         modules_to_save=[module.split(".")[-1] for part in recipe.train for module in PARTS[part]] or None,
     )
+
+
+def own_device() -> str:
+    """The device of this process, of those that torchrun or accelerate launch started."""
+    if not torch.accelerator.is_available():
+        return "cpu"
+    return f"{torch.accelerator.current_accelerator().type}:{os.environ.get('LOCAL_RANK', 0)}"
 
 
 def training_arguments(recipe: Recipe):
@@ -498,6 +585,7 @@ def training_arguments(recipe: Recipe):
         save_steps=recipe.save_steps,
         save_total_limit=2,
         logging_steps=recipe.log_steps,
+        logging_nan_inf_filter=False,  # which would log the loss of an earlier step instead
         report_to=["tensorboard"],
         dataloader_num_workers=recipe.workers,
         seed=recipe.seed,
@@ -510,7 +598,10 @@ def training_arguments(recipe: Recipe):
 
 
 def save_whole(recipe: Recipe, trainer, weights: dict[str, torch.Tensor], processor: MCLlavaProcessor):
-    """Write a folder that `from_pretrained` loads, whatever was trained."""
+    """
+    Write a folder that `from_pretrained` loads, whatever was trained. Adapters are merged into weights that were not
+    quantized.
+    """
     from peft import PeftModel
 
     output = Path(recipe.output)
@@ -521,11 +612,12 @@ def save_whole(recipe: Recipe, trainer, weights: dict[str, torch.Tensor], proces
         adapter = output / "adapter"
         trainer.accelerator.unwrap_model(trainer.model).save_pretrained(adapter, state_dict=weights)
         whole = PeftModel.from_pretrained(whole, adapter).merge_and_unload()
+    check_finite(whole.state_dict(), "the end")
     whole.save_pretrained(output)
     processor.save_pretrained(output)
 
 
-def prepare_sharding(trainer, model: MCLlavaForConditionalGeneration):
+def prepare_sharding(trainer, model: MCLlavaForConditionalGeneration, quantized: bool):
     """
     If FSDP was requested, let it gather the language model layer by layer and all else once a step: the vision
     tower runs once for each 16 crops, which differ from process to process, and each would wait for the others.
@@ -541,6 +633,8 @@ def prepare_sharding(trainer, model: MCLlavaForConditionalGeneration):
             f"FSDP was asked for, accelerate would train with {trainer.accelerator.distributed_type.value}: pass "
             "--fsdp_version 2 and more than one process, on accelerators"
         )
+    if quantized:
+        raise ValueError("FSDP can't shard quantized weights: remove quantize, or start with torchrun")
     plugin.transformer_cls_names_to_wrap = [type(model.model.language_model.layers[0]).__name__]
     # TRL multiplies by the head's weights without calling the head. Were they not gathered by FSDP then, TRL would
     # gather them in a way that leaves each process's share with the gradient of that process's rows alone.

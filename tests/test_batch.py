@@ -1,20 +1,24 @@
 """`mc-llava batch` on each kind of input, killed and resumed, and on a Ray cluster of two workers."""
 
+import codecs
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 from helpers import ROOT, picture, plain_reply
+from PIL import Image
 
-from mc_llava import batch
+from mc_llava import batch, cli
 from mc_llava.batch import Job, open_rows, run
 
 
@@ -80,6 +84,7 @@ def whole(folder, converted) -> list[dict]:
         "rows.jsonl",
         "whole.jsonl",
         "whole.jsonl.lock",
+        "whole.jsonl.origin",
     ]
     return records_of(output)
 
@@ -300,6 +305,154 @@ def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypat
     with pytest.raises(ValueError, match="already exists: choose another output"):
         run(job(folder, converted), output)
     assert output.read_text() == "mine"
+
+
+class TestStartedAgain:
+    """A run that was stopped at some point, and what may have changed since."""
+
+    @pytest.fixture
+    def pictures(self, folder, tmp_path):
+        shutil.copytree(folder / "images", tmp_path / "images", ignore=shutil.ignore_patterns("cut.png"))
+        return tmp_path / "images"
+
+    def asked(self, pictures, converted, kind):
+        if kind == "folder":
+            return job(pictures, converted, source=str(pictures), question="What is it?", batch_size=2)
+        lines = [{"images": [f"{index}.png", "3.png"], "question": "What is it?"} for index in range(4)]
+        (pictures / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return job(pictures, converted, source=str(pictures / "rows.jsonl"), batch_size=2)
+
+    def stop(self, monkeypatch, asked, output, after=1):
+        """Run until `after` batches are written."""
+        answer = batch.Worker.answer_batch
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                batch.Worker,
+                "answer_batch",
+                lambda self, start: 1 / 0 if start >= 2 * after else answer(self, start),
+            )
+            with pytest.raises(ZeroDivisionError):
+                run(asked, output)
+
+    def replace(self, path, seed, keep_time=False):
+        """By a picture of the same size in bytes, as far as that goes."""
+        found = path.stat()
+        picture(*Image.open(path).size, seed=seed).save(path)
+        if keep_time:
+            os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+
+    @pytest.mark.parametrize("kind", ["folder", "jsonl"])
+    @pytest.mark.parametrize("keep_time", [False, True])
+    def test_a_picture_that_was_asked_about_has_changed(
+        self, pictures, converted, tmp_path, monkeypatch, kind, keep_time
+    ):
+        asked, output = self.asked(pictures, converted, kind), tmp_path / "out.jsonl"
+        self.stop(monkeypatch, asked, output)
+        before = (pictures / "1.png").read_bytes()
+        self.replace(pictures / "1.png", 9, keep_time)
+        message = (
+            r"1.png has changed since row 1 \(id 1.*\) was asked about it: restore it, or remove .*out.jsonl.partial"
+        )
+        with pytest.raises(ValueError, match=message):
+            run(asked, output)
+        (pictures / "1.png").unlink()
+        with pytest.raises(ValueError, match="1.png has changed|has digest|has rows"):
+            run(asked, output)
+        (pictures / "1.png").write_bytes(before)  # at another time
+        run(asked, output)
+        records = records_of(output)
+        assert [record["row"] for record in records] == [0, 1, 2, 3]
+        assert not any("files" in record for record in records)
+
+    def test_a_picture_that_was_missing_is_there(self, pictures, converted, tmp_path, monkeypatch):
+        asked, output = self.asked(pictures, converted, "jsonl"), tmp_path / "out.jsonl"
+        kept = (pictures / "0.png").read_bytes()
+        (pictures / "0.png").unlink()
+        self.stop(monkeypatch, asked, output)
+        (pictures / "0.png").write_bytes(kept)
+        with pytest.raises(ValueError, match="0.png has changed since row 0"):
+            run(asked, output)
+
+    def test_a_picture_that_was_not_yet_asked_about_may_change(self, pictures, converted, tmp_path, monkeypatch):
+        asked, output = self.asked(pictures, converted, "folder"), tmp_path / "out.jsonl"
+        self.stop(monkeypatch, asked, output)
+        picture(*SIZES[1], seed=1).save(pictures / "2.png")
+        run(asked, output)
+        records = records_of(output)
+        assert records[2]["answer"] == records[1]["answer"]
+
+    def test_unchanged_pictures_are_not_read_again(self, pictures, converted, tmp_path, monkeypatch):
+        asked, output = self.asked(pictures, converted, "folder"), tmp_path / "out.jsonl"
+        self.stop(monkeypatch, asked, output)
+        read, digest_of = [], batch.digest_of
+        monkeypatch.setattr(batch, "digest_of", lambda path: read.append(path.name) or digest_of(path))
+        run(asked, output)
+        assert read == ["2.png", "3.png"]
+
+    @pytest.mark.parametrize("killed", ["before the output", "after the output", "at the end"])
+    def test_all_was_written(self, folder, converted, whole, tmp_path, monkeypatch, killed):
+        output, unfinished = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
+        origin, asked = tmp_path / "out.jsonl.origin", job(folder, converted)
+        finish = batch.finish
+        with monkeypatch.context() as patch:
+            patch.setattr(batch, "finish", lambda *paths: None)
+            run(asked, output)
+        kept = unfinished.read_bytes()
+        finish(unfinished, output, origin)
+        if killed == "before the output":
+            output.unlink()
+        if killed != "at the end":
+            unfinished.write_bytes(kept)
+        monkeypatch.setattr(batch.Worker, "answer_batch", lambda self, start: pytest.fail("a row is asked again"))
+        for _ in range(2):
+            assert run(asked, output) == (15, 6)
+            assert records_of(output) == whole
+            assert sorted(path.name for path in tmp_path.iterdir()) == [
+                "out.jsonl",
+                "out.jsonl.lock",
+                "out.jsonl.origin",
+            ]
+
+    def test_by_command(self, folder, converted, tmp_path, monkeypatch, capsys):
+        output = tmp_path / "out.jsonl"
+        monkeypatch.setattr(sys, "argv", command(folder, converted, output)[2:])
+        for _ in range(2):
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+            assert not end.value.code
+        first, second = [line for line in capsys.readouterr().err.splitlines() if "15 rows, 6 of them" in line]
+        assert first.startswith(f"wrote {output}: ")
+        assert second.startswith(f"{output} is complete, nothing was left to do: ")
+
+    @pytest.mark.slow
+    def test_all_was_written_by_another_run(self, pictures, converted, tmp_path):
+        asked, output = self.asked(pictures, converted, "folder"), tmp_path / "out.jsonl"
+        run(asked, output)
+        written = output.read_bytes()
+        with pytest.raises(ValueError, match="already exists: choose another output .*max_new_tokens 4, this run 5"):
+            run(replace(asked, max_new_tokens=5), output)
+        self.replace(pictures / "3.png", 9)
+        with pytest.raises(
+            ValueError, match="already exists: .*3.png has changed since row 3 .* or remove .*out.jsonl"
+        ):
+            run(asked, output)
+        assert output.read_bytes() == written
+        output.unlink()
+        run(asked, output)
+        for text in (b"mine\n", written, b"".join(written.splitlines(keepends=True)[:3])):
+            output.write_bytes(text)
+            if text != written:
+                with pytest.raises(ValueError, match="already exists: choose another output"):
+                    run(asked, output)
+                assert output.read_bytes() == text
+
+
+def test_a_byte_order_mark(tmp_path):
+    line = json.dumps({"question": "What is it?"}).encode() + b"\n"
+    for text, count in ((codecs.BOM_UTF8 + line, 1), (codecs.BOM_UTF8 + b"\n" + line + codecs.BOM_UTF8 + line, 2)):
+        (tmp_path / "rows.jsonl").write_bytes(text)
+        read = read_rows(tmp_path / "rows.jsonl")
+        assert [record.get("question") for record, _ in read] == ["What is it?"] * count
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """Checkpoints: old and new names, conversion, the Auto classes, and the card's snippet."""
 
+import copy
 import hashlib
 import json
 import math
+import pickle
 import shutil
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import torch
 from helpers import ROOT, prompt
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -34,6 +37,7 @@ from mc_llava import (
 )
 from mc_llava import convert as convert_module
 from mc_llava.convert import convert
+from mc_llava.loading import load_model
 
 
 CODE_FILES = [f"{name}.py" for name in ROOT_FILES]
@@ -123,6 +127,75 @@ class TestPublishedFolders:
         assert sorted(entry.name for entry in tmp_path.iterdir()) == ["wrong"]
 
 
+class TestStateDicts:
+    """What reads tensors without `from_pretrained` finds them under the published names, too."""
+
+    @pytest.fixture
+    def published(self, checkpoint):
+        return {
+            name: tensor for shard in checkpoint.glob("*.safetensors") for name, tensor in load_file(shard).items()
+        }
+
+    def test_published_names(self, checkpoint, published):
+        expected = load(checkpoint)
+        for model in (small(expected), copy.deepcopy(small(expected)), pickle.loads(pickle.dumps(small(expected)))):
+            model.load_state_dict(published)
+            assert_equal(model, expected)
+            wrapped = nn.ModuleDict({"module": small(expected)})
+            wrapped.load_state_dict({f"module.{name}": tensor for name, tensor in published.items()})
+            assert_equal(wrapped["module"], expected)
+
+    def test_the_models_own_names(self, checkpoint):
+        expected = load(checkpoint)
+        model = small(expected)
+        model.load_state_dict(expected.state_dict())
+        assert_equal(model, expected)
+
+    def test_the_base_model(self, checkpoint, published):
+        expected = load(checkpoint).model
+        model = small(load(checkpoint)).model
+        found = model.load_state_dict(published, strict=False)
+        assert not found.missing_keys
+        assert set(found.unexpected_keys) == {"lm_head.weight", "lm_head.bias"}
+        assert_equal(model, expected)
+
+    def test_what_is_missing_and_unexpected_is_still_said(self, checkpoint, published):
+        del published["language_model.lm_head.bias"]
+        published["vision_model.extra"] = torch.zeros(1)
+        found = small(load(checkpoint)).load_state_dict(published, strict=False)
+        assert (found.missing_keys, found.unexpected_keys) == (["lm_head.bias"], ["vision_model.extra"])
+
+    def test_shards_that_transformers_loads_one_by_one(self, checkpoint, tmp_path):
+        from transformers.trainer_utils import load_sharded_checkpoint
+
+        expected = load(checkpoint)
+        expected.save_pretrained(tmp_path, max_shard_size="1MB")
+        assert len(list(tmp_path.glob("*.safetensors"))) > 1
+        model = small(expected)
+        load_sharded_checkpoint(model, tmp_path, strict=False)
+        assert_equal(model, expected)
+
+    def test_accelerate_loads_the_models_own_names(self, checkpoint, tmp_path):
+        from accelerate import load_checkpoint_in_model
+
+        expected = load(checkpoint)
+        expected.save_pretrained(tmp_path, save_original_format=False)
+        model = small(expected)
+        load_checkpoint_in_model(model, tmp_path, strict=True)
+        assert_equal(model, expected)
+
+
+def small(like) -> MCLlavaForConditionalGeneration:
+    """A model of the same sizes with other weights."""
+    torch.manual_seed(1)
+    return MCLlavaForConditionalGeneration._from_config(copy.deepcopy(like.config), dtype=torch.float32)
+
+
+def assert_equal(model, expected):
+    for (name, ours), (_, theirs) in zip(model.state_dict().items(), expected.state_dict().items(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
 class TestDeviceMaps:
     """With accelerate; on one device, the parts of the model still go their separate ways."""
 
@@ -141,6 +214,32 @@ class TestDeviceMaps:
         assert ask(offloaded, processor) == ask(model, processor)
         ours, theirs = (processor("What?", PHOTOGRAPH, m)["image_features"][0] for m in (model, offloaded))
         assert torch.equal(ours, theirs)
+
+    @pytest.mark.parametrize(
+        "disk",
+        [
+            ["lm_head"],
+            ["model.vision_tower"],
+            ["model.coord_embed", "model.multi_modal_projector"],
+            ["model.language_model"],
+            ["model.language_model.embed_tokens"],
+        ],
+        ids=lambda disk: disk[0],
+    )
+    def test_some_on_disk_and_the_others_on_the_cpu(self, checkpoint, tmp_path, disk):
+        parts = ["model.vision_tower", "model.coord_embed", "model.multi_modal_projector", "lm_head"]
+        if disk == ["model.language_model"]:
+            parts += disk
+        else:
+            parts += [f"model.language_model.{name}" for name in ("embed_tokens", "layers", "final_layernorm")]
+        device_map = {part: "disk" if part in disk else "cpu" for part in parts}
+        offloaded = load(checkpoint, device_map=device_map, offload_folder=tmp_path)
+        model, processor = load(checkpoint), MCLlavaProcessor.from_pretrained(checkpoint)
+        assert {parameter.device.type for parameter in offloaded.get_submodule(disk[0]).parameters()} == {"meta"}
+        assert ask(offloaded, processor) == ask(model, processor)
+        for inputs in (processor("Hi."), processor("What?", PHOTOGRAPH)):
+            ours, theirs = (m(**inputs, labels=inputs["input_ids"]).loss for m in (model, offloaded))
+            assert torch.equal(ours, theirs)
 
 
 class TestConversion:
@@ -208,6 +307,8 @@ class TestConversion:
             "no shard",
             "cut shard",
             "empty index",
+            "index of nothing",
+            "index of numbers",
             "foreign shard",
             "wrong shape",
             "interrupted",
@@ -223,6 +324,10 @@ class TestConversion:
             (source / "config.json").unlink()
         elif damage == "empty index":
             (source / "model.safetensors.index.json").write_text("{}")
+        elif damage == "index of nothing":
+            (source / "model.safetensors.index.json").write_text('{"metadata": {}, "weight_map": {}}')
+        elif damage == "index of numbers":
+            (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1, "b": ["c"]}}')
         elif damage == "wrong shape":
             save_file({**load_file(shard), "language_model.lm_head.bias": torch.zeros(7)}, shard)
         elif damage == "no shard":
@@ -238,6 +343,25 @@ class TestConversion:
             )
         with pytest.raises(KeyboardInterrupt if damage == "interrupted" else ValueError):
             convert(str(source), str(tmp_path / "target"))
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    @pytest.mark.parametrize(
+        ("index", "message"),
+        [
+            ({"weight_map": {}}, "index.json names no file: fetch it again"),
+            ({"weight_map": []}, "is not an index of weights"),
+            ([], "is not an index of weights"),
+            ({"weight_map": {"lm_head.bias": "model-00009-of-00002.safetensors"}}, "lacks the shard model-00009-of"),
+            ({"weight_map": {"lm_head.bias": 1}}, "lacks the shard 1"),
+        ],
+    )
+    def test_an_index_that_names_no_file(self, checkpoint, tmp_path, index, message):
+        folder = tmp_path / "source"
+        shutil.copytree(checkpoint, folder)
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for load_it in (load_model, lambda source: convert(source, str(tmp_path / "target"))):
+            with pytest.raises(ValueError, match=message):
+                load_it(str(folder))
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
     def test_hub_ids_revisions_and_uploads(self, checkpoint, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The command line, started as its users start it."""
 
+import io
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from helpers import ROOT
 from PIL import Image
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, cli
+from mc_llava.evaluation.tasks import TASKS
 
 
 pytestmark = pytest.mark.slow
@@ -165,3 +167,23 @@ def test_errors_are_one_line(checkpoint, tmp_path):
     assert error_of("ask", COFFEE, "What?", "--model", tmp_path).startswith("error: ")
     assert "nope" in error_of("ask", COFFEE, "What?", "--model", checkpoint, "--device", "nope")
     assert "max_crops must be at least 0" in error_of("crops", COFFEE, "-o", tmp_path / "a.png", "--max-crops", -1)
+
+
+def test_what_is_no_text_is_printed(monkeypatch, tmp_path):
+    """Records may hold half of a surrogate pair; standard output, not even in ASCII, must not end a command."""
+    questions = [{"id": "q\ud800", "part": "all", "prompt": "caf\u00e9?", "expected": ["a"], "image": None}]
+    for name, reply in (("a", "yes \ud83d"), ("b", "no")):
+        records = [
+            {**question, "reply": reply, "scores": {TASKS["scenes"].metric: float(name == "a")}}
+            for question in questions
+        ]
+        results = {"settings": {"task": "scenes"}, "questions": records, "scores": [{"part": "overall"}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(results))
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setattr(sys, "argv", ["mc-llava", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert not end.value.code
+    printed.flush()
+    assert b"q\\ud800: 'caf\\xe9?'" in printed.buffer.getvalue()

@@ -144,6 +144,24 @@ class TestPython:
             assert printed.splitlines()[0] == "It says 3ZE."
 
     @pytest.mark.slow
+    def test_training_quantized_weights(self, place):
+        """By a recipe and by TRL alone, and the adapter's way into a whole model."""
+        (command,) = [words for words in OURS if "quantize=nf4" in words]
+        rows = place / "mine.json"
+        rows.write_text(blocks("json", "training.md")[0])
+        for name in ("a.jpg", "b.jpg"):
+            shutil.copyfile(place / "photo.jpg", place / "photos" / name)
+        run("-m", "mc_llava", *command[1:], *ONE_STEP, f"model={MODEL}", f"data={rows}", "images=photos", cwd=place)
+        code = self.stand_in("\n".join(blocks("python", "training.md")))
+        assert "max_steps=100" in code
+        run("-c", code.replace("max_steps=100", "max_steps=1, use_cpu=True"), cwd=place)
+        adapted = MCLlavaForConditionalGeneration.from_pretrained(place / "runs" / "merged").state_dict()
+        trained = MCLlavaForConditionalGeneration.from_pretrained(place / "runs" / "qlora").state_dict()
+        for name, tensor in trained.items():
+            torch.testing.assert_close(adapted[name].float(), tensor.float())
+        assert (place / "runs" / "own" / "adapter" / "adapter_model.safetensors").exists()
+
+    @pytest.mark.slow
     @pytest.mark.skipif(
         Version(transformers.__version__) < Version("5.23"), reason="needs a vocabulary that two processes can share"
     )
@@ -156,7 +174,8 @@ class TestPython:
 
     def test_no_other_document_has_python_but_for_an_endpoint(self):
         """test_handler.py runs the endpoint's."""
-        others = [b for b in BLOCKS if b.language == "python" and b.document not in ("README.md", "usage.md")]
+        run = ("README.md", "usage.md", "training.md")
+        others = [b for b in BLOCKS if b.language == "python" and b.document not in run]
         assert [block.document for block in others] == ["scaling.md", "serving.md"]
         assert "InferenceClient" in others[1].code
 

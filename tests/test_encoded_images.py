@@ -394,5 +394,6 @@ class TestFeatureCache:
     def test_wrong_arguments(self, processor):
         with pytest.raises(ValueError, match="pass model as well"):
             processor("What?", IMAGES[0], feature_cache=FeatureCache())
-        with pytest.raises(ValueError, match="max_bytes must be at least 0, got -1"):
-            FeatureCache(-1)
+        for max_bytes in (-1, float("nan")):
+            with pytest.raises(ValueError, match=f"max_bytes must be at least 0, got {max_bytes}"):
+                FeatureCache(max_bytes)

@@ -178,3 +178,9 @@ def test_likelihoods_in_batches_are_those_of_one_row(engine, model, processor):
         for found in (together, single.likelihoods(conversation, answers))
     ]
     assert torch.allclose(*sums, atol=1e-3) and (sums[0] < 0).all()
+
+
+def test_likelihoods_of_no_answers_are_refused(engine, passes):
+    with pytest.raises(ValueError, match="answers are empty: pass at least one"):
+        engine.likelihoods(ask_about([WIDE], "Which?"), ())
+    assert passes == []

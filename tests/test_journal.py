@@ -16,8 +16,8 @@ RECORDS = [{"row": row} for row in range(5)]
 
 
 def write_journal(path, records, settings=SETTINGS):
-    with open(path, "wb") as file:
-        journal.append(file, [settings, *records])
+    path.unlink(missing_ok=True)
+    journal.append(path, [settings, *records])
 
 
 def test_a_run_resumes_behind_its_last_whole_batch(tmp_path):

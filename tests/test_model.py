@@ -353,3 +353,26 @@ def test_states_of_a_generated_sequence_cost_no_second_pass_of_the_tower(model, 
         and len(output.hidden_states) == output.sequences.shape[1] - inputs["input_ids"].shape[1]
     )
     assert torch.equal(output.sequences, model.generate(**inputs, max_new_tokens=3, do_sample=False))
+
+
+class Packed(torch.nn.Linear):
+    """A layer as quantizers make it: its weight is bytes, of no use but to itself."""
+
+    def __init__(self, layer):
+        super().__init__(layer.in_features, layer.out_features)
+        self.whole = layer.weight.data
+        self.weight = torch.nn.Parameter(torch.zeros(3, 1, dtype=torch.uint8), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, inputs):
+        assert inputs.dtype == self.bias.dtype
+        return torch.nn.functional.linear(inputs, self.whole, self.bias)
+
+
+def test_coordinates_are_no_integers_where_weights_are(model, processor):
+    images = processor.image_processor(picture(200, 100), return_tensors="pt")
+    packed = copy.deepcopy(model)
+    packed.model.coord_embed[0] = Packed(packed.model.coord_embed[0])
+    with torch.no_grad():
+        expected, found = (m.get_image_features(**images, return_dict=True).pooler_output for m in (model, packed))
+    assert torch.equal(found[0], expected[0])

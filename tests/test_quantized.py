@@ -1,5 +1,6 @@
 """Quantised language models: which layers are, what they weigh, and how near their answers are."""
 
+import copy
 import importlib.util
 import json
 import subprocess
@@ -10,8 +11,9 @@ import torch
 from helpers import ROOT, picture
 from make_published_checkpoint import write_published_checkpoint
 from torch import nn
+from transformers import BitsAndBytesConfig, QuantoConfig
 
-from mc_llava import MCLlavaProcessor
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
 from mc_llava.engine import Engine
 from mc_llava.evaluation.running import evaluate
 from mc_llava.loading import find_device, load, load_model
@@ -23,7 +25,7 @@ pytestmark = pytest.mark.slow
 # Phi-2's heads of 80, and widths that fill the quantised kernels' blocks.
 SIZES = {
     "text": {"hidden_size": 320, "intermediate_size": 1280, "num_attention_heads": 4, "num_hidden_layers": 2},
-    "vision": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 2},
+    "vision": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2},
 }
 PACKAGES = {"nf4": "bitsandbytes", "int8": "optimum", "int4": "optimum"}
 
@@ -75,7 +77,7 @@ class TestFourBits:
         layer = small.model.language_model.layers[0].mlp.fc1
         assert layer.weight.dtype is torch.uint8 and layer.compute_dtype is torch.float16
         with torch.no_grad():
-            found = small(**inputs.to(torch.float16)).logits.float()
+            found = small(**copy.copy(inputs).to(torch.float16)).logits.float()
         assert torch.cosine_similarity(found, logits, dim=-1).mean() > 0.97
 
     def test_by_command(self, folder, tmp_path):
@@ -90,6 +92,45 @@ class TestFourBits:
         output = load_model(str(folder), "float32", "cpu", quantize="nf4").generate(**inputs, max_new_tokens=3)
         reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         assert json.loads(result.stdout)["answer"] == reply
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("package", "config", "agreement"),
+    [
+        ("bitsandbytes", BitsAndBytesConfig(load_in_4bit=True), 0.95),
+        ("bitsandbytes", BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"), 0.97),
+        ("bitsandbytes", BitsAndBytesConfig(load_in_8bit=True), 0.999),
+        ("optimum", QuantoConfig(weights="int8"), 0.999),
+        ("optimum", QuantoConfig(weights="int4"), 0.95),
+    ],
+    ids=["fp4", "nf4", "bnb8", "int8", "int4"],
+)
+def test_all_that_a_users_own_configuration_quantizes_still_knows_where_crops_lie(
+    folder, whole, package, config, agreement, dtype
+):
+    if importlib.util.find_spec(package) is None:
+        pytest.skip('what quantises is not here: pip install "mc-llava[quantize]"')
+    model, inputs, _ = whole
+    images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    small = MCLlavaForConditionalGeneration.from_pretrained(folder, quantization_config=config, dtype=dtype).eval()
+    assert type(small.model.multi_modal_projector.linear_1) is not nn.Linear
+    given = []
+    small.model.coord_embed[0].register_forward_pre_hook(lambda layer, args: given.append(args[0]))
+    with torch.no_grad():
+        (found,), (expected,) = (
+            m.get_image_features(**images, return_dict=True).pooler_output for m in (small, model)
+        )
+    assert given[0].dtype.is_floating_point
+    torch.testing.assert_close(given[0].float(), inputs["crop_coords"], atol=2e-3, rtol=0)
+    assert torch.cosine_similarity(found.float(), expected, dim=-1).mean() > agreement
+    encoded = small.encode_images(**inputs)
+    with torch.no_grad():
+        (again,) = small.get_image_features(**images, return_dict=True).pooler_output
+    assert torch.equal(again, found), "the hash of the weights changes none"
+    options = {"max_new_tokens": 3, "do_sample": False}
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(small.generate(**inputs, **options), small.generate(**text, image_features=encoded, **options))
 
 
 @pytest.mark.parametrize(

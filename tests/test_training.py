@@ -1,19 +1,40 @@
 """The recipe, on rows in the exact format of LLaVA-Pretrain and LLaVA-Instruct-150K and a very small model."""
 
+import codecs
+import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import ROOT, write_untrained_tiny
+from peft import LoraConfig, PeftModel, get_peft_model
+from PIL import Image
 from safetensors.torch import load_file
-from trl import SFTTrainer
+from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
-from mc_llava.training import PARTS, Collator, Recipe, build_recipe, check, read_recipe, train
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, cli, scenes
+from mc_llava.loading import WHOLE
+from mc_llava.training import (
+    LORA_TARGETS,
+    PARTS,
+    Collator,
+    Recipe,
+    StopIfDiverged,
+    build_recipe,
+    check,
+    last_checkpoint,
+    read_recipe,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +206,150 @@ def test_broken_rows_are_named_skipped_and_refused_past_the_limit(folder, recipe
         check(replace(recipe, data=str(path)), processor)
 
 
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"id": "\ud800"}, "the id is no text"),
+        ({"id": ["\ud800"], "image": "none.jpg"}, "cannot read the image"),
+        ({"image": "\ud800.jpg"}, "the path of the image is no text"),
+        ({"image": "\udce9.jpg"}, "the path of the image is no text"),  # the file is there
+        ({"image": ["\ud800"]}, "image must be one path"),
+    ],
+)
+def test_half_of_a_surrogate_pair_makes_a_row_broken_and_ends_no_training(folder, recipe, tmp_path, change, reason):
+    whole = (folder / "images" / "00000" / "000000000.jpg").read_bytes()
+    (folder / "images" / os.fsdecode(b"\xe9.jpg")).write_bytes(whole)
+    good = json.loads((folder / "llava_instruct_150k.json").read_text())[:2]
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([good[0], row() | change, good[1]]))
+    with pytest.raises(ValueError, match="1 of 3 rows are broken, max_broken is 0") as raised:
+        train(replace(recipe, data=str(path)))
+    str(raised.value).encode()
+    (named,) = [json.loads(line) for line in Path(recipe.output, "broken.jsonl").read_text().splitlines()]
+    assert named["row"] == 1 and reason in named["reason"] and named["id"] == str(change.get("id", "x"))
+    train(replace(recipe, data=str(path), max_broken=1, max_steps=1))
+    assert Path(recipe.output, "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("lines", [False, True])
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_a_byte_order_mark(folder, recipe, tmp_path, lines, mark):
+    rows = json.loads((folder / "llava_instruct_150k.json").read_text())
+    text = "\n".join(map(json.dumps, rows)) if lines else json.dumps(rows)
+    (tmp_path / "rows.json").write_bytes(mark + text.encode())
+    found = check(replace(recipe, data=str(tmp_path / "rows.json")), MCLlavaProcessor.from_pretrained(recipe.model))
+    assert (len(found.good), len(found.broken)) == (len(rows), 0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": {"r": 4, "alpha": 8}, "train": ["projector"]}, {"log_steps": 10}])
+def test_training_that_diverges_is_an_error_and_keeps_the_last_good_checkpoint(recipe, tmp_path, capsys, changes):
+    values = {name: value for name, value in asdict(recipe).items() if value is not None} | {"save_steps": 1} | changes
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(values | {"learning_rate": 1e30, "warmup": 2}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["mc-llava", "train", str(path)])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+    assert end.value.code == 1
+    assert "training has diverged. Start again in another output with a lower learning_rate" in capsys.readouterr().err
+    assert not list(Path(recipe.output).glob("*.safetensors"))
+    kept = last_checkpoint(Path(recipe.output))
+    assert kept and kept.endswith("checkpoint-1")  # whose learning rate was 0
+    for file in Path(recipe.output).rglob("*.safetensors"):
+        assert all(tensor.abs().max() < 1e6 for tensor in load_file(file).values()), file
+
+
+def test_a_single_step_that_diverges(recipe):
+    with pytest.raises(ValueError, match="weights are not finite or too large at step 1"):
+        train(replace(recipe, learning_rate=1e30, warmup=0, max_steps=1))
+    assert last_checkpoint(Path(recipe.output)) is None
+
+
+def test_weights_that_are_not_finite_are_not_written(recipe, monkeypatch):
+    monkeypatch.setattr(StopIfDiverged, "on_step_end", lambda *args, **kwargs: None)
+    monkeypatch.setattr(StopIfDiverged, "on_log", lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match="weights are not finite or too large at the end"):
+        train(replace(recipe, learning_rate=1e30, warmup=0))
+    assert not list(Path(recipe.output).glob("*.safetensors"))
+
+
+def test_a_checkpoint_whose_last_file_is_torn_is_not_whole(tmp_path):
+    for step, state in ((2, "{}"), (4, '{"log_hi')):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason='what quantizes is not here: pip install "mc-llava[quantize]"',
+)
+class TestQuantized:
+    """QLoRA: adapters learn over weights of 4 bits, and are merged into whole ones."""
+
+    def test_by_recipe(self, recipe, monkeypatch):
+        found, start = {}, SFTTrainer.train
+
+        def watched(trainer, **options):
+            found["4 bits"] = {
+                name
+                for name, module in trainer.model.named_modules()
+                if name.endswith("base_layer") and type(module).__name__ == "Linear4bit"
+            }
+            found["learn"] = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+            return start(trainer, **options)
+
+        monkeypatch.setattr(SFTTrainer, "train", watched)
+        changes = {"train": ("coordinates", "projector"), "lora": {"r": 4, "alpha": 8}, "quantize": "nf4"}
+        quantized = replace(recipe, **changes)
+        output = train(quantized)
+        assert found["learn"] == {torch.float32}
+        assert len(found["4 bits"]) == 6 and all("language_model.layers.0" in name for name in found["4 bits"])
+        whole = losses(output)
+        assert whole[4] < whole[1]
+        shutil.rmtree(output / "checkpoint-4")
+        train(replace(quantized, resume=True))
+        assert losses(output) == pytest.approx(whole, rel=1e-4)
+
+        merged = MCLlavaForConditionalGeneration.from_pretrained(output)
+        base = MCLlavaForConditionalGeneration.from_pretrained(recipe.model)
+        changed = {
+            name for name, tensor in base.state_dict().items() if not torch.equal(tensor, merged.state_dict()[name])
+        }
+        assert any("q_proj" in name for name in changed) and any("projector" in name for name in changed)
+        adapted = PeftModel.from_pretrained(base, output / "adapter").merge_and_unload()
+        for name, tensor in adapted.state_dict().items():
+            assert torch.equal(tensor, merged.state_dict()[name]), name
+
+    def test_by_trl_alone(self, folder, tmp_path):
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=WHOLE)
+        model = MCLlavaForConditionalGeneration.from_pretrained(folder / "model", quantization_config=config)
+        processor = MCLlavaProcessor.from_pretrained(folder / "model")
+        image = Image.open(folder / "images" / "00000" / "000000000.jpg")
+        turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a sign."}]
+        rows = Dataset.from_list([{"messages": turns, "images": [image]}] * 4)
+        arguments = {"max_length": None, "max_steps": 3, "learning_rate": 1e-2, "logging_steps": 1, "report_to": []}
+        trainer = SFTTrainer(
+            model,
+            SFTConfig(str(tmp_path), use_cpu=True, bf16=False, lr_scheduler_type="constant", **arguments),
+            train_dataset=rows,
+            processing_class=processor,
+            peft_config=LoraConfig(target_modules=LORA_TARGETS, modules_to_save=["multi_modal_projector"], r=4),
+        )
+        trainer.train()
+        found = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        assert found[-1] < found[0]
+        trainer.save_model(tmp_path / "adapter")
+        base = MCLlavaForConditionalGeneration.from_pretrained(folder / "model")
+        before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+        merged = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
+        merged.save_pretrained(tmp_path / "merged")
+        again = MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "merged").state_dict()
+        changed = {name for name, tensor in before.items() if not torch.equal(tensor, again[name])}
+        assert len(changed) == 6 + 4  # matrices of one layer, and both layers of the projector
+
+
 @pytest.mark.slow
 def test_the_command_checks_and_trains_nothing(recipe):
     values = {"model": recipe.model, "data": recipe.data, "images": recipe.images, "output": recipe.output}
@@ -225,6 +390,89 @@ def test_training_lowers_the_loss_and_resumes_on_the_same_curve(recipe, tmp_path
     Path(output, "checkpoint-4", "trainer_state.json").unlink()
     train(replace(recipe, resume=True))
     assert losses(output) == pytest.approx(whole, rel=1e-4)
+
+
+class TestAUsersOwnTrainer:
+    """Whatever a Trainer saves, it loads: a resumed run goes on as if nothing had happened."""
+
+    def trainer(self, folder, run, steps, kind="whole", **options):
+        torch.manual_seed(0)
+        model = MCLlavaForConditionalGeneration.from_pretrained(folder / "model")
+        processor = MCLlavaProcessor.from_pretrained(folder / "model")
+        lora = LoraConfig(target_modules=["q_proj", "v_proj"], modules_to_save=["multi_modal_projector"], r=4)
+        if kind == "sharded":
+            model.save_pretrained = partial(model.save_pretrained, max_shard_size="100KB")
+        arguments = {
+            "output_dir": str(run),
+            "max_steps": steps,
+            "save_steps": 2,
+            "logging_steps": 1,
+            "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 2,
+            "report_to": [],
+            "use_cpu": True,
+            "bf16": False,
+            "remove_unused_columns": False,
+            **options,
+        }
+        if kind == "sft":
+            turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "It is a sign."}]
+            rows = Dataset.from_list([{"messages": turns}] * 16)
+            arguments = SFTConfig(**arguments, max_length=None)
+            return SFTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows, processing_class=processor)
+        data, images = str(folder / "llava_instruct_150k.json"), str(folder / "images")
+        recipe = Recipe(str(folder / "model"), data, images, str(run), max_crops=(1, 4), num_tokens=(8, 16))
+        rows, collator = check(recipe, processor).good, Collator(processor, recipe, 2048)
+        model = get_peft_model(model, lora) if kind == "peft" else model
+        return Trainer(model, TrainingArguments(**arguments), collator, Dataset.from_list(rows), rows[:2])
+
+    def losses(self, trainer):
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    @pytest.mark.parametrize("kind", ["whole", "sharded", "peft", "sft"])
+    def test_resumes(self, folder, tmp_path, kind):
+        whole = self.trainer(folder, tmp_path / "whole", 4, kind)
+        whole.train()
+        self.trainer(folder, tmp_path / "run", 2, kind).train()
+        resumed = self.trainer(folder, tmp_path / "run", 4, kind)
+        resumed.train(resume_from_checkpoint=True)
+        assert self.losses(resumed) == pytest.approx(self.losses(whole), rel=1e-4)
+        assert self.losses(whole)[2] < self.losses(whole)[0]
+
+    def test_resumes_from_weights_alone(self, folder, tmp_path):
+        options = {"save_only_model": True, "optim": "sgd", "weight_decay": 0.0}
+        whole = self.trainer(folder, tmp_path / "whole", 4, **options)
+        whole.train()
+        self.trainer(folder, tmp_path / "run", 2, **options).train()
+        resumed = self.trainer(folder, tmp_path / "run", 4, **options)
+        resumed.train(resume_from_checkpoint=True)
+        assert self.losses(resumed) == pytest.approx(self.losses(whole), rel=1e-4)
+
+    @pytest.mark.parametrize("kind", ["whole", "sharded", "peft", "sft"])
+    def test_loads_the_best_model_at_the_end(self, folder, tmp_path, kind):
+        steps = {"save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "load_best_model_at_end": True}
+        trainer = self.trainer(folder, tmp_path, 3, kind, learning_rate=3.0, **steps)
+        trainer.train()
+        found = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert trainer.state.best_model_checkpoint.endswith(f"checkpoint-{found.index(min(found)) + 1}")
+        assert found[-1] > min(found)
+        assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-4)
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}])
+def test_a_run_that_was_killed_behind_its_last_checkpoint_takes_no_further_step(recipe, lora):
+    recipe = replace(recipe, lora=lora, train=("coordinates", "projector"))
+    output = train(recipe)
+    whole = losses(output)
+    weights = {name: tensor.clone() for name, tensor in load_file(output / "model.safetensors").items()}  # unmapped
+    (output / "model.safetensors").write_bytes(b"torn")
+    train(replace(recipe, resume=True))
+    assert losses(output) == whole and not list(output.glob("checkpoint-5"))
+    again = load_file(output / "model.safetensors")
+    assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
+    train(replace(recipe, resume=True, max_steps=6))
+    assert list(losses(output)) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("parts", [("coordinates", "projector"), ("tower",), ("language_model",)])
@@ -303,6 +551,8 @@ def test_a_recipe_is_read_with_overrides(tmp_path):
         (["num_tokens=[8, 4]"], "lower one first"),
         (["num_tokens=[0, 4]"], "num_tokens.0 Input should be greater than 0"),
         (["train=[language_model]", "lora={r: 4}"], "lora trains the language model"),
+        (["quantize=nf4"], "weights in nf4 can't learn: set lora"),
+        (["quantize=int8", "lora={r: 4}"], "quantize Input should be 'nf4'"),
         (["lora={rank: 4}"], "lora.rank Unexpected keyword argument"),
         (["dtype=int8"], "dtype Input should be 'float32' or 'bfloat16'"),
         (["batch_size"], "must read name=value"),

@@ -10,7 +10,7 @@ from .tasks import TASKS, Task
 
 def read_results(path: str | os.PathLike) -> dict:
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
+        results = json.loads(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the results {path} ({error}): pass a file that mc-llava eval wrote") from error
     try:

@@ -106,10 +106,7 @@ def _evaluate(task: Task, engine: Engine, output: Path, settings: dict) -> dict:
     records = resume(unfinished, settings, engine.batch_size)
     questions = islice(questions, limit)
     total = count if limit is None or (count is not None and count < limit) else limit
-    with (
-        tqdm(total=total, initial=len(records), unit="question", desc=task_name) as progress,
-        open(unfinished, "ab") as journal,
-    ):
+    with tqdm(total=total, initial=len(records), unit="question", desc=task_name) as progress:
         check_questions(records, islice(questions, len(records)), unfinished)
         seen = {record["id"] for record in records}
         while batch := list(islice(questions, engine.batch_size)):
@@ -118,7 +115,7 @@ def _evaluate(task: Task, engine: Engine, output: Path, settings: dict) -> dict:
                     raise ValueError(f"the data {settings['data']} hold question {question.id} twice: remove one")
                 seen.add(question.id)
             answered = answer_questions(engine, task, batch)
-            append(journal, answered)
+            append(unfinished, answered)
             records += answered
             progress.update(len(batch))
     if not records:

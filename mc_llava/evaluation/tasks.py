@@ -229,8 +229,8 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
 
     published, questions = {}, []
     if (lettered := folder / "test_questions.jsonl").exists():
-        entries = map(json.loads, lettered.read_text(encoding="utf-8").splitlines())
-        published = {entry["image"]: entry for entry in entries}
+        lines = lettered.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a string may hold U+2028
+        published = {entry["image"]: entry for entry in map(json.loads, filter(str.strip, lines))}
     for part in VSTAR_PARTS:
         for path in sorted((folder / part).glob("*.json")):
             neighbors = path.parent.glob(f"{glob.escape(path.stem)}.*")
@@ -243,7 +243,7 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
 
 
 def _vstar_annotation(path: Path, image: Path, id: str, part: str, published: dict | None) -> Question:
-    annotation = json.loads(path.read_text(encoding="utf-8"))
+    annotation = json.loads(path.read_text(encoding="utf-8-sig"))
     if missing := [name for name in ("question", "options") if not annotation.get(name)]:
         raise ValueError(f"the annotation {path} has no {missing[0]}: download V*-bench again")
     options = annotation["options"]

@@ -5,7 +5,6 @@ The tower comes from `tower.py`. Once it is frozen, the patches it keeps of a cr
 once, and the language model, the projector and the coordinate embedding train on them many times faster.
 """
 
-import functools
 import json
 import os
 import random
@@ -23,7 +22,7 @@ from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig,
 
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaModel, MCLlavaProcessor
 from ..journal import replacing, write_json
-from ..training import checked, last_checkpoint, set_trainable
+from ..training import StopIfDiverged, checked, last_checkpoint, set_trainable
 from .questions import KINDS, SceneQuestion, ask, caption, is_correct
 from .scene import SIDE, Scene, Thing, draw_scene, legible_height, make_scene, outline
 from .tower import MuonAndAdamW, Report, Stage, pretrain_tower
@@ -537,8 +536,6 @@ def train_language_model(
     for layer in trainee.model.language_model.layers:
         layer.compile()  # saves time on a CPU; needs a C++ compiler
     set_trainable(trainee, ("coordinates", "projector", "language_model"))
-    # See `training.train`: a run could not resume from checkpoints under the published names.
-    trainee.save_pretrained = functools.partial(trainee.save_pretrained, save_original_format=False)
     trainer = LookingTrainer(
         trainee,
         TrainingArguments(**stage.options(output), train_sampling_strategy="sequential"),
@@ -546,7 +543,7 @@ def train_language_model(
         data_collator=SceneCollator(processor, images, CAPTIONS, TURNS),
         processing_class=processor,
         optimizers=(MuonAndAdamW(trainee, stage.learning_rate, stage.weight_decay), None),
-        callbacks=[Report(stage.save_steps, measured)],
+        callbacks=[Report(stage.save_steps, measured), StopIfDiverged()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     model.load_state_dict(trainee.state_dict())

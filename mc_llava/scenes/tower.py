@@ -23,7 +23,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
-from ..training import checked, last_checkpoint
+from ..training import StopIfDiverged, checked, last_checkpoint
 from .scene import (
     BACKGROUNDS,
     CHARACTERS,
@@ -466,7 +466,8 @@ def pretrain_tower(
         callbacks=[
             Report(
                 stage.save_steps, lambda model: {split: measure_tower(model, crops) for split, crops in seen.items()}
-            )
+            ),
+            StopIfDiverged(),
         ],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
