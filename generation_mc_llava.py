@@ -185,6 +185,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
             kwargs[CACHE] = cache
         encoded = self._encoder_outputs(image_features, kwargs.pop("mm_encoder_outputs", None))
         tokens_per_image = [len(features) for features in encoded["image"].pooler_output] if encoded else []
+        if kwargs.get("zoom_options") is not None and (encoded or cache is not None):
+            other = "image features" if encoded else "a cache"
+            raise ValueError(f"zoom can't be combined with {other}: call the processor with zoom=0")
         if kwargs.get("pixel_values") is not None:
             if encoded:
                 raise ValueError("pass either pixel_values or image features, not both")
@@ -221,11 +224,6 @@ class MCLlavaGenerationMixin(GenerationMixin):
         guided zoom, or None without it.
         """
         zoom = {name: value for name in ZOOM_FIELDS if (value := kwargs.pop(name, None)) is not None}
-        if zoom and (request.encoded or kwargs.get(CACHE) is not None):
-            raise ValueError(
-                f"zoom can't be combined with {'image features' if request.encoded else 'a cache'}: call the "
-                "processor with zoom=0"
-            )
         if zoom:
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
             views = self.look(new_ids, attention_mask, {**images, **zoom})

@@ -35,7 +35,7 @@ def tile(region: Box, most: int, overlap: tuple[int, int]) -> list[Box]:
     Cover a region with at most `most` square crops, as small as possible, of which neighbors overlap by at least
     `overlap` (a fraction) of their side. A region of 1000 x 600 with at most 6 crops and a fifth:
 
-        0      308  385      615 692    1000
+        0      307  385      615 692    1000
         |---- 1, 2 ----|                         crops from top to bottom, in columns from left to right
                |---- 3, 4 ----|
                           |---- 5, 6 ----|
