@@ -9,6 +9,7 @@ Guided zoom: look at the whole picture and a coarse grid, then closer where the 
 Every round's prompt has the same ids: the visual tokens are shared out among more crops.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +41,16 @@ class ZoomedImages(EncodedImages):
 
     crop_rounds: torch.LongTensor
     crop_relevance: torch.Tensor
+
+    @property
+    def looked_at(self) -> list[dict]:
+        """For JSON: the image's number, box, round and relevance (None for NaN) of each crop."""
+        images = [number for number, crops in enumerate(self.crops_per_image) for _ in range(crops)]
+        crops = zip(images, self.crop_boxes.tolist(), self.crop_rounds.tolist(), self.crop_relevance.tolist())
+        return [
+            {"image": image, "box": box, "round": number, "relevance": None if math.isnan(found) else round(found, 4)}
+            for image, box, number, found in crops
+        ]
 
 
 @dataclass
@@ -192,13 +203,12 @@ class MCLlavaZoomMixin:
 
     def _attention(self, input_ids, attention_mask, views: list[View], general_ids) -> list[torch.Tensor]:
         """For each view, float[tokens]: the share of the prompt's last token's attention that a visual token gets."""
-        heads = [(entry["layer"], entry["head"]) for entry in self.config.zoom_heads or ()]
-        features = self.features(views)
-        found = self.image_attention(input_ids, attention_mask, features, heads or self._late_heads()).mean(0)
-        if not heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
+        features, heads = self.features(views), zoom_heads(self.config)
+        found = self.image_attention(input_ids, attention_mask, features, heads).mean(0)
+        if not self.config.zoom_heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
             warn_unmeasured(self.config.name_or_path)
             general = self._ask_in_general(input_ids, attention_mask, general_ids)
-            found = found / self.image_attention(*general, features, self._late_heads()).mean(0).clamp(min=1e-6)
+            found = found / self.image_attention(*general, features, heads).mean(0).clamp(min=1e-6)
         return list(found.split([len(part) for part in features]))
 
     def image_attention(
@@ -208,11 +218,6 @@ class MCLlavaZoomMixin:
         embeds = self.model.embed_prompt(input_ids, features)
         found = last_attention(self.model.language_model, embeds, attention_mask, heads)
         return found.transpose(0, 1)[:, input_ids == self.config.image_token_id]
-
-    def _late_heads(self) -> list[tuple[int, int]]:
-        """All heads of the layer at three quarters of the language model's depth."""
-        layer = self.config.text_config.num_hidden_layers * 3 // 4
-        return [(layer, head) for head in range(self.config.text_config.num_attention_heads)]
 
     def _ask_in_general(self, input_ids, attention_mask, general_ids):
         """The prompts up to their last `<image>`, followed by a general question; padded on the left."""
@@ -234,8 +239,19 @@ def _cut(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.Tensor:
     return cut_on_device(picture, boxes, side)
 
 
+def zoom_heads(config) -> list[tuple[int, int]]:
+    """
+    (layer, head) of the heads that zoom asks: the measured ones, or all of the layer at three quarters of the language
+    model's depth.
+    """
+    if config.zoom_heads:
+        return [(entry["layer"], entry["head"]) for entry in config.zoom_heads]
+    text = config.text_config
+    return [(text.num_hidden_layers * 3 // 4, head) for head in range(text.num_attention_heads)]
+
+
 def last_attention(
-    language_model, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor, heads: list[tuple[int, int]]
+    language_model, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, heads: list[tuple[int, int]]
 ) -> torch.Tensor:
     """
     Attention of the last token in some heads: float32[batch, heads, length].
@@ -244,15 +260,16 @@ def last_attention(
     token's query are computed, whatever attention the model was loaded with.
 
     Args:
-        inputs_embeds, attention_mask: float[batch, length, hidden] and int[batch, length], padded on the left.
+        inputs_embeds, attention_mask: float[batch, length, hidden] and int[batch, length], padded on the left; None
+            without padding.
         heads: (layer, head), both counted from 0.
     """
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)
+    places = torch.ones_like(inputs_embeds[..., 0]).long() if attention_mask is None else attention_mask
+    position_ids = (places.cumsum(-1) - 1).clamp(min=0)
     mask = create_causal_mask(
         config=language_model.config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        position_ids=position_ids,
         **{CACHE: None},
     )
     rotary = language_model.rotary_emb(inputs_embeds, position_ids)
@@ -261,7 +278,7 @@ def last_attention(
     hidden = inputs_embeds
     for index, layer in enumerate(language_model.layers[: deepest + 1]):
         if chosen := [head for at, head in heads if at == index]:
-            attention = _head_attention(layer, hidden, rotary, attention_mask, chosen).to(inputs_embeds.device)
+            attention = _head_attention(layer, hidden, rotary, places, chosen).to(inputs_embeds.device)
             found |= {(index, head): attention[:, place] for place, head in enumerate(chosen)}
         if index < deepest:
             hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
@@ -316,4 +333,4 @@ def warn_unmeasured(name: str):
     )
 
 
-__all__ = ["MCLlavaZoomMixin", "ZoomedImages", "last_attention"]
+__all__ = ["MCLlavaZoomMixin", "ZoomedImages", "last_attention", "zoom_heads"]

@@ -200,6 +200,7 @@ def estimate(
     model: Annotated[str | None, typer.Option(help="A model folder or a Hub id; by default the 3B.")] = None,
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
+    zoom: Zoom = None,
     text_tokens: Annotated[int, typer.Option(help="Tokens of the prompt without the picture.")] = 27,
     max_new_tokens: MaxNewTokens = 200,
     dtype: DtypeOption = "auto",
@@ -207,7 +208,7 @@ def estimate(
     """Print what a question about a picture costs. Loads no weights."""
     import torch
 
-    from . import MCLlavaConfig, MCLlavaImageProcessor
+    from . import MCLlavaConfig, MCLlavaImageProcessor, split_budget
     from .estimate import estimate as estimate_cost
     from .folders import find_model
 
@@ -216,15 +217,21 @@ def estimate(
     else:
         model = find_model(model)
         processor, config = MCLlavaImageProcessor.from_pretrained(model), MCLlavaConfig.from_pretrained(model)
-    plan = processor.plan(*read_image(image).size, max_crops=max_crops, num_tokens=num_tokens)
+    knobs = {"max_crops": max_crops, "num_tokens": num_tokens, "zoom": zoom}
+    knobs = {name: getattr(processor, name) if value is None else value for name, value in knobs.items()}
+    plan = processor.plan(*read_image(image).size, **knobs)
     precision = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     tokens = sum(crop.num_tokens for crop in plan)
-    cost = estimate_cost(config, len(plan), tokens, text_tokens, max_new_tokens, precision)
+    looks, _, regions, per_region = split_budget(min(knobs["max_crops"], tokens - 1), knobs["zoom"])
+    looks = looks if len(plan) > 1 else 0  # a small picture has nothing to zoom into
+    crops = len(plan) + looks * regions * per_region
+    cost = estimate_cost(config, crops, tokens, text_tokens, max_new_tokens, precision, looks)
     for name, value in (
         ("crops", cost.crops),
         ("image tokens", cost.image_tokens),
         ("prompt tokens", cost.prompt_tokens),
         ("vision tower", f"{cost.tower_flops / 1e9:,.1f} GFLOP"),
+        *([("looks", f"{cost.look_flops / 1e9:,.1f} GFLOP")] if looks else []),
         ("prefill", f"{cost.prefill_flops / 1e9:,.1f} GFLOP"),
         ("each new token", f"{cost.flops_per_new_token / 1e9:,.1f} GFLOP"),
         ("weights", f"{cost.weight_bytes / 1e9:,.2f} GB"),

@@ -53,14 +53,11 @@ class Reply(NamedTuple):
 
     @property
     def looked_at(self) -> list[dict]:
-        """Where guided zoom looked: the image's number, box, round and relevance of each crop; empty without zoom."""
+        """Where guided zoom looked, see `ZoomedImages.looked_at`; empty without zoom."""
         return [
-            {"image": number, "box": box, "round": round, "relevance": None if math.isnan(found) else found}
+            {**crop, "image": number}
             for number, image in enumerate(self.images)
-            if hasattr(image, "crop_rounds")
-            for box, round, found in zip(
-                image.crop_boxes.tolist(), image.crop_rounds.tolist(), image.crop_relevance.tolist()
-            )
+            for crop in getattr(image, "looked_at", ())
         ]
 
     @property
@@ -122,7 +119,7 @@ class Engine:
         Raises:
             ValueError: as `FeatureCache.encode` does. Images are encoded without a question, so `zoom` must be 0.
         """
-        options = {**self.knobs, **knobs}
+        options = {**self.knobs, "zoom": 0, **knobs}
         if plans is not None:
             options = {"num_tokens": self.knobs["num_tokens"], **knobs, "plans": plans}
         return self.feature_cache.encode(self.model, self.processor.image_processor, images, **options)
@@ -293,7 +290,7 @@ class Engine:
                 raise ValueError("zoom looks at all images of a batch: pass pictures, not encoded images, or zoom=0")
             encoded = iter(self.look(conversations))
         else:
-            encoded = iter(self.encode([image for image in held if not is_encoded(image)], zoom=0))
+            encoded = iter(self.encode([image for image in held if not is_encoded(image)]))
         values = iter([image if is_encoded(image) else next(encoded) for image in held])
         return [
             map_image_parts(conversation, lambda part: {**part, "image": next(values)})
