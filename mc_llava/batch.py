@@ -304,7 +304,13 @@ class Worker:
                 raise
             raise ValueError(f"too little memory: {error}") from error  # otherwise each new run would end at this row
         return [
-            {**record, "answer": reply.text, "crops": reply.crops, "tokens": reply.image_tokens}
+            {
+                **record,
+                "answer": reply.text,
+                "crops": reply.crops,
+                "tokens": reply.image_tokens,
+                **({"looked_at": reply.looked_at} if reply.looked_at else {}),  # with zoom
+            }
             for (record, _), reply in zip(rows, replies)
         ]
 
