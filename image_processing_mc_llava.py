@@ -324,7 +324,7 @@ class MCLlavaImageProcessor(PilBackend):
             rows = [[zoom, max_crops, height, width] for width, height in sizes]
             data["zoom_options"] = np.array(rows, dtype=np.int64)
             data["zoom_pictures"] = np.concatenate([np.asarray(image).reshape(-1) for image in images])
-            data["zoom_values"] = table
+            data["zoom_values"] = np.ascontiguousarray(table)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _look_up_table(self, do_rescale: bool, rescale_factor: float, do_normalize: bool, mean, std) -> np.ndarray:

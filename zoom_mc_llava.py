@@ -294,8 +294,9 @@ def _head_attention(
     heads: list[int],
 ) -> torch.Tensor:
     """For some heads of one of Phi's layers, the last token's attention to all tokens: [batch, heads, length]."""
-    attention = layer.self_attn
-    states = layer.input_layernorm(hidden)
+    attention, norm = layer.self_attn, layer.input_layernorm
+    # Layers may be on several devices. The hooks of offloaded ones, whose weights are "meta", move their inputs.
+    states = norm(hidden if norm.weight.is_meta else hidden.to(norm.weight.device))
     shape = (*states.shape[:2], -1, attention.head_dim)
     query = attention.q_proj(states[:, -1:]).view(len(states), 1, -1, attention.head_dim).transpose(1, 2)
     keys = attention.k_proj(states).view(shape).transpose(1, 2)

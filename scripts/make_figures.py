@@ -3,8 +3,8 @@ Draw `docs/answers.jpg`, one question, asked with more and more crops, and `docs
 
     python scripts/make_figures.py
 
-Of the first, each column shows the crops over the scene, the sign as the vision tower gets it in the sharpest of these crops, and
-the answer of the command at the top of the column, which this script runs.
+Of the first, each column shows the crops over the scene, the sign as the vision tower gets it in the sharpest of these
+crops, and the answer of the command at the top of the column, which this script runs.
 """
 
 import json

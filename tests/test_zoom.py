@@ -208,3 +208,16 @@ def test_tiny_reads_with_a_third_of_the_crops():
             replies.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         right[name] = sum(scenes.is_correct(e["key"], reply) for e, reply in zip(EXAMPLES, replies))
     assert right["zoom"] == len(EXAMPLES) > right["grid"], right
+
+
+def test_parts_on_disk(processor, tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    inputs = processor(TEXTS[1], IMAGES[0], **KNOBS)
+    device_map = {"model.vision_tower": "cpu", "model.coord_embed": "cpu", "model.multi_modal_projector": "cpu"}
+    device_map |= {"model.language_model": "disk", "lm_head": "cpu"}
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    whole, offloaded = (
+        MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", **options, **more)
+        for more in ({}, {"device_map": device_map, "offload_folder": tmp_path / "disk"})
+    )
+    assert new_tokens(offloaded, inputs) == new_tokens(whole, inputs)
