@@ -297,14 +297,19 @@ class Engine:
             for conversation in conversations
         ]
 
-    def look(self, conversations: list[list[dict]]) -> list[EncodedImages]:
-        """Guided zoom for each conversation's last question: a `ZoomedImages` for each image, without an answer."""
+    def look(self, conversations: list[list[dict]], **knobs) -> list[EncodedImages]:
+        """
+        Guided zoom for each conversation's last question: a `ZoomedImages` for each image, without an answer.
+
+        Args:
+            knobs: `max_crops`, `num_tokens` and `zoom` instead of the engine's.
+        """
         inputs = self.processor.apply_chat_template(
             conversations,
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            processor_kwargs={**self.knobs, "padding": True, "return_tensors": "pt"},
+            processor_kwargs={**self.knobs, **knobs, "padding": True, "return_tensors": "pt"},
         )
         return self.model.zoom(**inputs.to(self.model.device)).unbind()
 
