@@ -90,6 +90,9 @@ class MCLlavaConfig(PreTrainedConfig):
         text_config (`dict` or `PhiConfig`, *optional*): the language model; Phi-2 by default.
         image_token_index (`int`, defaults to 50297): id of `<image>`; also readable as `image_token_id`.
         projector_hidden_act (`str`, defaults to `"gelu"`): activation between the projector's two layers.
+        zoom_heads (`list[dict]`, *optional*): the attention heads that find what a question asks about, each with
+            `layer` and `head`, counted from 0, and how often it did when it was measured (`rate`, out of `questions`,
+            and `chance`). `mc-llava zoom-heads` writes them.
         eos_token_id, pad_token_id, bos_token_id (`int`): ids of `<|im_end|>`, `<pad>` and `<|endoftext|>`. They are
             kept here because the published `generation_config.json` names none.
 
@@ -117,6 +120,7 @@ class MCLlavaConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     image_token_index: int = 50297
     projector_hidden_act: str = "gelu"
+    zoom_heads: list[dict] | None = None
     tie_word_embeddings: bool = False
     bos_token_id: int | None = 50256
     eos_token_id: int | list[int] | None = 50295
@@ -132,6 +136,11 @@ class MCLlavaConfig(PreTrainedConfig):
         projector_tokens_num = kwargs.pop("projector_tokens_num", 1)
         if projector_tokens_num != 1:
             raise ValueError(f"projector_tokens_num must be 1, got {projector_tokens_num}: use a checkpoint with 1.")
+        for entry in self.zoom_heads or ():
+            limits = {"layer": self.text_config.num_hidden_layers, "head": self.text_config.num_attention_heads}
+            for name, limit in limits.items():
+                if not isinstance(entry.get(name), int) or not 0 <= entry[name] < limit:
+                    raise ValueError(f"zoom_heads must have a {name} from 0 to {limit - 1}, got {entry}: measure them")
         kwargs.pop("ignore_index", None)
         kwargs.pop("vocab_size", None)
 

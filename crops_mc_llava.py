@@ -13,10 +13,13 @@ MAX_CROPS, NUM_TOKENS = 100, 728
 MOST_CROPS = 4096
 
 
+Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the picture
+
+
 class Crop(NamedTuple):
     """A box in pixels of the picture after its EXIF orientation was applied, and how many of its tokens are kept."""
 
-    box: tuple[int, int, int, int]  # left, top, right, bottom
+    box: Box
     num_tokens: int
 
 
@@ -65,7 +68,7 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
             columns = max(1, (width - base) // stride + 1)
             rows = max(1, (height - base) // stride + 1)
 
-    _check_number(columns * rows)
+    check_number(columns * rows)
     boxes = [(0, 0, width, height)]
     if columns * rows > 1:
         for column in range(columns):
@@ -128,7 +131,7 @@ def check_plan(plan, width: int, height: int, num_tokens: int, side: int, patch_
     """
     plan = plan.tolist() if hasattr(plan, "tolist") else plan
     entries = list(plan) if isinstance(plan, (list, tuple)) else [plan]
-    _check_number(len(entries))
+    check_number(len(entries))
     entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in entries]
     lengths = {len(entry) if isinstance(entry, (list, tuple)) else 0 for entry in entries}
     if lengths not in ({2}, {4}):
@@ -181,7 +184,8 @@ def make_plans(
     return [check_plan(plan, *size, num_tokens, side, patch_size) for size, plan in zip(sizes, plans)]
 
 
-def _check_number(crops: int):
+def check_number(crops: int):
+    """Raise a ValueError if an image would have more than `MOST_CROPS` crops."""
     if crops > MOST_CROPS:
         raise ValueError(f"{crops} crops of one image, at most {MOST_CROPS} are possible: lower the knobs")
 
@@ -226,6 +230,7 @@ def refuse_unknown(names, known: set[str]):
 
 
 __all__ = [
+    "Box",
     "Crop",
     "MAX_CROPS",
     "MOST_CROPS",
@@ -233,6 +238,7 @@ __all__ = [
     "PATCH_SIZE",
     "SIDE",
     "check_knob",
+    "check_number",
     "check_plan",
     "check_plans",
     "make_plans",

@@ -123,6 +123,18 @@ class EncodedImages:
         """One float[tokens, hidden] per image."""
         return list(self.features.split(self.tokens_per_image))
 
+    def unbind(self) -> "list[EncodedImages]":
+        """One of these per image."""
+        ends = zip(accumulate(self.tokens_per_image), accumulate(self.crops_per_image), range(1, 1 + len(self.plans)))
+        starts, found = (0, 0, 0), []
+        for last in ends:
+            spans = {"features": slice(starts[0], last[0]), "image_grid_thw": slice(starts[2], last[2])}
+            crops = slice(starts[1], last[1])
+            parts = {name: tensor[spans.get(name, crops)] for name, tensor in self._tensors().items()}
+            found.append(replace(self, **parts))
+            starts = last
+        return found
+
     def to(self, device: str | torch.device) -> "EncodedImages":
         """The same images on another device."""
         return self._map(lambda tensor: tensor.to(device))
@@ -267,6 +279,8 @@ class FeatureCache:
         """
         if plans is not None:
             plans = check_plans(plans, len(images))
+        if image_processor.asks_to_zoom({**options, "plans": plans}):
+            raise ValueError("zoom needs the question, and features are of the picture alone: pass zoom=0, or plans")
         if not images:
             return []  # and no weights are read for it
         check_processor(model, image_processor)

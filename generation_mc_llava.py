@@ -11,15 +11,15 @@ import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from .encoded_images_mc_llava import count_image_tokens
+from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
 
 
 # The installed transformers' name for the keys and values of earlier tokens, `cache` since 5.24. Callers may use
 # either name; calls to transformers use this one.
 CACHE_NAMES = ("cache", "past_key_values")
-IMAGE_FIELDS = ("pixel_values", "crop_coords", "crop_num_tokens", "image_grid_thw", "crop_boxes")
 CACHE = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 )
@@ -152,7 +152,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             new_ids, attention_mask = self._expand_prompt(request)
         if new_ids is not None:
             self._check_context(new_ids, attention_mask, request.tokens_per_image)
-        self._pass_on_images(request, new_ids, generation_config, kwargs)
+        looked = self._pass_on_images(request, new_ids, attention_mask, generation_config, kwargs)
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
             prompt_length = 0 if request.input_ids is None else request.input_ids.shape[1]
@@ -169,8 +169,11 @@ class MCLlavaGenerationMixin(GenerationMixin):
             stopping_criteria,
             **kwargs,
         )
-        if CACHE != "cache" and isinstance(output, ModelOutput):
-            output.cache = output.get(CACHE)
+        if isinstance(output, ModelOutput):
+            if CACHE != "cache":
+                output.cache = output.get(CACHE)
+            if looked is not None:
+                output.zoomed_images = self.zoomed_images(looked)
         return output
 
     def _read_request(self, input_ids: torch.LongTensor | None, image_features, kwargs: dict) -> GenerationRequest:
@@ -182,6 +185,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
             kwargs[CACHE] = cache
         encoded = self._encoder_outputs(image_features, kwargs.pop("mm_encoder_outputs", None))
         tokens_per_image = [len(features) for features in encoded["image"].pooler_output] if encoded else []
+        if kwargs.get("zoom_options") is not None and (encoded or cache is not None):
+            other = "image features" if encoded else "a cache"
+            raise ValueError(f"zoom can't be combined with {other}: call the processor with zoom=0")
         if kwargs.get("pixel_values") is not None:
             if encoded:
                 raise ValueError("pass either pixel_values or image features, not both")
@@ -212,8 +218,17 @@ class MCLlavaGenerationMixin(GenerationMixin):
             )
         return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, places)
 
-    def _pass_on_images(self, request: GenerationRequest, new_ids, generation_config, kwargs: dict):
-        """Put the images into `kwargs` in the form in which transformers' `generate` takes them."""
+    def _pass_on_images(self, request: GenerationRequest, new_ids, attention_mask, generation_config, kwargs: dict):
+        """
+        Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the views of
+        guided zoom, or None without it.
+        """
+        zoom = {name: value for name in ZOOM_FIELDS if (value := kwargs.pop(name, None)) is not None}
+        if zoom:
+            images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
+            views = self.look(new_ids, attention_mask, {**images, **zoom})
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=self.features(views))}
+            return views
         if request.is_short:
             # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
             kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, request.encoded["image"].pooler_output)

@@ -7,9 +7,10 @@ Handler for Hugging Face's Inference Endpoints, which load this file and call `E
 
 The contents of `inputs` may also be at the top level, with or without `inputs`. Endpoints, however, pass on only
 requests with `inputs`, and leave the image to this file only with the task "custom". An image is base64 text or a data
-URI; `parameters` may hold `OPTIONS`. Messages that end with the assistant's turn are continued. Anything else raises a
-ValueError, which an endpoint answers with status 400 and `{"error": "..."}`. URLs are not fetched, because a safe HTTP
-client does not belong in a model repository.
+URI; `parameters` may hold `OPTIONS`. Messages that end with the assistant's turn are continued. With `zoom`, replies
+also tell where the model looked, as `looked_at`. Anything else raises a ValueError, which an endpoint answers with
+status 400 and `{"error": "..."}`. URLs are not fetched, because a safe HTTP client does not belong in a model
+repository.
 """
 
 import base64
@@ -34,11 +35,12 @@ from transformers import (
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 
-KNOBS = ("max_crops", "num_tokens")
+KNOBS = ("max_crops", "num_tokens", "zoom")
 # Type, minimum and maximum.
 NUMBERS = {
     "max_crops": (int, 0, 1000),
     "num_tokens": (int, 1, 100_000),
+    "zoom": (int, 0, 10),
     "max_new_tokens": (int, 1, 10**6),
     "temperature": (float, 0.01, 100),  # or 0, for greedy decoding
     "top_k": (int, 0, 10**6),
@@ -143,8 +145,8 @@ class EndpointHandler:
             return self._answer(data)
         if isinstance(inputs, str) and "image" in data:
             check_names(data, {"inputs", "image", "parameters"})
-            reply, _ = self._generate(self._ask(inputs, data["image"]), self._parameters(data))
-            return [{"generated_text": reply}]
+            reply, outcome = self._generate(self._ask(inputs, data["image"]), self._parameters(data))
+            return [{"generated_text": reply, **outcome["zoom"]}]
         raise ValueError(
             "pass a question as inputs and an image, or {question, image} or {messages} as inputs; "
             f"got {join_names(data) or 'nothing'}"
@@ -162,7 +164,7 @@ class EndpointHandler:
         if parameters.pop("top_k", None) not in (None, 1):  # the Hub's client means the number of answers
             raise ValueError("top_k is the number of answers to return here, and there is only one: leave it out")
         reply, outcome = self._generate(self._ask(question, image), parameters)
-        return [{"answer": reply, "score": outcome["probability"]}]
+        return [{"answer": reply, "score": outcome["probability"], **outcome["zoom"]}]
 
     def _chat(self, data: dict) -> dict:
         if data.get("messages") is not None and data.get("inputs"):
@@ -192,6 +194,7 @@ class EndpointHandler:
                 }
             ],
             "usage": outcome["usage"],
+            **outcome["zoom"],
         }
 
     def _chat_options(self, data: dict) -> dict:
@@ -366,7 +369,7 @@ class EndpointHandler:
         prompt_length = inputs["input_ids"].shape[1]
         if prompt_length >= limit:
             raise ValueError(f"the text has {prompt_length} tokens, the context {limit}: shorten the text")
-        encoded = self._encode(self._load(conversation), knobs, limit)
+        encoded, looked_at = self._encode(prompt, self._load(conversation), knobs, limit)
 
         def decode(ids: torch.LongTensor) -> str:
             return self.processor.decode(ids, skip_special_tokens=True)
@@ -391,6 +394,7 @@ class EndpointHandler:
         stopped = ends or (len(new_ids) and new_ids[-1].item() in (eos if isinstance(eos, list) else [eos]))
         prompt_tokens = prompt_length - len(encoded) + sum(len(image.features) for image in encoded)
         return text.rstrip() if is_continued else text.strip(), {
+            "zoom": {} if looked_at is None else {"looked_at": looked_at},
             "probability": float(torch.tensor(logprobs).sum().exp()),
             "finish_reason": "stop" if stopped else "length",
             "usage": {
@@ -400,14 +404,19 @@ class EndpointHandler:
             },
         }
 
-    def _encode(self, images: list[Image.Image], knobs: dict, limit: int) -> list:
+    def _encode(self, prompt: str, images: list[Image.Image], knobs: dict, limit: int) -> tuple[list, list | None]:
+        """The encoded images, and where guided zoom looked, None without it."""
         plans = [self.processor.image_processor.plan(*image.size, **knobs) for image in images]
         if (tokens := sum(crop.num_tokens for plan in plans for crop in plan)) >= limit:  # before any is encoded
             raise ValueError(
                 f"{len(images)} images have {tokens} tokens, the context {limit}: pass fewer, or num_tokens="
                 f"{limit // (len(images) + 1)}"
             )
-        return self.cache.encode(self.model, self.processor.image_processor, images, plans=plans)
+        if images and knobs.get("zoom", self.processor.image_processor.zoom):
+            inputs = self.processor(prompt, [images], **knobs).to(self.model.device)
+            looked = self.model.zoom(**inputs)
+            return looked.unbind(), looked.looked_at
+        return self.cache.encode(self.model, self.processor.image_processor, images, plans=plans), None
 
 
 class AddNoise(LogitsProcessor):

@@ -30,6 +30,7 @@ from .crops_mc_llava import (
     refuse_unknown,
 )
 from .image_loading_mc_llava import MAX_IMAGE_SIDE, flatten_images, load_image
+from .zoom_plan_mc_llava import plan_scouts
 
 
 logger = logging.get_logger(__name__)
@@ -60,7 +61,11 @@ def cut_crops(
     return pixels
 
 
-KNOB_MINIMA = {"max_crops": 0, "num_tokens": 1, "patch_size": 1}
+# What a call returns of the images, for the model. The last field, of text, is the processor's.
+IMAGE_FIELDS = ("pixel_values", "crop_boxes", "crop_coords", "crop_num_tokens", "image_grid_thw")
+ZOOM_FIELDS = ("zoom_options", "zoom_pictures", "zoom_values", "zoom_general_ids")
+
+KNOB_MINIMA = {"max_crops": 0, "num_tokens": 1, "zoom": 0, "patch_size": 1}
 # Options of transformers' image processors that would contradict the crops.
 FIXED_OPTIONS = {
     "do_convert_rgb": True,
@@ -120,6 +125,7 @@ class MCLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     """
     max_crops (`int`): upper bound of the crops in addition to the whole image, at least 0.
     num_tokens (`int`): upper bound of the visual tokens of one image, at least 1.
+    zoom (`int`): rounds of looking closer where the question points, within `max_crops` crops in all; 0 for a grid.
     patch_size (`int`): side of the vision tower's patches in pixels.
     plans (`list`, *optional*): crops to use instead of the usual grid, one plan per image: boxes (left, top, right,
         bottom) in pixels of the picture after its EXIF orientation was applied, among which `num_tokens` are shared,
@@ -128,6 +134,7 @@ class MCLlavaImageProcessorKwargs(ImagesKwargs, total=False):
 
     max_crops: int
     num_tokens: int
+    zoom: int
     patch_size: int
     plans: list | None
 
@@ -155,13 +162,20 @@ class MCLlavaImageProcessor(PilBackend):
         crop_num_tokens  [20, 20, 20, 20, 20, 100]
         image_grid_thw   [[5, 1, 1], [1, 1, 1]]
 
+    With `zoom`, these are the whole pictures and the crops that scout them, and the model gets what it needs to look
+    closer:
+
+    - `zoom_options`, int64 [images, 4]: rows [zoom, max_crops, height, width];
+    - `zoom_pictures`, uint8 [bytes]: the pixels of all pictures, one after another, each [height, width, 3];
+    - `zoom_values`, float32 [3, 256]: what `pixel_values` hold for each byte in each channel.
+
     Raises:
         ValueError: if an option is unknown or out of range, an image can't be read, a plan doesn't fit its image, or
             `plans` are passed to the constructor.
     """
 
     valid_kwargs = MCLlavaImageProcessorKwargs
-    model_input_names = ["pixel_values", "crop_boxes", "crop_coords", "crop_num_tokens", "image_grid_thw"]
+    model_input_names = list(IMAGE_FIELDS)
 
     do_convert_rgb = True
     do_resize = True
@@ -173,6 +187,7 @@ class MCLlavaImageProcessor(PilBackend):
     image_std = [0.5, 0.5, 0.5]
     max_crops = MAX_CROPS
     num_tokens = NUM_TOKENS
+    zoom = 0
     patch_size = PATCH_SIZE
 
     def __init__(self, **kwargs):
@@ -230,6 +245,8 @@ class MCLlavaImageProcessor(PilBackend):
         if kwargs.get("plans") is not None:
             if kwargs.get("max_crops") is not None:
                 raise ValueError("plans say which crops there are: leave max_crops out")
+            if kwargs.get("zoom"):
+                raise ValueError("plans say which crops there are: leave zoom out")
             kwargs = {**kwargs, "plans": check_plans(kwargs["plans"])}
         check_numbers(kwargs)
         for name, fixed in FIXED_OPTIONS.items():
@@ -238,6 +255,12 @@ class MCLlavaImageProcessor(PilBackend):
         knobs = {name: kwargs[name] for name in KNOB_MINIMA if kwargs.get(name) is not None}
         rest = {name: value for name, value in kwargs.items() if name not in KNOB_MINIMA}
         return rest | {name: check_knob(name, value, KNOB_MINIMA[name]) for name, value in knobs.items()}
+
+    def asks_to_zoom(self, kwargs: dict) -> bool:
+        """Whether a call with these options zooms: plans say where the crops are, whatever zoom was saved."""
+        given = {**kwargs, **(kwargs.get("images_kwargs") or {})}
+        zoom = self.zoom if given.get("zoom") is None else given["zoom"]
+        return bool(zoom) and given.get("plans") is None
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
         try:
@@ -261,6 +284,7 @@ class MCLlavaImageProcessor(PilBackend):
         image_std,
         max_crops: int,
         num_tokens: int,
+        zoom: int,
         patch_size: int,
         return_tensors,
         plans: list | None = None,
@@ -272,7 +296,12 @@ class MCLlavaImageProcessor(PilBackend):
             {"size": size, "image_mean": image_mean, "image_std": image_std, "rescale_factor": rescale_factor}
         )
         side = size.height
-        plans = make_plans([image.size for image in images], plans, max_crops, num_tokens, side, patch_size)
+        sizes = [image.size for image in images]
+        is_zooming = zoom > 0 and plans is None
+        if is_zooming:
+            plans = [plan_scouts(*size, zoom, max_crops, num_tokens, side, patch_size) for size in sizes]
+        else:
+            plans = make_plans(sizes, plans, max_crops, num_tokens, side, patch_size)
 
         table = self._look_up_table(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
         pixel_values = np.empty((sum(map(len, plans)), 3, side, side), dtype=np.float32)
@@ -291,6 +320,11 @@ class MCLlavaImageProcessor(PilBackend):
             "crop_num_tokens": np.array([crop.num_tokens for plan in plans for crop in plan], dtype=np.int64),
             "image_grid_thw": np.array([[len(plan), 1, 1] for plan in plans], dtype=np.int64),
         }
+        if is_zooming:
+            rows = [[zoom, max_crops, height, width] for width, height in sizes]
+            data["zoom_options"] = np.array(rows, dtype=np.int64)
+            data["zoom_pictures"] = np.concatenate([np.asarray(image).reshape(-1) for image in images])
+            data["zoom_values"] = np.ascontiguousarray(table)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _look_up_table(self, do_rescale: bool, rescale_factor: float, do_normalize: bool, mean, std) -> np.ndarray:
@@ -305,21 +339,28 @@ class MCLlavaImageProcessor(PilBackend):
             table = self.normalize(table, mean, std)
         return table.astype(np.float32).reshape(3, 256)
 
-    def plan(self, width: int, height: int, max_crops: int | None = None, num_tokens: int | None = None) -> list[Crop]:
+    def plan(
+        self,
+        width: int,
+        height: int,
+        max_crops: int | None = None,
+        num_tokens: int | None = None,
+        zoom: int | None = None,
+    ) -> list[Crop]:
         """
-        `plan_crops` for an image of width x height pixels, by default with the saved knobs. It needs no pixels.
+        The crops of an image of width x height pixels, by default with the saved knobs: `plan_crops` or, with zoom,
+        `plan_scouts`. It needs no pixels.
 
         Raises:
             ValueError: if a knob is out of range.
         """
-        return plan_crops(
-            width,
-            height,
-            self.max_crops if max_crops is None else max_crops,
-            self.num_tokens if num_tokens is None else num_tokens,
-            self.size["height"],
-            self.patch_size,
-        )
+        given = {"max_crops": max_crops, "num_tokens": num_tokens, "zoom": zoom}
+        knobs = {name: getattr(self, name) if value is None else value for name, value in given.items()}
+        zoom = check_knob("zoom", knobs.pop("zoom"), 0)
+        tower = {"side": self.size["height"], "patch_size": self.patch_size}
+        if zoom:
+            return plan_scouts(width, height, zoom, **knobs, **tower)
+        return plan_crops(width, height, **knobs, **tower)
 
 
 MCLlavaImageProcessor.register_for_auto_class()
@@ -329,4 +370,4 @@ MCLlavaImageProcessor.register_for_auto_class()
 if __package__:
     setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
-__all__ = ["MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs", "cut_crops"]
+__all__ = ["IMAGE_FIELDS", "ZOOM_FIELDS", "MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs", "cut_crops"]

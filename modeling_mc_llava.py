@@ -34,6 +34,8 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mc_llava import MCLlavaConfig
 from .encoded_images_mc_llava import EncodedImages, check_weights, count_image_tokens, hash_tensors, is_encoded
 from .generation_mc_llava import CACHE, CACHE_NAMES, MCLlavaGenerationMixin, one_cache
+from .image_processing_mc_llava import ZOOM_FIELDS
+from .zoom_mc_llava import MCLlavaZoomMixin
 
 
 # Crops that pass the vision tower at once. This bounds its memory, whatever max_crops is.
@@ -237,24 +239,35 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 f"{self.config.vision_config.patch_size}"
             )
 
-        # Parameters may be on several devices or on disk: data moves to the device of other data, not to theirs.
-        pixel_values = pixel_values.to(self.vision_tower.dtype)
-        passes = pixel_values.split(CROPS_PER_PASS)
-        kept = [
-            self.keep_last(self.encode_crops(pixels, **kwargs), num_tokens)
-            for pixels, num_tokens in zip(passes, crop_num_tokens.split(CROPS_PER_PASS))
-        ]
-        hidden_states = torch.cat(kept)
-        positions = self.coord_embed(crop_coords).to(hidden_states)
-        hidden_states = hidden_states + positions.repeat_interleave(
-            crop_num_tokens.to(hidden_states.device), dim=0, output_size=len(hidden_states)
-        )
+        hidden_states = self.encode_tokens(pixel_values, crop_num_tokens, **kwargs)
+        hidden_states = self.add_positions(hidden_states, crop_coords, crop_num_tokens)
         image_features = self.multi_modal_projector(hidden_states)
         recorded = {}
         if output_hidden_states or output_attentions:
+            passes = pixel_values.to(self.vision_tower.dtype).split(CROPS_PER_PASS)
             recorded = self._record_tower(passes, bool(output_hidden_states), bool(output_attentions))
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=list(image_features.split(tokens_per_image)), **recorded
+        )
+
+    def encode_tokens(
+        self, pixel_values: torch.Tensor, crop_num_tokens: torch.LongTensor, **kwargs: Unpack[TransformersKwargs]
+    ) -> torch.Tensor:
+        """The tokens that are kept of crops, `CROPS_PER_PASS` at a time: float[tokens, vision_hidden]."""
+        # Parameters may be on several devices or on disk: data moves to the device of other data, not to theirs.
+        passes = zip(pixel_values.split(CROPS_PER_PASS), crop_num_tokens.split(CROPS_PER_PASS))
+        dtype = self.vision_tower.dtype
+        return torch.cat(
+            [self.keep_last(self.encode_crops(pixels.to(dtype), **kwargs), kept) for pixels, kept in passes]
+        )
+
+    def add_positions(
+        self, hidden_states: torch.Tensor, crop_coords: torch.Tensor, crop_num_tokens: torch.LongTensor
+    ) -> torch.Tensor:
+        """Add to each token float[tokens, vision_hidden] the embedding of its crop's centre float[crops, 2]."""
+        positions = self.coord_embed(crop_coords).to(hidden_states)
+        return hidden_states + positions.repeat_interleave(
+            crop_num_tokens.to(hidden_states.device), dim=0, output_size=len(hidden_states)
         )
 
     def encode_crops(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
@@ -364,6 +377,11 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MCLlavaModelOutputWithPast:
         """See `MCLlavaForConditionalGeneration.forward`."""
+        if any(kwargs.pop(name, None) is not None for name in ZOOM_FIELDS):
+            raise ValueError(
+                "a forward pass can't zoom: pass the processor's fields to generate, or to zoom() and its result as "
+                "image_features"
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         encoded = (mm_encoder_outputs or {}).get("image")
@@ -401,7 +419,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         return MCLlavaModelOutputWithPast(**outputs, image_outputs=encoded)
 
 
-class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationMixin):
+class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationMixin, MCLlavaZoomMixin):
     """
     MC-LLaVA: `MCLlavaModel` with the language model's head, which answers questions about images.
 

@@ -65,6 +65,8 @@ CHAT_TEMPLATE = """\
 """.replace("CONTROL_TOKENS", str(list(CONTROL_TOKENS)))
 
 ROLES = ("system", "user", "assistant")
+# What guided zoom compares a question with, for a model whose attention heads were never measured.
+GENERAL_QUESTION = "Write a general description of the image."
 SOURCES = ("image", "url", "path", "base64")  # where transformers looks for the picture of an image part
 
 
@@ -256,7 +258,9 @@ class MCLlavaProcessor(ProcessorMixin):
         if model is None:
             if feature_cache is not None:
                 raise ValueError("feature_cache needs the model that encodes: pass model as well")
-            return super().__call__(images=images, text=text, **kwargs)
+            return self._add_general_question(super().__call__(images=images, text=text, **kwargs))
+        if self.image_processor.asks_to_zoom(kwargs):
+            raise ValueError("zoom needs the question, not the model: leave model out, or pass zoom=0")
 
         prompts, images = self._assemble(text, images)
         kwargs = self._merge_kwargs(
@@ -279,6 +283,15 @@ class MCLlavaProcessor(ProcessorMixin):
                 inputs["image_features"] = model.get_image_features(
                     **image_inputs.to(device), return_dict=True
                 ).pooler_output
+        return inputs
+
+    def _add_general_question(self, inputs: BatchFeature) -> BatchFeature:
+        if "zoom_options" in inputs:
+            content = [{"type": "image"}, {"type": "text", "text": GENERAL_QUESTION}]
+            prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            ids = self.tokenizer(prompt.split(self.image_token)[1], return_tensors="np")["input_ids"][0]
+            is_torch = isinstance(inputs["zoom_options"], torch.Tensor)
+            inputs["zoom_general_ids"] = torch.from_numpy(ids) if is_torch else ids
         return inputs
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
@@ -528,6 +541,11 @@ class MCLlavaProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         saved = self.image_processor
+        if saved.asks_to_zoom(kwargs):
+            raise ValueError(
+                "zoom needs several passes over a prompt, which serving engines don't make: pass zoom=0, or as plans "
+                "the boxes that model.zoom found"
+            )
         knobs = (
             getattr(saved, name) if kwargs.get(name) is None else kwargs[name] for name in ("max_crops", "num_tokens")
         )

@@ -31,8 +31,8 @@ from starlette.responses import PlainTextResponse
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # a Space runs this file in a clone that is not installed
 
-from mc_llava import FeatureCache, load_image
-from mc_llava.crop_grid import draw_crop_grid
+from mc_llava import FeatureCache, load_image, split_budget
+from mc_llava.crop_grid import draw_crop_grid, draw_looks
 from mc_llava.engine import Engine, ask_about
 from mc_llava.estimate import Estimate, estimate
 from mc_llava.loading import load_model, load_processor
@@ -90,6 +90,7 @@ class Demo:
         crops, tokens = self.planner.max_crops, self.planner.num_tokens
         self.max_crops = Knob("max_crops", 0, max(100, crops), crops, 1)
         self.num_tokens = Knob("num_tokens", 1, max(context, tokens), tokens, 1)
+        self.zoom = Knob("zoom: how often to look closer where the question points", 0, 5, self.planner.zoom, 1)
         self.max_new_tokens = Knob("Longest answer in tokens", 1, 512, 200, 1)
         self.temperature = Knob("Temperature (0: always the most likely word)", 0, 2, 0, 0.1)
         self.top_p = Knob("Top p", 0.05, 1, 1, 0.05)
@@ -108,18 +109,22 @@ class Demo:
         return (cost.tower_flops + cost.prefill_flops) / seconds
 
     @lru_cache(maxsize=256)  # noqa: B019
-    def cost(self, crops: int, tokens: int) -> Estimate:
-        return estimate(self.engine.model.config, crops, tokens, new_tokens=1)
+    def cost(self, crops: int, tokens: int, looks: int = 0) -> Estimate:
+        return estimate(self.engine.model.config, crops, tokens, new_tokens=1, looks=looks)
 
-    def _read_knobs(self, max_crops, num_tokens) -> dict[str, int]:
-        return {"max_crops": self.max_crops.read(max_crops), "num_tokens": self.num_tokens.read(num_tokens)}
+    def _read_knobs(self, max_crops, num_tokens, zoom) -> dict[str, int]:
+        return {
+            "max_crops": self.max_crops.read(max_crops),
+            "num_tokens": self.num_tokens.read(num_tokens),
+            "zoom": self.zoom.read(zoom),
+        }
 
-    def preview(self, path: str | None, max_crops: int, num_tokens: int):
+    def preview(self, path: str | None, max_crops: int, num_tokens: int, zoom: int):
         """The crop grid drawn over the picture, and the cost of a question as text; empty without a picture."""
         if path is None:
             return None, ""
         try:
-            knobs = self._read_knobs(max_crops, num_tokens)
+            knobs = self._read_knobs(max_crops, num_tokens, zoom)
             picture = load_upload(path)
             plan = self.planner.plan(*picture.size, **knobs)
         except ValueError as error:
@@ -127,18 +132,20 @@ class Demo:
         grid = draw_crop_grid(picture, plan)
         grid.thumbnail((GRID_SIDE, GRID_SIDE))
         tokens = sum(crop.num_tokens for crop in plan)
-        words = (
-            f"**{len(plan)} crops** (the whole picture and a grid of {len(plan) - 1}), **{tokens} visual tokens**. "
-        )
+        looks, _, regions, per_region = split_budget(min(knobs["max_crops"], tokens - 1), knobs["zoom"])
+        looks = looks if len(plan) > 1 else 0  # a small picture has nothing to zoom into
+        closer = looks * regions * per_region
+        words = f"**{len(plan) + closer} crops** (the whole picture, a grid of {len(plan) - 1}"
+        words += f" and {closer} where the question points" if closer else ""
+        words += f"), **{tokens} visual tokens**. "
         try:
-            cost = self.cost(len(plan), tokens)
+            cost = self.cost(len(plan) + closer, tokens, looks)
         except ValueError:
             return grid, f"{words}These leave no room for an answer: lower num_tokens."
         encoded = cost.prefill_flops / self.flops_per_second
-        first = encoded + cost.tower_flops / self.flops_per_second
-        return grid, (
-            f"{words}The first word comes after about {first:.2f} s, or {encoded:.2f} s once the picture is encoded."
-        )
+        first = encoded + (cost.tower_flops + cost.look_flops) / self.flops_per_second
+        words += f"The first word comes after about {first:.2f} s"
+        return grid, f"{words}." if looks else f"{words}, or {encoded:.2f} s once the picture is encoded."
 
     def answer(
         self,
@@ -146,12 +153,16 @@ class Demo:
         question: str | None,
         max_crops: int,
         num_tokens: int,
+        zoom: int,
         max_new_tokens: int,
         temperature: float,
         top_p: float,
     ):
-        """Yield the answer so far and the status text, which says whether the picture had to be encoded."""
-        yield "", ""
+        """
+        Yield the answer so far, the status text, which says whether the picture had to be encoded, and with zoom the
+        picture with what was looked at.
+        """
+        yield "", "", gr.skip()
         try:
             if path is None:
                 raise ValueError("there is no picture yet: upload one or pick an example")
@@ -159,24 +170,35 @@ class Demo:
                 raise ValueError("there is no question yet: type one")
             if len(question) > MAX_QUESTION:
                 raise ValueError(f"a question may have {MAX_QUESTION} characters, got {len(question)}: shorten it")
-            knobs = self._read_knobs(max_crops, num_tokens)
+            knobs = self._read_knobs(max_crops, num_tokens, zoom)
             options = {"max_new_tokens": self.max_new_tokens.read(max_new_tokens), "do_sample": False}
             temperature, top_p = self.temperature.read(temperature), self.top_p.read(top_p)
             if temperature >= MIN_TEMPERATURE:
                 options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
-            misses = self.engine.feature_cache.misses
             start = time.perf_counter()
-            encoded = self.engine.encode([load_upload(path)], **knobs)
-            status = "The picture was encoded before."
-            if self.engine.feature_cache.misses > misses:
-                status = f"The picture was encoded in {time.perf_counter() - start:.2f} s."
+            encoded, status, shown = self._encode(load_upload(path), question, knobs)
+            yield "", status, shown
             text = ""
             for piece in self.engine.stream(ask_about(encoded, question), **options):
                 text += piece
-                yield text, status
-            yield text, f"{status} The answer took {time.perf_counter() - start:.2f} s in all."
+                yield text, status, gr.skip()
+            yield text, f"{status} The answer took {time.perf_counter() - start:.2f} s in all.", gr.skip()
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
+
+    def _encode(self, picture: Image.Image, question: str, knobs: dict[str, int]):
+        """The encoded picture in a list, a status text, and with zoom the picture with what was looked at."""
+        misses, start = self.engine.feature_cache.misses, time.perf_counter()
+        if knobs["zoom"]:
+            looked = self.engine.look([ask_about([picture], question)], **knobs)
+            shown = draw_looks(picture, looked[0])
+            shown.thumbnail((GRID_SIDE, GRID_SIDE))
+            return looked, f"The model looked in {time.perf_counter() - start:.2f} s.", shown
+        encoded = self.engine.encode([picture], **knobs)
+        status = "The picture was encoded before."
+        if self.engine.feature_cache.misses > misses:
+            status = f"The picture was encoded in {time.perf_counter() - start:.2f} s."
+        return encoded, status, gr.skip()
 
 
 def load_upload(path: str) -> Image.Image:
@@ -294,9 +316,10 @@ def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
                 cost = gr.Markdown(elem_id="cost")
                 max_crops = slider(demo.max_crops, elem_id="max_crops")
                 num_tokens = slider(demo.num_tokens, elem_id="tokens")
+                zoom = slider(demo.zoom, elem_id="zoom")
                 with gr.Accordion("Sampling", open=False):
                     sampling = [slider(knob) for knob in (demo.max_new_tokens, demo.temperature, demo.top_p)]
-        knobs = [max_crops, num_tokens]
+        knobs = [max_crops, num_tokens, zoom]
         gr.Examples(examples, [picture, question], elem_id="examples")
         for changed in (picture, *knobs):
             changed.change(
@@ -306,7 +329,7 @@ def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
             [ask.click, question.submit],
             demo.answer,
             [picture, question, *knobs, *sampling],
-            [answer, status],
+            [answer, status, grid],
         )
     return page
 

@@ -25,10 +25,14 @@ if TYPE_CHECKING:
     from ..image_processing_mc_llava import *  # noqa: F403
     from ..modeling_mc_llava import *  # noqa: F403
     from ..processing_mc_llava import *  # noqa: F403
+    from ..resizing_mc_llava import *  # noqa: F403
+    from ..zoom_mc_llava import *  # noqa: F403
+    from ..zoom_plan_mc_llava import *  # noqa: F403
 
-# The remote code, each file after those that it imports: the first four need neither torch nor transformers.
+# The remote code, each file after those that it imports: the first five need neither torch nor transformers.
 ROOT_FILES = (
     "crops_mc_llava",
+    "zoom_plan_mc_llava",
     "image_costs_mc_llava",
     "image_pixels_mc_llava",
     "image_loading_mc_llava",
@@ -37,6 +41,8 @@ ROOT_FILES = (
     "encoded_images_mc_llava",
     "processing_mc_llava",
     "generation_mc_llava",
+    "resizing_mc_llava",
+    "zoom_mc_llava",
     "modeling_mc_llava",
 )
 # The folder of these files, of `tiny` and of the endpoint's handler.

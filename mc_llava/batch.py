@@ -235,7 +235,7 @@ class Job:
     Args:
         source: a JSON lines file, a parquet file or a folder of images.
         question: for the rows that have none.
-        max_crops, num_tokens: by default as the processor was saved.
+        max_crops, num_tokens, zoom: by default as the processor was saved.
         batch_size: rows that are asked at once.
         dtype, device, quantize: of the model, see `load_model`.
     """
@@ -246,6 +246,7 @@ class Job:
     revision: str | None = None
     max_crops: int | None = None
     num_tokens: int | None = None
+    zoom: int | None = None
     batch_size: int = 8
     max_new_tokens: int = 200
     dtype: str = "auto"
@@ -262,7 +263,8 @@ class Worker:
             raise ValueError(f"{job.source} has changed since the run began, or is another file here: start again")
         processor = load_processor(job.model, job.revision)
         model = load_model(job.model, job.dtype, job.device, job.revision, job.quantize)
-        self.engine = Engine(model, processor, job.max_crops, job.num_tokens, job.batch_size, job.max_new_tokens)
+        knobs = {"max_crops": job.max_crops, "num_tokens": job.num_tokens, "zoom": job.zoom}
+        self.engine = Engine(model, processor, batch_size=job.batch_size, max_new_tokens=job.max_new_tokens, **knobs)
 
     def answer_batch(self, start: int) -> list[dict]:
         """Records of the batch that starts at a row, in the order of the rows. A failed row's record has the error."""
@@ -302,7 +304,13 @@ class Worker:
                 raise
             raise ValueError(f"too little memory: {error}") from error  # otherwise each new run would end at this row
         return [
-            {**record, "answer": reply.text, "crops": reply.crops, "tokens": reply.image_tokens}
+            {
+                **record,
+                "answer": reply.text,
+                "crops": reply.crops,
+                "tokens": reply.image_tokens,
+                **({"looked_at": reply.looked_at} if reply.looked_at else {}),  # with zoom
+            }
             for (record, _), reply in zip(rows, replies)
         ]
 
@@ -406,7 +414,7 @@ def _run(
     commit = identify(job.model, job.revision)
     settings = {
         **asdict(job),
-        **fill_knobs(load_processor(job.model, job.revision), job.max_crops, job.num_tokens),
+        **fill_knobs(load_processor(job.model, job.revision), job.max_crops, job.num_tokens, job.zoom),
         "revision": commit,
         "device": job.device if use_ray else find_device(job.device),  # Ray's workers may have others
         "rows": len(rows),

@@ -37,6 +37,10 @@ ModelOption = Annotated[str, typer.Option(help="A model folder, a Hub id, or tin
 MaxCrops = Annotated[int | None, typer.Option(help="The most crops of an image, in addition to the whole image.")]
 NumTokens = Annotated[int | None, typer.Option(help="The most visual tokens of an image.")]
 MaxNewTokens = Annotated[int, typer.Option(help="The most tokens of an answer.", min=1)]
+Zoom = Annotated[
+    int | None,
+    typer.Option(help="Rounds of looking closer where the question points; by default as the model was saved.", min=0),
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default an accelerator if there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; auto keeps the checkpoint's.")]
 QuantizeOption = Annotated[Quantize | None, typer.Option(help="Store the language model's weights in fewer bits.")]
@@ -53,6 +57,10 @@ def ask(
     model: ModelOption = DEFAULT_MODEL,
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
+    zoom: Zoom = None,
+    show: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw where it looked, or the crop grid, into this picture.")
+    ] = None,
     max_new_tokens: MaxNewTokens = 200,
     dtype: DtypeOption = "auto",
     device: Device = None,
@@ -65,21 +73,30 @@ def ask(
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
     from transformers import TextStreamer
 
-    from .engine import Engine, ask_about
+    from .crop_grid import draw_looks
+    from .engine import Engine, ask_about, fill_knobs
     from .loading import load_model, load_processor
 
+    if show is not None and len(sources) > 1:
+        raise ValueError(f"--show draws one picture, got {len(sources)}: ask about one, or leave it out")
     images = [read_image(source) for source in sources]
     processor = load_processor(model)
     processor.apply_chat_template(ask_about([], question))  # a question that is refused waits for no weights
-    plans = [processor.image_processor.plan(*image.size, max_crops, num_tokens) for image in images]
+    knobs = fill_knobs(processor, max_crops, num_tokens, zoom)
+    plans = [processor.image_processor.plan(*image.size, **knobs) for image in images]
     for source, image, plan in zip(sources, images, plans):
         say(f"{source}: {image.width} x {image.height} pixels, {describe(plan)}")
-    engine = Engine(load_model(model, dtype, device, quantize=quantize), processor, max_new_tokens=max_new_tokens)
+    network = load_model(model, dtype, device, quantize=quantize)
+    engine = Engine(network, processor, max_new_tokens=max_new_tokens, **knobs)
 
     start = time.perf_counter()
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     with crop_progress(engine.model, sum(map(len, plans))):
-        (reply,) = engine.answer([ask_about(engine.encode(images, plans), question)], streamer)
+        asked = images if knobs["zoom"] else engine.encode(images, plans)
+        (reply,) = engine.answer([ask_about(asked, question)], streamer)
+    if show is not None:
+        draw_looks(images[0], reply.images[0]).save(show)
+        say(f"wrote {show}")
     if as_json:
         answer = {
             "answer": reply.text,
@@ -88,6 +105,7 @@ def ask(
             "image_tokens": reply.image_tokens,
             "prompt_tokens": reply.prompt_tokens,
             "new_tokens": reply.new_tokens,
+            **({"looked_at": reply.looked_at} if knobs["zoom"] else {}),
             "seconds": round(time.perf_counter() - start, 3),
         }
         print(json.dumps(answer, ensure_ascii=False))
@@ -99,6 +117,7 @@ def chat(
     model: ModelOption = DEFAULT_MODEL,
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
+    zoom: Zoom = None,
     max_new_tokens: MaxNewTokens = 200,
     dtype: DtypeOption = "auto",
     device: Device = None,
@@ -107,23 +126,26 @@ def chat(
     """
     Talk about a picture: one question per line. An empty line ends the chat.
 
-    The picture is encoded once. Earlier turns are remembered; /new forgets them.
+    The picture is encoded once, or with --zoom looked at anew for each question. Earlier turns are remembered; /new
+    forgets them.
     """
     from transformers import TextStreamer
 
     from . import load_image
-    from .engine import Engine
+    from .engine import Engine, fill_knobs
     from .loading import load_model, load_processor
 
     picture = load_image(image)  # standard input is for questions
     processor = load_processor(model)
-    plan = processor.image_processor.plan(*picture.size, max_crops, num_tokens)
+    knobs = fill_knobs(processor, max_crops, num_tokens, zoom)
+    plan = processor.image_processor.plan(*picture.size, **knobs)
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
-    engine = Engine(load_model(model, dtype, device, quantize=quantize), processor, max_new_tokens=max_new_tokens)
+    network = load_model(model, dtype, device, quantize=quantize)
+    engine = Engine(network, processor, max_new_tokens=max_new_tokens, **knobs)
     sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused like any other bad question
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
-    turns, encoded = [], None
+    turns, encoded = [], picture if knobs["zoom"] else None
     while question := read_question():
         if question == "/new":
             turns = []
@@ -178,6 +200,7 @@ def estimate(
     model: Annotated[str | None, typer.Option(help="A model folder or a Hub id; by default the 3B.")] = None,
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
+    zoom: Zoom = None,
     text_tokens: Annotated[int, typer.Option(help="Tokens of the prompt without the picture.")] = 27,
     max_new_tokens: MaxNewTokens = 200,
     dtype: DtypeOption = "auto",
@@ -185,7 +208,7 @@ def estimate(
     """Print what a question about a picture costs. Loads no weights."""
     import torch
 
-    from . import MCLlavaConfig, MCLlavaImageProcessor
+    from . import MCLlavaConfig, MCLlavaImageProcessor, split_budget
     from .estimate import estimate as estimate_cost
     from .folders import find_model
 
@@ -194,15 +217,21 @@ def estimate(
     else:
         model = find_model(model)
         processor, config = MCLlavaImageProcessor.from_pretrained(model), MCLlavaConfig.from_pretrained(model)
-    plan = processor.plan(*read_image(image).size, max_crops=max_crops, num_tokens=num_tokens)
+    knobs = {"max_crops": max_crops, "num_tokens": num_tokens, "zoom": zoom}
+    knobs = {name: getattr(processor, name) if value is None else value for name, value in knobs.items()}
+    plan = processor.plan(*read_image(image).size, **knobs)
     precision = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     tokens = sum(crop.num_tokens for crop in plan)
-    cost = estimate_cost(config, len(plan), tokens, text_tokens, max_new_tokens, precision)
+    looks, _, regions, per_region = split_budget(min(knobs["max_crops"], tokens - 1), knobs["zoom"])
+    looks = looks if len(plan) > 1 else 0  # a small picture has nothing to zoom into
+    crops = len(plan) + looks * regions * per_region
+    cost = estimate_cost(config, crops, tokens, text_tokens, max_new_tokens, precision, looks)
     for name, value in (
         ("crops", cost.crops),
         ("image tokens", cost.image_tokens),
         ("prompt tokens", cost.prompt_tokens),
         ("vision tower", f"{cost.tower_flops / 1e9:,.1f} GFLOP"),
+        *([("looks", f"{cost.look_flops / 1e9:,.1f} GFLOP")] if looks else []),
         ("prefill", f"{cost.prefill_flops / 1e9:,.1f} GFLOP"),
         ("each new token", f"{cost.flops_per_new_token / 1e9:,.1f} GFLOP"),
         ("weights", f"{cost.weight_bytes / 1e9:,.2f} GB"),
@@ -274,6 +303,7 @@ def evaluate_tasks(
     ),
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
+    zoom: Zoom = None,
     limit: Annotated[int | None, typer.Option(help="Ask only the first questions of each task.", min=1)] = None,
     batch_size: BatchSize = 8,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.", min=1)] = 32,
@@ -308,7 +338,7 @@ def evaluate_tasks(
         if not (output / f"{name}.json").exists():
             TASKS[name].read(sources.get(name, TASKS[name].data))
     network, processor, commit = load(model, revision, dtype, device, quantize)
-    engine = Engine(network, processor, max_crops, num_tokens, batch_size, max_new_tokens)
+    engine = Engine(network, processor, max_crops, num_tokens, batch_size, max_new_tokens, zoom)
     failed = asked = 0
     for name in names:
         found = evaluate(name, engine, output, model=model, revision=commit, data=sources.get(name), limit=limit)
@@ -348,6 +378,35 @@ def study(
     print(markdown(run_study(model, work, output, num_scenes)))
 
 
+@app.command(name="zoom-heads")
+def zoom_heads(
+    model: ModelOption = DEFAULT_MODEL,
+    num_scenes: Annotated[int, typer.Option("--scenes", help="How many drawn scenes to ask about.", min=10)] = 300,
+    most: Annotated[int, typer.Option(help="Write at most this many heads.", min=1)] = 2,
+    write: Annotated[bool, typer.Option("--write", help="Write the best heads into the model's config.json.")] = False,
+    dtype: DtypeOption = "auto",
+    device: Device = None,
+):
+    """
+    Measure which attention heads look at what a question asks about, for --zoom.
+
+    Each head is scored on drawn scenes: how often the crop that it attends to most shows the asked thing. Heads that
+    are no better than chance are never written.
+    """
+    from .folders import find_model
+    from .loading import load_model, load_processor
+    from .zoom_heads import choose_heads, head_table, measure, write_heads
+
+    measured = measure(load_model(model, dtype, device), load_processor(model), num_scenes)
+    chosen = choose_heads(measured, most)
+    print(head_table(measured, chosen))
+    if not chosen:
+        say("no head is better than chance: zoom will compare late layers with a general question")
+    if write:
+        write_heads(Path(find_model(model)), chosen)
+        say(f"wrote {len(chosen)} heads into {Path(find_model(model)) / 'config.json'}")
+
+
 @app.command()
 def batch(
     source: Annotated[str, typer.Argument(help="A .jsonl or .parquet file of rows, or a folder of images.")],
@@ -358,6 +417,7 @@ def batch(
     question: Annotated[str | None, typer.Option(help="The question for rows that have none.")] = None,
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
+    zoom: Zoom = None,
     max_new_tokens: MaxNewTokens = 200,
     batch_size: BatchSize = 8,
     dtype: DtypeOption = "auto",
@@ -389,6 +449,7 @@ def batch(
         revision=revision,
         max_crops=max_crops,
         num_tokens=num_tokens,
+        zoom=zoom,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         dtype=dtype,
@@ -422,6 +483,7 @@ def read_question() -> str:
 
 
 def describe(plan: "list[Crop]") -> str:
+    """The crops that are encoded without looking at the question."""
     tokens = sum(crop.num_tokens for crop in plan)
     return f"crops: {len(plan)} (the whole image and a grid of {len(plan) - 1}), tokens: {tokens}"
 

@@ -37,3 +37,28 @@ def draw_crop_grid(image: Image.Image, plan: list[Crop]) -> Image.Image:
                 stroke_fill="black",
             )
     return image
+
+
+SCOUT, CLOSER = (150, 150, 150), ((255, 200, 0), (255, 90, 0), (255, 0, 90))  # the rounds, from the first to the third
+
+
+def draw_looks(image: Image.Image, encoded) -> Image.Image:
+    """
+    A copy of an RGB image with the crops of an `EncodedImages` of this image.
+
+    Of guided zoom's `ZoomedImages`, scouts are thin grey frames and the crops of later rounds bold ones, one color a
+    round. Other crops are drawn as their grid.
+    """
+    (plan,) = encoded.plans
+    if not hasattr(encoded, "crop_rounds"):
+        return draw_crop_grid(image, plan)
+    image = image.copy()
+    draw = ImageDraw.Draw(image)
+    line = max(1, max(image.size) // 600)
+    for crop, number in zip(plan, encoded.crop_rounds.tolist()):
+        color = CLOSER[min(number, len(CLOSER)) - 1] if number else SCOUT
+        left, top, right, bottom = crop.box
+        width = 4 * line if number else line
+        # Each corner may coincide with the one before it: a crop of one pixel.
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=width)
+    return image

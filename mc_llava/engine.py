@@ -52,6 +52,15 @@ class Reply(NamedTuple):
         return sum(len(image.crop_boxes) for image in self.images)
 
     @property
+    def looked_at(self) -> list[dict]:
+        """Where guided zoom looked, see `ZoomedImages.looked_at`; empty without zoom."""
+        return [
+            {**crop, "image": number}
+            for number, image in enumerate(self.images)
+            for crop in getattr(image, "looked_at", ())
+        ]
+
+    @property
     def image_tokens(self) -> int:
         return sum(len(image.features) for image in self.images)
 
@@ -75,7 +84,8 @@ class Engine:
     with whatever `load_image` reads, or with an `EncodedImages` of one image.
 
     Args:
-        max_crops, num_tokens: by default as the processor was saved.
+        max_crops, num_tokens, zoom: by default as the processor was saved. With zoom, the engine looks at images anew
+            for each question, except for those that are encoded already.
         batch_size: rows of a forward pass.
         max_new_tokens: upper bound of a reply's tokens.
 
@@ -91,9 +101,10 @@ class Engine:
         num_tokens: int | None = None,
         batch_size: int = 8,
         max_new_tokens: int = 200,
+        zoom: int | None = None,
     ):
         self.model, self.processor, self.feature_cache = model.eval(), processor, FeatureCache()
-        self.knobs = fill_knobs(processor, max_crops, num_tokens)
+        self.knobs = fill_knobs(processor, max_crops, num_tokens, zoom)
         self.batch_size = check_knob("batch_size", batch_size, 1)
         self.max_new_tokens = check_knob("max_new_tokens", max_new_tokens, 1)
 
@@ -104,8 +115,11 @@ class Engine:
         Args:
             plans: a crop plan for each image instead of the usual grid.
             knobs: `max_crops` and `num_tokens` instead of the engine's.
+
+        Raises:
+            ValueError: as `FeatureCache.encode` does. Images are encoded without a question, so `zoom` must be 0.
         """
-        options = {**self.knobs, **knobs}
+        options = {**self.knobs, "zoom": 0, **knobs}
         if plans is not None:
             options = {"num_tokens": self.knobs["num_tokens"], **knobs, "plans": plans}
         return self.feature_cache.encode(self.model, self.processor.image_processor, images, **options)
@@ -271,12 +285,33 @@ class Engine:
             raise ValueError("an image part must hold one image, got an EncodedImages of several: use a part for each")
         if given:
             check_weights(given, self.model.hash_encoder())
-        encoded = iter(self.encode([image for image in held if not is_encoded(image)]))
+        if self.knobs["zoom"] and len(given) < len(held):
+            if given:
+                raise ValueError("zoom looks at all images of a batch: pass pictures, not encoded images, or zoom=0")
+            encoded = iter(self.look(conversations))
+        else:
+            encoded = iter(self.encode([image for image in held if not is_encoded(image)]))
         values = iter([image if is_encoded(image) else next(encoded) for image in held])
         return [
             map_image_parts(conversation, lambda part: {**part, "image": next(values)})
             for conversation in conversations
         ]
+
+    def look(self, conversations: list[list[dict]], **knobs) -> list[EncodedImages]:
+        """
+        Guided zoom for each conversation's last question: a `ZoomedImages` for each image, without an answer.
+
+        Args:
+            knobs: `max_crops`, `num_tokens` and `zoom` instead of the engine's.
+        """
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={**self.knobs, **knobs, "padding": True, "return_tensors": "pt"},
+        )
+        return self.model.zoom(**inputs.to(self.model.device)).unbind()
 
     def _write_prompt(self, conversation: list[dict], add_generation_prompt: bool) -> str:
         """The prompt of a conversation about encoded images, with one `<image>` per visual token."""
@@ -320,12 +355,15 @@ def images_of(conversation: list[dict]) -> list:
     return images
 
 
-def fill_knobs(processor: MCLlavaProcessor, max_crops: int | None, num_tokens: int | None) -> dict[str, int]:
+def fill_knobs(
+    processor: MCLlavaProcessor, max_crops: int | None, num_tokens: int | None, zoom: int | None = None
+) -> dict[str, int]:
     """The knobs, by default as the processor was saved."""
     saved = processor.image_processor
     return {
         "max_crops": check_knob("max_crops", saved.max_crops if max_crops is None else max_crops, 0),
         "num_tokens": check_knob("num_tokens", saved.num_tokens if num_tokens is None else num_tokens, 1),
+        "zoom": check_knob("zoom", saved.zoom if zoom is None else zoom, 0),
     }
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from . import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration
+from . import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration, last_attention, zoom_heads
 
 
 @dataclass(frozen=True)
@@ -14,6 +14,7 @@ class Estimate:
     """
     FLOPs count a multiplication and an addition as two, and attention as if no position were masked.
 
+    `look_flops` are those of guided zoom's looks at the prompt before the answer, in addition to `prefill_flops`.
     `activation_bytes` are the crops' pixels (float32, and once more in the model's dtype) and the widest moment of the
     tower's or the language model's pass; `cache_bytes` the keys and values of prompt and answer.
     """
@@ -22,6 +23,7 @@ class Estimate:
     image_tokens: int
     prompt_tokens: int
     tower_flops: int
+    look_flops: int
     prefill_flops: int
     flops_per_new_token: int
     weight_bytes: int
@@ -37,6 +39,7 @@ def estimate(
     text_tokens: int = 27,
     new_tokens: int = 200,
     dtype: torch.dtype = torch.float16,
+    looks: int = 0,
 ) -> Estimate:
     """
     Cost of one picture's crops and of one question about it.
@@ -49,6 +52,7 @@ def estimate(
         crops, image_tokens: of the picture, from a plan or an `EncodedImages`.
         text_tokens: of the prompt without the picture; 27 are the card's prompt with a question of four words.
         new_tokens: of the answer.
+        looks: rounds of guided zoom. `crops` are those of all rounds.
 
     Raises:
         ValueError: if prompt and answer don't fit into the context.
@@ -73,6 +77,8 @@ def estimate(
     coordinate_flops = _count_flops(lambda: model.model.coord_embed(torch.empty_like(selected[:crops, :2])))
     cache = DynamicCache(config=text)
     prefill_flops = _count_flops(lambda: model(inputs_embeds=prompt, cache=cache, logits_to_keep=1))
+    heads = zoom_heads(config)
+    look_flops = _count_flops(lambda: last_attention(model.model.language_model, prompt, None, heads)) if looks else 0
     prompt_bytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     flops_per_new_token = _count_flops(lambda: model(inputs_embeds=token, cache=cache, logits_to_keep=1))
 
@@ -86,6 +92,7 @@ def estimate(
         image_tokens=image_tokens,
         prompt_tokens=length,
         tower_flops=crops * crop_flops + token_flops + coordinate_flops,
+        look_flops=look_flops * looks * (1 if config.zoom_heads else 2),  # also with a general question
         prefill_flops=prefill_flops,
         flops_per_new_token=flops_per_new_token,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),

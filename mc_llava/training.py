@@ -384,7 +384,7 @@ class Collator:
     def blank_row(self) -> dict[str, torch.Tensor]:
         """One blank `<image>` without labels."""
         blank = Image.new("RGB", (1, 1))
-        inputs = self.processor(text=self.processor.image_token, images=blank, num_tokens=1)
+        inputs = self.processor(text=self.processor.image_token, images=blank, num_tokens=1, zoom=0)
         inputs = {
             name: inputs[name][0] if name in ("input_ids", "attention_mask") else inputs[name] for name in inputs
         }
@@ -393,7 +393,7 @@ class Collator:
     def encode(self, row: dict, max_crops: int, num_tokens: int) -> dict[str, torch.Tensor]:
         messages, knobs = row["messages"], {}
         if row["image"] is not None:
-            knobs = {"max_crops": max_crops, "num_tokens": num_tokens}
+            knobs = {"max_crops": max_crops, "num_tokens": num_tokens, "zoom": 0}
             first = next(index for index, message in enumerate(messages) if message["role"] == "user")
             parts = [
                 {"type": "image", "image": load_image(Path(row["image"]))},

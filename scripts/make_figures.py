@@ -1,10 +1,10 @@
 """
-Draw `docs/answers.jpg`, the README's first picture: one question, asked with more and more crops.
+Draw `docs/answers.jpg`, one question, asked with more and more crops, and `docs/looks.jpg`, where zoom looks for it.
 
     python scripts/make_figures.py
 
-Each column shows the crops over the scene, the sign as the vision tower gets it in the sharpest of these crops, and
-the answer of the command at the top of the column, which this script runs.
+Of the first, each column shows the crops over the scene, the sign as the vision tower gets it in the sharpest of these
+crops, and the answer of the command at the top of the column, which this script runs.
 """
 
 import json
@@ -33,9 +33,10 @@ RIGHT, WRONG, GREY = (0, 120, 40), (190, 30, 30), (80, 80, 80)
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 
-def ask(max_crops: int) -> dict:
+def ask(max_crops: int, *options) -> dict:
     """The output of `mc-llava ask --json`."""
     command = [sys.executable, "-m", "mc_llava", "ask", PICTURE, QUESTION, "--max-crops", str(max_crops), "--json"]
+    command += options
     return json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout)
 
 
@@ -112,6 +113,7 @@ def main():
     for index, column in enumerate(columns):
         figure.paste(column, (index * (WIDTH + GAP), 0))
     figure.save(ROOT / "docs" / "answers.jpg", quality=88)
+    ask(16, "--zoom", "1", "--show", ROOT / "docs" / "looks.jpg")
 
 
 if __name__ == "__main__":

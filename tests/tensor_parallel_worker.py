@@ -22,7 +22,9 @@ for weight, rows in (
 
 inputs = load_file(inputs)
 with torch.no_grad():
-    logits = model(**inputs, logits_to_keep=1).logits
+    # A forward pass can't zoom: its boxes are compared instead.
+    is_zooming = "zoom_options" in inputs
+    logits = model.zoom(**inputs).crop_boxes if is_zooming else model(**inputs, logits_to_keep=1).logits
 logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
 tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
 save_file({"logits": logits.contiguous(), "tokens": tokens}, f"{output}.{torch.distributed.get_rank()}")

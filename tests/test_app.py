@@ -176,8 +176,6 @@ def test_upload_ask_move_a_slider_and_ask_again(page, trial):
     assert len(pieces) > 1 and all(pieces[-1].startswith(piece.rstrip()) for piece in pieces), pieces
     assert trial.is_right(0, pieces[-1])
     assert "was encoded in" in page.locator("#status").inner_text()
-    if os.environ.get("SCREENSHOT") == "1":
-        page.screenshot(path=SCREENSHOT, full_page=True)
 
     move_to_the_left(page, "max_crops")
     assert grid_of(page, 1) != first_grid
@@ -192,6 +190,20 @@ def test_upload_ask_move_a_slider_and_ask_again(page, trial):
     page.locator("#picture img").wait_for()
     assert trial.is_right(1, ask(page, trial.questions[1])[-1])
     assert "was encoded in" in page.locator("#status").inner_text()
+
+
+def test_zoom_shows_where_it_looked(page, trial):
+    upload(page, trial.pictures[0])
+    set_knob(page, "zoom", 1)
+    set_knob(page, "max_crops", 16)
+    page.locator("#cost", has_text="a grid of 6 and 9 where the question points").wait_for()
+    scouts = grid_of(page, 16)
+    set_longest_answer(page)
+    assert trial.is_right(0, ask(page, trial.questions[0])[-1])
+    assert "The model looked in" in page.locator("#status").inner_text()
+    assert page.locator("#grid img").get_attribute("src") != scouts
+    if os.environ.get("SCREENSHOT") == "1":
+        page.screenshot(path=SCREENSHOT, full_page=True)
 
 
 def test_examples(page, trial):
@@ -235,7 +247,10 @@ def test_errors_are_words(page, trial, tmp_path):
 
 META = {"_type": "gradio.FileData"}
 NOT_UPLOADED = "this picture was not uploaded here: upload it, or pick an example"
-REST = {"preview": [3, 30], "preview_1": [3, 30], "preview_2": [3, 30], "answer": ["What?", 3, 30, 2, 0, 1]}
+REST = {
+    **{name: [3, 30, 0] for name in ("preview", "preview_1", "preview_2", "preview_3")},
+    "answer": ["What?", 3, 30, 0, 2, 0, 1],
+}
 
 
 def fetch(address: str, body=None) -> tuple[int, str]:
@@ -289,7 +304,7 @@ def test_a_broken_upload_by_the_api(url):
     """The error shows no path of the server either, whatever the file is called."""
     path = send(url, b"no picture")
     for name in ("a.png", "a.svg", None):
-        reply = call(url, "preview", [{"path": path, "orig_name": name, "meta": META}, 3, 30])
+        reply = call(url, "preview", [{"path": path, "orig_name": name, "meta": META}, 3, 30, 0])
         assert "is not an image that can be read" in reply
         assert str(Path(path).parent) not in reply and "component" not in reply
 
@@ -393,14 +408,14 @@ class TestWhatAVisitorMayRead:
     def test_others_still_get_their_answers(self, url, secrets):
         path = send(url, (ROOT / "examples" / "scene1.jpg").read_bytes())
         for file in ({"path": path}, {"path": path, "meta": META, "url": "http://example.com/a.png"}):
-            assert "crops**" in call(url, "preview", [file, 3, 30])
+            assert "crops**" in call(url, "preview", [file, 3, 30, 0])
             assert "in all" in call(url, "answer", [file, *REST["answer"]])
 
     def test_gradios_client_and_the_examples(self, url, trial):
         client = pytest.importorskip("gradio_client")
         asked = client.Client(url, verbose=False)
         file = client.handle_file(str(trial.pictures[0]))
-        answer, _ = asked.predict(file, trial.questions[0], 32, 128, NEW_TOKENS, 0, 1, api_name="/answer")
+        answer, _, _ = asked.predict(file, trial.questions[0], 32, 128, 0, NEW_TOKENS, 0, 1, api_name="/answer")
         assert trial.is_right(0, answer)
         samples = [
             component["props"]["samples"]
@@ -409,7 +424,7 @@ class TestWhatAVisitorMayRead:
         ]
         assert samples
         for (file, _question), *_ in samples:
-            assert "crops**" in call(url, "preview", [file, 3, 30])
+            assert "crops**" in call(url, "preview", [file, 3, 30, 0])
 
     @pytest.mark.parametrize("route", ["file=", "file/", "proxy=", "file=/"])
     def test_no_url_is_fetched(self, url, stranger, route):
@@ -427,7 +442,7 @@ class TestWhatAVisitorMayRead:
 
 class TestSliders:
     def ask(self, url, file, **changes) -> str:
-        values = {"max_crops": 3, "num_tokens": 30, "longest": 2, "temperature": 0, "top_p": 1, **changes}
+        values = {"max_crops": 3, "num_tokens": 30, "zoom": 0, "longest": 2, "temperature": 0, "top_p": 1, **changes}
         return call(url, "answer", [file, "What?", *values.values()])
 
     @pytest.mark.parametrize(
@@ -441,7 +456,7 @@ class TestSliders:
     )
     def test_any_form_of_a_number(self, url, file, changes):
         assert self.ask(url, file, **changes).startswith("complete")
-        knobs = [changes.get("max_crops", 3), changes.get("num_tokens", 30)]
+        knobs = [changes.get("max_crops", 3), changes.get("num_tokens", 30), changes.get("zoom", 0)]
         assert call(url, "preview", [file, *knobs]).startswith("complete")
 
     @pytest.mark.parametrize(
@@ -452,6 +467,7 @@ class TestSliders:
         [
             ("max_crops", "max_crops must be a whole number from 0 to 100"),
             ("num_tokens", "num_tokens must be a whole number from 1 to 2048"),
+            ("zoom", "where the question points must be a whole number from 0 to 5"),
             ("longest", "Longest answer in tokens must be a whole number from 1 to 512"),
             ("temperature", "Temperature (0: always the most likely word) must be a number from 0 to 2"),
             ("top_p", "Top p must be a number from 0.05 to 1"),
@@ -460,18 +476,19 @@ class TestSliders:
     def test_nothing_else(self, url, file, name, words, value):
         reply = self.ask(url, file, **{name: value})
         assert reply.startswith("error") and words in reply
-        if name in ("max_crops", "num_tokens"):
-            reply = call(url, "preview", [file, *({"max_crops": 3, "num_tokens": 30} | {name: value}).values()])
+        if name in ("max_crops", "num_tokens", "zoom"):
+            knobs = {"max_crops": 3, "num_tokens": 30, "zoom": 0} | {name: value}
+            reply = call(url, "preview", [file, *knobs.values()])
             assert reply.startswith("error") and words in reply
 
     def test_between_two_integers(self, url, file):
-        for name in ("max_crops", "num_tokens", "longest"):
+        for name in ("max_crops", "num_tokens", "zoom", "longest"):
             assert "must be a whole number" in self.ask(url, file, **{name: 32.5})
 
     def test_what_the_api_says(self, url):
         parameters = json.loads(fetch(f"{url}/gradio_api/info")[1])["named_endpoints"]["/answer"]["parameters"]
         kinds = {entry["label"]: entry["type"]["type"] for entry in parameters if entry["component"] == "Slider"}
-        assert list(kinds.values()) == ["integer"] * 3 + ["number"] * 2
+        assert list(kinds.values()) == ["integer"] * 4 + ["number"] * 2
 
     def test_a_long_question(self, url, file):
         reply = call(url, "answer", [file, "What? " * 20_000, *REST["answer"][1:]])
@@ -489,11 +506,11 @@ def app():
 
 def test_the_tower_is_passed_once_for_two_questions(app, trial):
     demo = app.Demo("tiny")
-    knobs = demo.planner.max_crops, demo.planner.num_tokens
+    knobs = demo.planner.max_crops, demo.planner.num_tokens, 0
     passes = []
     demo.engine.model.model.vision_tower.encoder.register_forward_hook(lambda *args: passes.append(1))
     for _ in range(2):
-        *_, (answer, status) = demo.answer(str(trial.pictures[0]), trial.questions[0], *knobs, NEW_TOKENS, 0, 1)
+        *_, (answer, status, _) = demo.answer(str(trial.pictures[0]), trial.questions[0], *knobs, NEW_TOKENS, 0, 1)
         assert trial.is_right(0, answer)
         if "was encoded in" in status:
             first = len(passes)

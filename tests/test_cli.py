@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from helpers import ROOT
-from PIL import Image
+from PIL import Image, ImageChops
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, cli
 from mc_llava.evaluation.tasks import TASKS
@@ -70,6 +70,27 @@ def test_ask_in_json_from_standard_input(converted, expected):
     assert answer.pop("prompt_tokens") > 50
     assert 0 < answer.pop("new_tokens") <= 8
     assert answer == {"answer": expected, "model": str(converted), "crops": 1, "image_tokens": 50}
+
+
+def test_ask_zooms_and_shows_where(tmp_path):
+    scene, shown = ROOT / "examples" / "scene1.jpg", tmp_path / "looks.png"
+    options = ("--zoom", 1, "--max-crops", 16, "--json", "--device", "cpu")
+    result = run("ask", scene, "What is written on the blue sign?", *options, "--show", shown)
+    answer = json.loads(result.stdout)
+    assert answer["answer"] == "It says 3ZE." and answer["crops"] == 16 == len(answer["looked_at"])
+    with Image.open(scene) as before, Image.open(shown) as after:
+        assert before.size == after.size and ImageChops.difference(before.convert("RGB"), after).getbbox()
+        left, top, _, _ = next(crop["box"] for crop in answer["looked_at"] if crop["round"] == 1)
+        assert after.getpixel((left, top)) == (255, 200, 0)
+    refused = run("ask", scene, scene, "Which?", "--show", shown)
+    assert refused.returncode == 1 and b"--show draws one picture, got 2" in refused.stderr
+
+
+def test_chat_zooms_for_each_question():
+    questions = b"What is written on the blue sign?\nWhat color is the star?\n\n"
+    result = run("chat", ROOT / "examples" / "scene1.jpg", "--zoom", 1, "--max-crops", 16, input=questions)
+    assert result.returncode == 0 and result.stdout.decode().split("\n")[0] == "It says 3ZE."
+    assert len(result.stdout.decode().split()) > 4
 
 
 def test_ask_about_several_images(checkpoint):

@@ -21,19 +21,19 @@ def torchrun(*arguments) -> str:
     return result.stderr
 
 
-def test_two_processes_give_what_one_gives(converted, tmp_path, monkeypatch):
+@pytest.mark.parametrize("knobs", [{"max_crops": 2, "num_tokens": 30}, {"max_crops": 8, "num_tokens": 30, "zoom": 1}])
+def test_two_processes_give_what_one_gives(converted, tmp_path, monkeypatch, knobs):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert len(list(converted.glob("*.safetensors"))) > 1  # each process reads its share of each shard
     processor = MCLlavaProcessor.from_pretrained(converted)
     inputs = processor(
         text=["What is it?", "What differs between these two?", "What is a galaxy?"],
         images=[[picture(640, 400)], [picture(90, 60, seed=1), picture(700, 700, seed=2)], []],
-        max_crops=2,
-        num_tokens=30,
+        **knobs,
     )
     model = MCLlavaForConditionalGeneration.from_pretrained(converted, dtype=torch.float32)
     with torch.no_grad():
-        logits = model(**inputs, logits_to_keep=1).logits
+        logits = model.zoom(**inputs).crop_boxes if "zoom" in knobs else model(**inputs, logits_to_keep=1).logits
     tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
 
     save_file(dict(inputs), tmp_path / "inputs.safetensors")

@@ -30,7 +30,7 @@ class MCLlavaForLmmsEval(lmms):
     Args:
         pretrained: a model folder or a Hub id.
         revision: branch, tag or commit of a Hub id.
-        max_crops, num_tokens: by default as the processor was saved.
+        max_crops, num_tokens, zoom: by default as the processor was saved.
         dtype: "auto", "float32", "bfloat16" or "float16".
         batch_size: rows of a forward pass.
         device: by default an accelerator if there is one; each of several processes has its own.
@@ -43,6 +43,7 @@ class MCLlavaForLmmsEval(lmms):
         revision: str | None = None,
         max_crops: int | None = None,
         num_tokens: int | None = None,
+        zoom: int | None = None,
         dtype: str = "auto",
         batch_size: int | str = 1,
         device: str | None = None,
@@ -56,7 +57,7 @@ class MCLlavaForLmmsEval(lmms):
         if device is None or self._world_size > 1:
             device = str(self.accelerator.device)
         model, processor, _ = load(pretrained, revision, dtype, device)
-        self.engine = Engine(model, processor, max_crops, num_tokens, int(batch_size), max_new_tokens=32)
+        self.engine = Engine(model, processor, max_crops, num_tokens, int(batch_size), max_new_tokens=32, zoom=zoom)
         self.device = model.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

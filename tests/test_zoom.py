@@ -1,0 +1,223 @@
+"""Guided zoom in the model: rounds, batches, what can't be combined, and where it looked."""
+
+import math
+
+import pytest
+import torch
+from helpers import EXAMPLES, ROOT, picture, prompt, small_model
+
+from mc_llava import (
+    MCLlavaForConditionalGeneration,
+    MCLlavaProcessor,
+    ZoomedImages,
+    check_plan,
+    last_attention,
+    scenes,
+)
+
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+KNOBS = {"zoom": 2, "max_crops": 20, "num_tokens": 40}
+IMAGES = [picture(400, 300), picture(300, 420, seed=1), picture(80, 60, seed=2)]
+TEXTS = [prompt("What is it?", 2), "And here?", "No picture at all"]
+NESTED = [IMAGES[:2], IMAGES[2:], []]
+HEADS = [{"layer": 0, "head": 1}, {"layer": 1, "head": 2}]
+
+
+@pytest.fixture(scope="module")
+def zooming() -> MCLlavaForConditionalGeneration:
+    model = small_model(5, "eager")
+    model.config.zoom_heads = HEADS
+    return model
+
+
+def new_tokens(model, inputs, **options) -> list:
+    return model.generate(**inputs, **{**GREEDY, **options})[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_without_zoom_nothing_changes(zooming, processor):
+    plain = processor(TEXTS[:2], NESTED[:2], max_crops=6)
+    assert not [name for name in plain if name.startswith("zoom")]
+    explicit = processor(TEXTS[:2], NESTED[:2], max_crops=6, zoom=0)
+    assert plain.keys() == explicit.keys() and all(torch.equal(plain[name], explicit[name]) for name in plain)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_batch_equals_one_by_one(processor, seed):
+    model = small_model(seed, "eager")
+    model.config.zoom_heads = HEADS if seed % 2 else None
+    batch = new_tokens(model, processor(TEXTS, NESTED, **KNOBS))
+    for row, text, own in zip(batch, TEXTS, NESTED):
+        assert [row] == new_tokens(model, processor(text, [own], **KNOBS))
+    looked = model.zoom(**processor(TEXTS, NESTED, **KNOBS)).unbind()
+    alone = [image for text, own in zip(TEXTS, NESTED) if own for image in
+             model.zoom(**processor(text, [own], **KNOBS)).unbind()]  # fmt: skip
+    for one, other in zip(looked, alone, strict=True):
+        assert torch.equal(one.crop_boxes, other.crop_boxes)
+        torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "top_k": 5}, {"use_cache": False}],
+    ids=str,
+)
+def test_generate_looks_and_answers_as_zoom_and_generate_do(zooming, processor, options):
+    inputs = processor(TEXTS, NESTED, **KNOBS)
+    looked = zooming.zoom(**inputs)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    torch.manual_seed(0)
+    expected = new_tokens(zooming, {**text, "image_features": looked}, **options)
+    torch.manual_seed(0)
+    assert new_tokens(zooming, inputs, **options) == expected
+
+
+def contains(outer, inner) -> bool:
+    return outer[0] <= inner[0] and outer[1] <= inner[1] and outer[2] >= inner[2] and outer[3] >= inner[3]
+
+
+@pytest.mark.parametrize("zoom", [1, 2])
+def test_where_it_looked(zooming, processor, zoom):
+    inputs = processor(TEXTS, NESTED, **{**KNOBS, "zoom": zoom})
+    output = zooming.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    looked = output.zoomed_images
+    assert isinstance(looked, ZoomedImages) and looked.tokens_per_image == [40, 40, 15]
+    first, second, small = looked.unbind()
+    assert len(small.crop_boxes) == 1, "a picture without a grid has nothing to zoom into"
+    for one, image in ((first, IMAGES[0]), (second, IMAGES[1])):
+        rounds, relevance = one.crop_rounds.tolist(), one.crop_relevance.tolist()
+        assert rounds == sorted(rounds) and set(rounds) == set(range(zoom + 1)) and len(rounds) <= 21
+        assert [math.isnan(found) for found in relevance] == [number == zoom for number in rounds]
+        (plan,) = one.plans
+        assert check_plan([crop.box for crop in plan], *image.size, 40, 56, 14)
+        if zoom == 1:
+            scouts = [index for index, number in enumerate(rounds) if number == 0 and index]
+            best = plan[max(scouts, key=relevance.__getitem__)].box
+            assert all(contains(best, crop.box) for crop, number in zip(plan, rounds) if number)
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    assert torch.equal(zooming.generate(**text, image_features=looked, **GREEDY), output.sequences)
+
+
+def test_boxes_that_were_found_are_a_plan_for_the_next_call(zooming, processor):
+    looked = zooming.zoom(**processor(TEXTS[:2], NESTED[:2], **KNOBS))
+    again = processor(TEXTS[:2], NESTED[:2], plans=looked.plans)
+    text = {name: again[name] for name in ("input_ids", "attention_mask")}
+    assert new_tokens(zooming, again) == new_tokens(zooming, {**text, "image_features": looked})
+
+
+def test_the_saved_zoom_and_zoomed_images(zooming, processor, tmp_path):
+    looked = zooming.zoom(**processor(TEXTS[0], [NESTED[0]], **KNOBS))
+    looked.save(tmp_path / "looked.safetensors")
+    again = ZoomedImages.load(tmp_path / "looked.safetensors")
+    assert torch.equal(again.crop_rounds, looked.crop_rounds) and again.plans == looked.plans
+    processor.save_pretrained(tmp_path)
+    saved = MCLlavaProcessor.from_pretrained(tmp_path)
+    for name, value in KNOBS.items():
+        setattr(saved.image_processor, name, value)
+    saved.save_pretrained(tmp_path)
+    saved = MCLlavaProcessor.from_pretrained(tmp_path)
+    assert saved.image_processor.zoom == 2
+    assert new_tokens(zooming, saved(TEXTS, NESTED)) == new_tokens(zooming, processor(TEXTS, NESTED, **KNOBS))
+    assert "zoom_options" not in saved(TEXTS[1], IMAGES[0], zoom=0)
+    assert "zoom_options" not in saved(TEXTS[1], IMAGES[0], plans=[[(0, 0, 50, 50)]])
+
+
+def test_attention_is_that_of_the_language_model(zooming, processor):
+    inputs = processor(TEXTS, NESTED, max_crops=4)
+    images = {name: inputs[name] for name in processor.image_processor.model_input_names}
+    embeds = zooming.model.embed_prompt(inputs["input_ids"], zooming.get_image_features(**images).pooler_output)
+    mask = inputs["attention_mask"]
+    heads = [(layer, head) for layer in range(2) for head in range(3)]
+    with torch.no_grad():
+        expected = zooming.model.language_model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+            output_attentions=True,
+        ).attentions
+        for attention in ("eager", "sdpa"):
+            zooming.set_attn_implementation(attention)
+            found = last_attention(zooming.model.language_model, embeds, mask, heads)
+            for place, (layer, head) in enumerate(heads):
+                torch.testing.assert_close(found[:, place], expected[layer][:, head, -1], rtol=1e-4, atol=1e-5)
+    zooming.set_attn_implementation("eager")
+
+
+def test_a_model_without_measured_heads_says_so_once(processor, caplog):
+    model = small_model(1)
+    from mc_llava import zoom_mc_llava
+
+    zoom_mc_llava.logger.warning_once.cache_clear()
+    with caplog.at_level("WARNING"):
+        for _ in range(2):
+            model.zoom(**processor(TEXTS[1], IMAGES[0], **KNOBS))
+    assert sum("was never measured" in record.message for record in caplog.records) == 1
+
+
+class TestRefused:
+    def test_forward(self, zooming, processor):
+        with pytest.raises(ValueError, match="a forward pass can't zoom"):
+            zooming(**processor(TEXTS[1], IMAGES[0], **KNOBS))
+
+    def test_the_processor_that_encodes(self, zooming, processor):
+        with pytest.raises(ValueError, match="leave model out, or pass zoom=0"):
+            processor(TEXTS[1], IMAGES[0], zooming, **KNOBS)
+
+    def test_plans(self, processor):
+        with pytest.raises(ValueError, match="leave zoom out"):
+            processor(TEXTS[1], IMAGES[0], zoom=1, plans=[[(0, 0, 50, 50)]])
+
+    def test_features_and_a_cache(self, zooming, processor):
+        inputs = processor(TEXTS[1], IMAGES[0], **KNOBS)
+        looked = zooming.zoom(**inputs)
+        text = {name: inputs[name] for name in inputs if name not in processor.image_processor.model_input_names}
+        with pytest.raises(ValueError, match="zoom can't be combined with image features"):
+            zooming.generate(**text, image_features=looked)
+        with pytest.raises(ValueError, match="zoom can't be combined with a cache"):
+            cache = zooming(**processor("Hello", None)).cache
+            zooming.generate(**inputs, cache=cache)
+
+    @pytest.mark.parametrize("zoom", [-1, 1.0, "2", True])
+    def test_odd_rounds(self, processor, zoom):
+        with pytest.raises(ValueError, match="zoom must be"):
+            processor(TEXTS[1], IMAGES[0], zoom=zoom)
+
+    def test_a_call_without_zooms_fields(self, zooming, processor):
+        with pytest.raises(ValueError, match="call the processor with zoom=1 or more"):
+            zooming.zoom(**processor(TEXTS[1], IMAGES[0]))
+
+    def test_serving_engines(self, processor):
+        with pytest.raises(ValueError, match="zoom needs several passes"):
+            processor._get_num_multimodal_tokens([(300, 400)], zoom=1)
+
+    @pytest.mark.parametrize("entry", [{"layer": 2, "head": 0}, {"layer": 0, "head": 3}, {"layer": 0}, {}])
+    def test_heads_that_the_model_does_not_have(self, zooming, entry):
+        with pytest.raises(ValueError, match="zoom_heads must have a"):
+            type(zooming.config)(**{**zooming.config.to_dict(), "zoom_heads": [entry]})
+
+
+def test_tiny_reads_with_a_third_of_the_crops():
+    model = MCLlavaForConditionalGeneration.from_pretrained(ROOT / "tiny", dtype=torch.float32)
+    processor = MCLlavaProcessor.from_pretrained(ROOT / "tiny")
+    right = {}
+    for name, knobs in (("grid", {"max_crops": 8}), ("zoom", {"max_crops": 10, "zoom": 1})):
+        replies = []
+        for example in EXAMPLES:
+            inputs = processor(example["question"], ROOT / "examples" / example["image"], **knobs)
+            output = model.generate(**inputs, max_new_tokens=24)
+            replies.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        right[name] = sum(scenes.is_correct(e["key"], reply) for e, reply in zip(EXAMPLES, replies))
+    assert right["zoom"] == len(EXAMPLES) > right["grid"], right
+
+
+def test_parts_on_disk(processor, tmp_path):
+    small_model().save_pretrained(tmp_path / "model")
+    inputs = processor(TEXTS[1], IMAGES[0], **KNOBS)
+    device_map = {"model.vision_tower": "cpu", "model.coord_embed": "cpu", "model.multi_modal_projector": "cpu"}
+    device_map |= {"model.language_model": "disk", "lm_head": "cpu"}
+    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    whole, offloaded = (
+        MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", **options, **more)
+        for more in ({}, {"device_map": device_map, "offload_folder": tmp_path / "disk"})
+    )
+    assert new_tokens(offloaded, inputs) == new_tokens(whole, inputs)

@@ -1,0 +1,94 @@
+"""Where guided zoom looks: integers only."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mc_llava import look_closer, plan_crops, plan_scouts, share_evenly, split_budget, tile
+
+
+sizes = st.one_of(st.integers(1, 3000), st.integers(1, 20_000))
+towers = st.sampled_from([(384, 14), (224, 16), (96, 8), (56, 14)])
+
+
+def contains(outer, inner) -> bool:
+    return outer[0] <= inner[0] and outer[1] <= inner[1] and outer[2] >= inner[2] and outer[3] >= inner[3]
+
+
+@settings(max_examples=300, deadline=None)
+@given(width=sizes, height=sizes, most=st.integers(1, 60), overlap=st.sampled_from([(0, 1), (1, 5), (1, 4), (2, 5)]))
+def test_tiles_cover_a_region_and_overlap(width, height, most, overlap):
+    boxes = tile((7, 11, 7 + width, 11 + height), most, overlap)
+    assert 1 <= len(boxes) <= most and len(set(boxes)) == len(boxes)
+    for low, high, start, length in ((0, 2, 7, width), (1, 3, 11, height)):
+        spans = sorted({(box[low], box[high]) for box in boxes})
+        assert spans[0][0] == start and spans[-1][1] == start + length
+        for (left, right), (following, _) in zip(spans, spans[1:]):
+            shared = (right - left) * overlap[0] // overlap[1]
+            assert right - following >= shared - 1, "rounded to pixels"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    width=sizes,
+    height=sizes,
+    zoom=st.integers(1, 5),
+    max_crops=st.integers(0, 150),
+    num_tokens=st.integers(1, 800),
+    tower=towers,
+    data=st.data(),
+)
+def test_neither_knob_is_exceeded_in_any_round(width, height, zoom, max_crops, num_tokens, tower, data):
+    side, patch_size = tower
+    scouts = plan_scouts(width, height, zoom, max_crops, num_tokens, side, patch_size)
+    boxes, tokens = [crop.box for crop in scouts], sum(crop.num_tokens for crop in scouts)
+    assert boxes[0] == (0, 0, width, height) and tokens <= num_tokens
+    rounds, _, regions, per_region = split_budget(min(max_crops, num_tokens - 1), zoom)
+    covered = set()
+    for _ in range(rounds if len(boxes) > 1 else 0):
+        relevance = data.draw(st.lists(st.floats(0, 1), min_size=len(boxes), max_size=len(boxes)))
+        added = look_closer(boxes, relevance, covered, regions, per_region, side)
+        assert len(added) <= regions * per_region
+        boxes += added
+    assert len(boxes) - 1 <= min(max_crops, num_tokens - 1) and len(set(boxes)) == len(boxes)
+    assert all(contains(boxes[0], box) and box[0] < box[2] and box[1] < box[3] for box in boxes)
+    plan = share_evenly(boxes, tokens)
+    assert sum(crop.num_tokens for crop in plan) == tokens
+    assert all(1 <= crop.num_tokens <= (side // patch_size) ** 2 - 1 for crop in plan)
+
+
+def test_the_budget_is_divided_as_documented():
+    assert split_budget(64, 2) == (2, 28, 2, 9)
+    assert split_budget(16, 1) == (1, 7, 1, 9) and split_budget(10, 1) == (1, 6, 1, 4)
+    assert split_budget(16, 5)[0] == 2 and split_budget(7, 1) == (0, 7, 0, 0) and split_budget(0, 3) == (0, 0, 0, 0)
+
+
+def test_the_drawn_tiles():
+    boxes = tile((0, 0, 1000, 600), 6, (1, 5))
+    assert [box[0] for box in boxes] == [0, 0, 307, 307, 615, 615] and boxes[0] == (0, 0, 385, 385)
+
+
+def test_the_most_relevant_crops_are_covered_and_things_at_their_seams_lie_whole_in_one():
+    scouts = [(0, 0, 1800, 1200), *tile((0, 0, 1800, 1200), 6, (1, 4))]
+    relevance = [0.9, 0.01, 0.02, 0.8, 0.01, 0.05, 0.0]
+    (region, second), covered = (scouts[3], scouts[5]), set()
+    closer = look_closer(scouts, relevance, covered, 1, 9, 96)
+    assert covered == {region} and len(closer) == 9 and all(contains(region, box) for box in closer)
+    side = closer[0][2] - closer[0][0]
+    thing = side * 2 // 5 - 2
+    left, top, right, bottom = region
+    for x in range(left, right - thing, 13):
+        for y in range(top, bottom - thing, 17):
+            assert any(contains(box, (x, y, x + thing, y + thing)) for box in closer)
+    more = look_closer([*scouts, *closer], [*relevance, *[0.0] * 9], covered, 1, 9, 96)
+    assert all(contains(second, box) for box in more), "what was covered once is not covered again"
+    assert look_closer(scouts, relevance, set(), 1, 9, 5000) == [], "crops that the tower sees in full"
+
+
+def test_a_small_picture_has_no_scouts_and_odd_knobs_are_refused():
+    assert plan_scouts(120, 90, 3, 100, 50, 96, 8) == plan_crops(120, 90, 100, 50, 96, 8)
+    for knobs in ((1, -1, 5), (1, 5, 0), (1, 2.0, 5)):
+        with pytest.raises(ValueError, match="max_crops|num_tokens"):
+            plan_scouts(1000, 900, *knobs, 96, 8)
+    with pytest.raises(ValueError, match="4096 are possible"):
+        plan_scouts(20_000, 20_000, 1, 10**9, 10**9, 4, 2)

@@ -1,0 +1,337 @@
+"""
+Guided zoom: look at the whole picture and a coarse grid, then closer where the question points.
+
+    round 0    whole picture, scouts              the image processor's crops
+    round 1    attention from the prompt's last token to each crop -> the most relevant crops, covered by smaller ones
+    ...
+    answer     all crops of all rounds, in the same number of `<image>` tokens
+
+Every round's prompt has the same ids: the visual tokens are shared out among more crops.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from PIL import Image
+from transformers.masking_utils import create_causal_mask
+from transformers.utils import logging
+
+from .crops_mc_llava import Box, Crop
+from .encoded_images_mc_llava import EncodedImages, count_image_tokens
+from .generation_mc_llava import CACHE
+from .image_processing_mc_llava import ZOOM_FIELDS, cut_crops
+from .resizing_mc_llava import cut_on_device
+from .zoom_plan_mc_llava import look_closer, share_evenly, split_budget
+
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class ZoomedImages(EncodedImages):
+    """
+    What `zoom` found: encoded images for `generate(image_features=...)`, and where it looked.
+
+    Args:
+        crop_rounds: int64[crops], the round in which a crop was looked at: 0 for the whole picture and the scouts.
+        crop_relevance: float32[crops], the share of attention that a crop got when it was last asked about. NaN in the
+            last round, which is followed by the answer.
+    """
+
+    crop_rounds: torch.LongTensor
+    crop_relevance: torch.Tensor
+
+    @property
+    def looked_at(self) -> list[dict]:
+        """For JSON: the image's number, box, round and relevance (None for NaN) of each crop."""
+        images = [number for number, crops in enumerate(self.crops_per_image) for _ in range(crops)]
+        crops = zip(images, self.crop_boxes.tolist(), self.crop_rounds.tolist(), self.crop_relevance.tolist())
+        return [
+            {"image": image, "box": box, "round": number, "relevance": None if math.isnan(found) else round(found, 4)}
+            for image, box, number, found in crops
+        ]
+
+
+@dataclass
+class View:
+    """What is known of one picture while it is looked at."""
+
+    pixels: torch.Tensor  # uint8[height, width, 3]
+    row: int  # of the prompt
+    num_tokens: int
+    rounds: int
+    regions: int
+    per_region: int
+    boxes: list[Box]
+    patches: list[torch.Tensor]  # for each crop, float[most tokens that are needed of it, vision_hidden]
+    crop_rounds: list[int]
+    relevance: list[float]
+    covered: set[Box] = field(default_factory=set)
+
+    @property
+    def plan(self) -> list[Crop]:
+        return share_evenly(self.boxes, self.num_tokens)
+
+    @property
+    def coords(self) -> list[tuple[float, float]]:
+        height, width, _ = self.pixels.shape
+        return [((left + right) / 2 / width, (top + bottom) / 2 / height) for left, top, right, bottom in self.boxes]
+
+
+class MCLlavaZoomMixin:
+    """Guided zoom for `MCLlavaForConditionalGeneration`, which provides the model's parts."""
+
+    @torch.no_grad()
+    def zoom(
+        self,
+        input_ids: torch.LongTensor,
+        attention_mask: torch.Tensor | None = None,
+        **images,
+    ) -> ZoomedImages:
+        """
+        Look where the questions point, without answering them:
+
+            looked = model.zoom(**processor(question, picture, zoom=2))
+            looked.plans, looked.crop_rounds, looked.crop_relevance
+            model.generate(**text, image_features=looked)
+
+        Args:
+            input_ids, attention_mask: int[batch, length], prompts with one `<image>` per visual token, padded on the
+                left.
+            images: the other fields that the processor returned with `zoom` of at least 1.
+
+        Raises:
+            ValueError: if the processor was called without `zoom`, or its fields don't fit each other.
+        """
+        return self.zoomed_images(self.look(input_ids, attention_mask, images))
+
+    def zoomed_images(self, views: list[View]) -> ZoomedImages:
+        """What `look` found, as encoded images."""
+        features = torch.cat(self.features(views))
+        crops = [crop for view in views for crop in view.plan]
+        fields = {
+            "crop_boxes": [crop.box for crop in crops],
+            "crop_coords": [center for view in views for center in view.coords],
+            "crop_num_tokens": [crop.num_tokens for crop in crops],
+            "image_grid_thw": [[len(view.boxes), 1, 1] for view in views],
+            "crop_rounds": [number for view in views for number in view.crop_rounds],
+            "crop_relevance": [found for view in views for found in view.relevance],
+        }
+        tensors = {name: torch.tensor(values, device=features.device) for name, values in fields.items()}
+        return ZoomedImages(features, **tensors, weights_hash=self.hash_encoder())
+
+    def look(self, input_ids, attention_mask, images: dict) -> list[View]:
+        """All rounds before the answer."""
+        if missing := [name for name in ZOOM_FIELDS if images.get(name) is None]:
+            raise ValueError(f"{', '.join(missing)} are missing: call the processor with zoom=1 or more")
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        views = self._first_views(input_ids, images)
+        for number in range(1, 1 + max(view.rounds for view in views)):
+            active = [view for view in views if view.rounds >= number]
+            rows = sorted({view.row for view in active})
+            seen = [view for view in views if view.row in rows]
+            shares = self._attention(input_ids[rows], attention_mask[rows], seen, images["zoom_general_ids"])
+            for view, share in zip(seen, shares):
+                view.relevance = [float(part.sum()) for part in share.split([crop.num_tokens for crop in view.plan])]
+            self._look_closer(active, number, images["zoom_values"])
+        return views
+
+    def _first_views(self, input_ids, images: dict) -> list[View]:
+        """The views of the image processor's crops."""
+        num_tokens, options = images["crop_num_tokens"], images["zoom_options"].tolist()
+        crops_per_image = images["image_grid_thw"][:, 0].tolist()
+        tokens = count_image_tokens(num_tokens, images["image_grid_thw"])
+        row_ends = self.model.get_placeholder_mask(input_ids, tokens).sum(-1).cumsum(0)
+        ends = torch.tensor(tokens, device=row_ends.device).cumsum(0)
+        rows = torch.searchsorted(row_ends, ends).tolist()
+        patches = self.model.encode_tokens(images["pixel_values"], num_tokens).split(num_tokens.tolist())
+        boxes = [tuple(box) for box in images["crop_boxes"].tolist()]
+        views, start, byte = [], 0, 0
+        for crops, row, budget, (zoom, max_crops, height, width) in zip(crops_per_image, rows, tokens, options):
+            end, size = start + crops, 3 * height * width
+            rounds, _, regions, per_region = split_budget(min(max_crops, budget - 1), zoom)
+            views.append(
+                View(
+                    pixels=images["zoom_pictures"][byte : byte + size].view(height, width, 3),
+                    row=row,
+                    num_tokens=budget,
+                    rounds=rounds if crops > 1 else 0,
+                    regions=regions,
+                    per_region=per_region,
+                    boxes=boxes[start:end],
+                    patches=list(patches[start:end]),
+                    crop_rounds=[0] * crops,
+                    relevance=[float("nan")] * crops,
+                )
+            )
+            start, byte = end, byte + size
+        return views
+
+    def _look_closer(self, views: list[View], number: int, values: torch.Tensor):
+        """Encode the crops of round `number`, of all pictures at once."""
+        side = self.config.vision_config.image_size
+        added = [
+            look_closer(view.boxes, view.relevance, view.covered, view.regions, view.per_region, side)
+            for view in views
+        ]
+        for view, boxes in zip(views, added):
+            view.boxes += boxes
+            view.crop_rounds += [number] * len(boxes)
+            view.relevance += [float("nan")] * len(boxes)
+        if not any(added):
+            return
+        cut = torch.cat([_cut(view.pixels, boxes, side) for view, boxes in zip(views, added) if boxes])
+        pixels = torch.stack([values[channel][cut[..., channel].long()] for channel in range(3)], dim=1)
+        counts = [view.plan[0].num_tokens for view, boxes in zip(views, added) for _ in boxes]
+        tokens = self.model.encode_tokens(pixels, torch.tensor(counts, device=cut.device)).split(counts)
+        for view, boxes in zip(views, added):
+            view.patches += tokens[: len(boxes)]
+            tokens = tokens[len(boxes) :]
+
+    def features(self, views: list[View]) -> list[torch.Tensor]:
+        """One float[tokens, hidden] per view: the last patches of each crop, with its place, projected."""
+        features = []
+        for view in views:
+            counts = [crop.num_tokens for crop in view.plan]
+            kept = torch.cat([patches[-count:] for patches, count in zip(view.patches, counts)])
+            coords = torch.tensor(view.coords, device=kept.device)
+            placed = self.model.add_positions(kept, coords, torch.tensor(counts, device=kept.device))
+            features.append(self.model.multi_modal_projector(placed))
+        return features
+
+    def _attention(self, input_ids, attention_mask, views: list[View], general_ids) -> list[torch.Tensor]:
+        """For each view, float[tokens]: the share of the prompt's last token's attention that a visual token gets."""
+        features, heads = self.features(views), zoom_heads(self.config)
+        found = self.image_attention(input_ids, attention_mask, features, heads).mean(0)
+        if not self.config.zoom_heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
+            warn_unmeasured(self.config.name_or_path)
+            general = self._ask_in_general(input_ids, attention_mask, general_ids)
+            found = found / self.image_attention(*general, features, heads).mean(0).clamp(min=1e-6)
+        return list(found.split([len(part) for part in features]))
+
+    def image_attention(
+        self, input_ids, attention_mask, features: list[torch.Tensor], heads: list[tuple[int, int]]
+    ) -> torch.Tensor:
+        """Attention of the prompts' last tokens to the visual tokens of all images: float32[heads, tokens]."""
+        embeds = self.model.embed_prompt(input_ids, features)
+        found = last_attention(self.model.language_model, embeds, attention_mask, heads)
+        return found.transpose(0, 1)[:, input_ids == self.config.image_token_id]
+
+    def _ask_in_general(self, input_ids, attention_mask, general_ids):
+        """The prompts up to their last `<image>`, followed by a general question; padded on the left."""
+        rows = []
+        for ids, kept in zip(input_ids, attention_mask.bool()):
+            ids = ids[kept]
+            end = int((ids == self.config.image_token_id).nonzero()[-1]) + 1
+            rows.append(torch.cat([ids[:end], general_ids.to(ids.device)]))
+        pad = lambda parts, value: torch.nn.utils.rnn.pad_sequence(  # noqa: E731
+            parts, batch_first=True, padding_value=value, padding_side="left"
+        )
+        return pad(rows, self.config.pad_token_id or 0), pad([torch.ones_like(row) for row in rows], 0)
+
+
+def _cut(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.Tensor:
+    """uint8[crops, side, side, 3] on the picture's device."""
+    if picture.device.type == "cpu":
+        return torch.from_numpy(cut_crops(Image.fromarray(picture.numpy()), boxes, side))
+    return cut_on_device(picture, boxes, side)
+
+
+def zoom_heads(config) -> list[tuple[int, int]]:
+    """
+    (layer, head) of the heads that zoom asks: the measured ones, or all of the layer at three quarters of the language
+    model's depth.
+    """
+    if config.zoom_heads:
+        return [(entry["layer"], entry["head"]) for entry in config.zoom_heads]
+    text = config.text_config
+    return [(text.num_hidden_layers * 3 // 4, head) for head in range(text.num_attention_heads)]
+
+
+def last_attention(
+    language_model, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, heads: list[tuple[int, int]]
+) -> torch.Tensor:
+    """
+    Attention of the last token in some heads: float32[batch, heads, length].
+
+    Only the layers below the deepest of these heads are run, and of each chosen layer only the keys and the last
+    token's query are computed, whatever attention the model was loaded with.
+
+    Args:
+        inputs_embeds, attention_mask: float[batch, length, hidden] and int[batch, length], padded on the left; None
+            without padding.
+        heads: (layer, head), both counted from 0.
+    """
+    places = torch.ones_like(inputs_embeds[..., 0]).long() if attention_mask is None else attention_mask
+    position_ids = (places.cumsum(-1) - 1).clamp(min=0)
+    mask = create_causal_mask(
+        config=language_model.config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        **{CACHE: None},
+    )
+    rotary = language_model.rotary_emb(inputs_embeds, position_ids)
+    found = {}
+    deepest = max(layer for layer, _ in heads)
+    hidden = inputs_embeds
+    for index, layer in enumerate(language_model.layers[: deepest + 1]):
+        if chosen := [head for at, head in heads if at == index]:
+            attention = _head_attention(layer, hidden, rotary, places, chosen).to(inputs_embeds.device)
+            found |= {(index, head): attention[:, place] for place, head in enumerate(chosen)}
+        if index < deepest:
+            hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
+            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return torch.stack([found[head] for head in heads], dim=1)
+
+
+def _head_attention(
+    layer,
+    hidden: torch.Tensor,
+    rotary: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor,
+    heads: list[int],
+) -> torch.Tensor:
+    """For some heads of one of Phi's layers, the last token's attention to all tokens: [batch, heads, length]."""
+    attention, norm = layer.self_attn, layer.input_layernorm
+    # Layers may be on several devices. The hooks of offloaded ones, whose weights are "meta", move their inputs.
+    states = norm(hidden if norm.weight.is_meta else hidden.to(norm.weight.device))
+    shape = (*states.shape[:2], -1, attention.head_dim)
+    query = attention.q_proj(states[:, -1:]).view(len(states), 1, -1, attention.head_dim).transpose(1, 2)
+    keys = attention.k_proj(states).view(shape).transpose(1, 2)
+    if attention.qk_layernorm:
+        query, keys = attention.q_layernorm(query), attention.k_layernorm(keys)
+    cos, sin = (part.unsqueeze(1).to(keys.device) for part in rotary)
+    query = _rotate(query, cos[:, :, -1:], sin[:, :, -1:])
+    keys = _rotate(keys, cos, sin).repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    scores = (query @ keys.transpose(-1, -2)).squeeze(2).float() * attention.scaling
+    scores = scores.masked_fill(attention_mask[:, None].to(scores.device) == 0, -torch.inf).softmax(-1)
+    missing = attention.config.num_attention_heads - scores.shape[1]
+    if not missing:
+        return scores[:, heads]
+    # Tensor parallel: each process has its share of the heads.
+    first = torch.distributed.get_rank() * scores.shape[1]
+    found = torch.zeros_like(scores[:, :1]).repeat(1, len(heads), 1)
+    for place, head in enumerate(heads):
+        if first <= head < first + scores.shape[1]:
+            found[:, place] = scores[:, head - first]
+    torch.distributed.all_reduce(found)
+    return found
+
+
+def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of the first dimensions of each head."""
+    turned, kept = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
+    low, high = turned.chunk(2, dim=-1)
+    return torch.cat([turned * cos + torch.cat([-high, low], dim=-1) * sin, kept], dim=-1)
+
+
+def warn_unmeasured(name: str):
+    logger.warning_once(
+        f"zoom uses the late layers of {name or 'this model'}: which of its heads find what is asked about was never "
+        "measured. `mc-llava zoom-heads` measures them"
+    )
+
+
+__all__ = ["MCLlavaZoomMixin", "ZoomedImages", "last_attention", "zoom_heads"]

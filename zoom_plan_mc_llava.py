@@ -1,0 +1,145 @@
+"""Where guided zoom looks: a coarse grid first, then closer where a question points. Integers only."""
+
+from .crops_mc_llava import Box, Crop, check_knob, check_number, max_tokens_per_crop
+
+
+# Of a round's crops that cover a region: 2 x 2 that overlap by a quarter, or 3 x 3 by two fifths. Both have about half
+# of the region's side, and a thing at the seam of two of them lies whole in one.
+FEW, MANY = 4, 9
+OVERLAPS = {FEW: (1, 4), MANY: (2, 5)}
+SCOUT_OVERLAP = (1, 4)
+
+
+def split_budget(max_crops: int, rounds: int) -> tuple[int, int, int, int]:
+    """
+    Divide `max_crops` crops among scouts and rounds of looking closer.
+
+    About half of them scout; each round covers some regions with `FEW` or `MANY` crops each. 64 crops and 2 rounds are
+    28 scouts and twice 2 regions of 9 crops.
+
+    Returns:
+        rounds (fewer if the crops don't suffice), scouts, regions per round, crops per region. With fewer than 8
+        crops there are no rounds.
+    """
+    rounds = min(rounds, max_crops // (2 * FEW))
+    if rounds < 1:
+        return 0, max_crops, 0, 0
+    share = max_crops // (2 * rounds)
+    per_region = MANY if share >= MANY - 1 else FEW
+    regions = max(1, (2 * share + per_region) // (2 * per_region))
+    return rounds, max_crops - rounds * regions * per_region, regions, per_region
+
+
+def tile(region: Box, most: int, overlap: tuple[int, int]) -> list[Box]:
+    r"""
+    Cover a region with at most `most` square crops, as small as possible, of which neighbors overlap by at least
+    `overlap` (a fraction) of their side. A region of 1000 x 600 with at most 6 crops and a fifth:
+
+        0      307  385      615 692    1000
+        |---- 1, 2 ----|                         crops from top to bottom, in columns from left to right
+               |---- 3, 4 ----|
+                          |---- 5, 6 ----|
+
+    Returns:
+        The crops' boxes. A region that is narrower than a crop's side limits its crops.
+    """
+    left, top, right, bottom = region
+    width, height = right - left, bottom - top
+    part, whole = overlap
+
+    def side_for(length: int, count: int) -> int:  # count * side - (count - 1) * overlap * side >= length
+        return -(-length * whole // (whole + (count - 1) * (whole - part)))
+
+    grids = [(columns, rows) for columns in range(1, most + 1) for rows in range(1, most // columns + 1)]
+    side, _, columns, rows = min(
+        (max(side_for(width, columns), side_for(height, rows)), columns * rows, columns, rows)
+        for columns, rows in grids
+    )
+    boxes = []
+    for x in _spread(width, side, columns):
+        for y in _spread(height, side, rows):
+            boxes.append((left + x, top + y, left + min(x + side, width), top + min(y + side, height)))
+    return list(dict.fromkeys(boxes))
+
+
+def _spread(length: int, side: int, count: int) -> list[int]:
+    """The starts of `count` intervals of a side, spread evenly over a length."""
+    room = max(0, length - side)
+    return [room * index // max(1, count - 1) for index in range(count)]
+
+
+def plan_scouts(
+    width: int, height: int, zoom: int, max_crops: int, num_tokens: int, side: int, patch_size: int
+) -> list[Crop]:
+    """
+    The whole picture and the crops that scout it. See `plan_crops` for the arguments.
+
+    Returns:
+        The crops in the order of their tokens, the whole picture first. A picture without a grid in `plan_crops` has
+        no scouts, either.
+
+    Raises:
+        ValueError: if a knob is out of range, or there are more than `MOST_CROPS` scouts.
+    """
+    max_crops, num_tokens = check_knob("max_crops", max_crops, 0), check_knob("num_tokens", num_tokens, 1)
+    boxes = [(0, 0, width, height)]
+    if max(width, height) > side + side // 2:
+        _, scouts, _, _ = split_budget(min(max_crops, num_tokens - 1), zoom)
+        check_number(scouts)
+        if scouts > 0:
+            boxes += tile(boxes[0], scouts, SCOUT_OVERLAP)
+    boxes = list(dict.fromkeys(boxes))
+    return share_evenly(boxes, min(num_tokens, len(boxes) * max_tokens_per_crop(side, patch_size)))
+
+
+def share_evenly(boxes: list[Box], num_tokens: int) -> list[Crop]:
+    """
+    Share exactly `num_tokens` tokens among crops with these boxes. If they don't divide, the first ones get one more.
+
+    However many crops a picture gets, its tokens in the prompt stay as many.
+    """
+    share, more = divmod(num_tokens, len(boxes))
+    return [Crop(box, share + (index < more)) for index, box in enumerate(boxes)]
+
+
+def look_closer(
+    boxes: list[Box], relevance: list[float], covered: set[Box], regions: int, per_region: int, side: int
+) -> list[Box]:
+    r"""
+    Cover the most relevant crops with crops of about half their side.
+
+        scouts, the most relevant one marked          closer
+        +-----+-----+-----+
+        |     |  7  |  1  |                            +--+--+--+
+        +-----+=====+-----+      -->                   +--+--+--+     3 x 3 crops of the marked one
+        |  0  # 80  #  2  |                            +--+--+--+
+        +-----+=====+-----+
+
+    Args:
+        boxes: all crops so far, the whole picture first.
+        relevance: of each of them.
+        covered: boxes that were covered before; what is covered now is added.
+        regions: how many crops to cover.
+        per_region: crops for each, `FEW` or `MANY`.
+        side: the tower's side in pixels. A crop of at most this side shows all that there is.
+
+    Returns:
+        The new boxes, in the order of their regions' relevance, none twice and none that is in `boxes`.
+    """
+    whole = boxes[0]
+    left = [
+        (-found, box)
+        for box, found in zip(boxes, relevance)
+        if box != whole and box not in covered and max(box[2] - box[0], box[3] - box[1]) > side
+    ]
+    known, new = set(boxes), []
+    for _, region in sorted(left)[:regions]:
+        covered.add(region)
+        for box in tile(region, per_region, OVERLAPS[per_region]):
+            if box not in known:
+                known.add(box)
+                new.append(box)
+    return new
+
+
+__all__ = ["look_closer", "plan_scouts", "share_evenly", "split_budget", "tile"]
