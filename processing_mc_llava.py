@@ -288,7 +288,8 @@ class MCLlavaProcessor(ProcessorMixin):
     def _add_general_question(self, inputs: BatchFeature) -> BatchFeature:
         if "zoom_options" in inputs:
             content = [{"type": "image"}, {"type": "text", "text": GENERAL_QUESTION}]
-            prompt = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+            messages = [{"role": "user", "content": content}]
+            prompt = self.apply_chat_template(messages, CHAT_TEMPLATE, add_generation_prompt=True)
             ids = self.tokenizer(prompt.split(self.image_token)[1], return_tensors="np")["input_ids"][0]
             is_torch = isinstance(inputs["zoom_options"], torch.Tensor)
             inputs["zoom_general_ids"] = torch.from_numpy(ids) if is_torch else ids

@@ -98,6 +98,16 @@ def test_where_it_looked(zooming, processor, zoom):
     assert torch.equal(zooming.generate(**text, image_features=looked, **GREEDY), output.sequences)
 
 
+def test_a_template_of_ones_own(zooming, processor):
+    template = "USER: <image>{{ messages[0]['content'][1]['text'] }} ASSISTANT:"
+    content = [{"type": "image", "image": IMAGES[0]}, {"type": "text", "text": "What?"}]
+    options = {"tokenize": True, "return_dict": True, "return_tensors": "pt", "processor_kwargs": KNOBS}
+    messages = [{"role": "user", "content": content}]
+    inputs = processor.apply_chat_template(messages, chat_template=template, **options)
+    looked = zooming.zoom(**inputs)
+    assert looked.tokens_per_image == [40] and set(looked.crop_rounds.tolist()) == {0, 1, 2}
+
+
 def test_boxes_that_were_found_are_a_plan_for_the_next_call(zooming, processor):
     looked = zooming.zoom(**processor(TEXTS[:2], NESTED[:2], **KNOBS))
     again = processor(TEXTS[:2], NESTED[:2], plans=looked.plans)
