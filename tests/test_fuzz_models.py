@@ -1,5 +1,6 @@
 """
-Random small models, pictures, plans and prompts: every way to ask gives the same tokens in float32.
+Random small models, pictures, plans and prompts, with and without zoom: each way to ask gives the same tokens in
+float32.
 
 `FUZZ_SEED` and `FUZZ_COUNT` choose other models and how many; a failure prints the seed that shows it again.
 """
@@ -16,7 +17,7 @@ from transformers.generation import utils as generation_utils
 from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.fuzz]
 FIRST, COUNT = int(os.environ.get("FUZZ_SEED", 0)), int(os.environ.get("FUZZ_COUNT", 500))
 IMAGE, PAD, WORDS = 1, 0, 96  # ids; the vocabulary
 
@@ -68,7 +69,7 @@ def random_rows(rng: random.Random) -> list[tuple[list[int], list]]:
     rows = []
     for _ in range(rng.randint(1, 3)):
         images = [
-            picture(rng.randint(1, 120), rng.randint(1, 120), rng.getrandbits(16)) for _ in range(rng.randint(0, 2))
+            picture(rng.randint(1, 160), rng.randint(1, 160), rng.getrandbits(16)) for _ in range(rng.randint(0, 2))
         ]
         ids = [rng.randrange(2, WORDS) for _ in range(rng.randint(1, 12))]
         for place in sorted(rng.choices(range(len(ids) + 1), k=len(images)), reverse=True):
@@ -77,10 +78,12 @@ def random_rows(rng: random.Random) -> list[tuple[list[int], list]]:
     return rows
 
 
-def to_inputs(rows, image_processor) -> dict:
+def to_inputs(rows, image_processor, **knobs) -> dict:
     """The fields for `generate`, padded on the left, with an `<image>` for each visual token."""
     images = [image for _, own in rows for image in own]
-    fields = dict(image_processor(images, return_tensors="pt")) if images else {}
+    fields = dict(image_processor(images, return_tensors="pt", **knobs)) if images else {}
+    if knobs and images:
+        fields["zoom_general_ids"] = torch.tensor([5, 6, 7])
     crops = fields["image_grid_thw"][:, 0].tolist() if images else []
     counts = iter([int(part.sum()) for part in fields["crop_num_tokens"].split(crops)] if images else [])
     expanded = [[new for id in ids for new in ([IMAGE] * next(counts) if id < 0 else [id])] for ids, _ in rows]
@@ -133,3 +136,34 @@ def disagreements(seed: int) -> list[str]:
 def test_every_way_to_ask_gives_the_same_tokens(part):
     for seed in range(FIRST + part, FIRST + COUNT, 10):
         assert disagreements(seed) == [], f"FUZZ_SEED={seed} FUZZ_COUNT=1"
+
+
+def zoom_disagreements(seed: int) -> list[str]:
+    rng = random.Random(f"zoom {seed}")
+    set_seed(seed)
+    model, image_processor = random_model(rng)
+    text = model.config.text_config
+    if rng.random() < 0.7:
+        heads = range(rng.randint(1, 3))
+        model.config.zoom_heads = [
+            {"layer": rng.randrange(text.num_hidden_layers), "head": rng.randrange(text.num_attention_heads)}
+            for _ in heads
+        ]
+    rows = random_rows(rng)
+    knobs = {"zoom": rng.randint(1, 3), "max_crops": rng.randint(0, 40), "num_tokens": rng.randint(1, 30)}
+    inputs = to_inputs(rows, image_processor, **knobs)
+    batch = tokens(model, inputs)
+    found = {"one by one": [tokens(model, to_inputs([row], image_processor, **knobs))[0] for row in rows]}
+    if "zoom_options" in inputs:
+        looked = model.zoom(**inputs)
+        assert max(looked.crops_per_image) <= knobs["max_crops"] + 1
+        assert max(looked.tokens_per_image) <= knobs["num_tokens"]
+        texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        found["zoom, then generate"] = tokens(model, {**texts, "image_features": looked})
+    return [way for way, got in found.items() if got != batch]
+
+
+@pytest.mark.parametrize("part", range(10))
+def test_zoom_gives_the_same_tokens_in_a_batch_and_alone(part):
+    for seed in range(FIRST + part, FIRST + COUNT // 2, 10):
+        assert zoom_disagreements(seed) == [], f"FUZZ_SEED={seed} FUZZ_COUNT=2"
