@@ -1,11 +1,13 @@
 """Configuration of MC-LLaVA: a SigLIP vision tower, a coordinate embedding, a projector and a Phi language model."""
 
 import copy
+import math
 import sys
 from importlib import import_module
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -71,12 +73,24 @@ def without_kernels(config: dict) -> dict:
     }
 
 
-def check_sizes(name: str, config: PreTrainedConfig):
-    """Raise a ValueError for a size below 1 or beyond its limit."""
+def check_values(name: str, config: PreTrainedConfig):
+    """Raise a ValueError for a size below 1 or beyond its limit, and for numbers that make all answers garbage."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for key, value in {"layer_norm_eps": config.layer_norm_eps, "rope_theta": rope.get("rope_theta", 1.0)}.items():
+        if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise ValueError(
+                f"{key} of {name} must be above 0 and finite, got {value!r:.100}: fetch config.json again"
+            )
+    check_activation(name, config.hidden_act)
     for key, limit in LIMITS.items():
         size = getattr(config, key, None)
         if size is not None and not (isinstance(size, int) and 1 <= size <= limit):
             raise ValueError(f"{key} of {name} must be from 1 to {limit}, got {size!r:.100}: fetch config.json again")
+
+
+def check_activation(name: str, activation):
+    if not isinstance(activation, str) or activation not in ACT2FN:
+        raise ValueError(f"the activation of {name}, {activation!r:.100}, is unknown: fetch config.json again")
 
 
 @strict
@@ -105,7 +119,7 @@ class MCLlavaConfig(PreTrainedConfig):
     Raises:
         ValueError: if `projector_tokens_num`, another key of the published configuration, is not 1 (no other projector
             was ever published), if a sub-configuration is of another model than SigLIP or Phi, or if one of its sizes
-            is below 1 or above `LIMITS`.
+            is below 1 or above `LIMITS`, or a number makes no sense.
 
     ```python
     >>> MCLlavaConfig().text_config.hidden_size
@@ -129,8 +143,9 @@ class MCLlavaConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         self.vision_config = copy.copy(self._sub_config(self.vision_config, SIGLIP_SO400M))  # not the caller's
         self.text_config = self._sub_config(self.text_config, PHI_2)
-        check_sizes("vision_config", self.vision_config)
-        check_sizes("text_config", self.text_config)
+        check_values("vision_config", self.vision_config)
+        check_values("text_config", self.text_config)
+        check_activation("the projector", self.projector_hidden_act)
         self.vision_config.vision_use_head = False
 
         projector_tokens_num = kwargs.pop("projector_tokens_num", 1)
@@ -146,6 +161,8 @@ class MCLlavaConfig(PreTrainedConfig):
 
         # The published map names files that no longer exist. A map to our files, in whatever repository, is kept.
         auto_map = kwargs.pop("auto_map", None) or {}
+        if not isinstance(auto_map, dict):
+            raise ValueError(f"auto_map must be an object, got {auto_map!r:.100}: fetch config.json again")
         if not str(auto_map.get("AutoConfig", "")).endswith(AUTO_MAP["AutoConfig"]):
             auto_map = AUTO_MAP
         self.auto_map = dict(auto_map)
@@ -154,6 +171,10 @@ class MCLlavaConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         config_dict = without_kernels(config_dict)
+        if config_dict.get("model_type", cls.model_type) != cls.model_type:
+            raise ValueError(
+                f"model_type must be {cls.model_type}, got {config_dict['model_type']!r:.100}: use another checkpoint"
+            )
         for name in cls.sub_configs:
             if isinstance(config_dict.get(name), dict):
                 config_dict[name] = without_kernels(config_dict[name])

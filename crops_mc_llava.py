@@ -11,6 +11,7 @@ MAX_CROPS, NUM_TOKENS = 100, 728
 # Crops of one image, however large the knobs are: each needs a token of the context, and at side 384 their pixels take
 # 7 GB.
 MOST_CROPS = 4096
+MAX_SIDE = 10**6  # of an image, in pixels; far more than are decoded
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the picture
@@ -51,9 +52,10 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
         The crops in the order of their tokens, the whole image first.
 
     Raises:
-        ValueError: if a knob is out of range, `side` has fewer than two patches, or there are more than `MOST_CROPS`
-            crops.
+        ValueError: if a knob or a side is out of range, `side` has fewer than two patches, or there are more than
+            `MOST_CROPS` crops, the whole image included.
     """
+    check_sides(width, height)
     max_crops = check_knob("max_crops", max_crops, minimum=0)
     num_tokens = check_knob("num_tokens", num_tokens, minimum=1)
 
@@ -68,7 +70,7 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
             columns = max(1, (width - base) // stride + 1)
             rows = max(1, (height - base) // stride + 1)
 
-    check_number(columns * rows)
+    check_number(columns * rows + (columns * rows > 1))
     boxes = [(0, 0, width, height)]
     if columns * rows > 1:
         for column in range(columns):
@@ -108,7 +110,7 @@ def max_tokens_per_crop(side: int, patch_size: int) -> int:
     Raises:
         ValueError: if `side` has fewer than two patches.
     """
-    most = (side // patch_size) ** 2 - 1
+    most = (check_knob("size", side, 1) // check_knob("patch_size", patch_size, 1)) ** 2 - 1
     if most < 1:
         raise ValueError(
             f"size {side} must hold at least 2 x 2 patches, got patch_size {patch_size}: take a smaller one"
@@ -184,6 +186,12 @@ def make_plans(
     return [check_plan(plan, *size, num_tokens, side, patch_size) for size, plan in zip(sizes, plans)]
 
 
+def check_sides(width: int, height: int):
+    """Raise a ValueError unless an image has 1 to `MAX_SIDE` pixels a side."""
+    if max(check_knob("width", width, 1), check_knob("height", height, 1)) > MAX_SIDE:
+        raise ValueError(f"an image may have {MAX_SIDE} pixels a side, got {width} x {height}: resize it")
+
+
 def check_number(crops: int):
     """Raise a ValueError if an image would have more than `MOST_CROPS` crops."""
     if crops > MOST_CROPS:
@@ -233,6 +241,7 @@ __all__ = [
     "Box",
     "Crop",
     "MAX_CROPS",
+    "MAX_SIDE",
     "MOST_CROPS",
     "NUM_TOKENS",
     "PATCH_SIZE",
@@ -241,6 +250,7 @@ __all__ = [
     "check_number",
     "check_plan",
     "check_plans",
+    "check_sides",
     "make_plans",
     "max_tokens_per_crop",
     "plan_crops",

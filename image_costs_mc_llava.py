@@ -16,7 +16,10 @@ MAX_SCANS = 100  # of a JPEG; encoders write at most about 20
 MAX_SCAN_PIXELS = 2 * 10**9  # scans of a JPEG times its pixels
 MAX_ICON_SIDE = 1024  # of an ICO; the format itself ends at 256
 MAX_ICONS = 256
-MAX_ICON_BYTES = 2**22  # of what comes before an icon's pixels
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+PNG_TEXTS = (b"zTXt", b"iTXt", b"iCCP")
+MAX_TEXTS = 64  # of a PNG
+MAX_CHUNKS = 4096  # of a PNG before its pixels
 MAX_TILE_PIXELS = 2**24  # that a TIFF's tiles may have beyond the picture's edges
 MAX_PYTHON_PIXELS = 2**24  # of a run-length encoded BMP, which Pillow decodes in Python
 MAX_COMMENTS = 10_000  # of a PPM in decimal numbers; Pillow copies the rest of the file for each
@@ -36,39 +39,58 @@ def check_size(width: int, height: int, name: str):
         )
 
 
-def check_icon(file, name: str):
+def check_header(file, name: str):
     """
-    Check the pictures inside an ICO, one of which `Image.open` decodes. Files of other formats pass.
+    Check what `Image.open` would spend on an ICO, of which it decodes a picture, or on a PNG, whose text it inflates.
+    Files of other formats pass.
 
     Raises:
-        ValueError: if there are too many, or one is larger than icons are.
+        ValueError: if there are too many icons or texts, or an icon is larger than icons are.
     """
     file.seek(0)
-    head = file.read(6)
-    if head.startswith(b"\0\0\1\0"):
-        count = int.from_bytes(head[4:], "little")
+    head = file.read(8)
+    if head == PNG_SIGNATURE:
+        texts = sum(kind in PNG_TEXTS for kind, _ in _png_chunks(file, name))
+        if texts > MAX_TEXTS:
+            raise ValueError(f"{name} is a PNG of {texts} compressed texts, {MAX_TEXTS} are allowed: save it again")
+    elif head.startswith(b"\0\0\1\0"):
+        count = int.from_bytes(head[4:6], "little")
         if count > MAX_ICONS:
             raise ValueError(f"{name} has {count} icons, {MAX_ICONS} are allowed: save one of them as PNG")
+        file.seek(6)
         entries = file.read(16 * count)
         for (offset,) in set(struct.iter_unpack("<12xI", entries[: len(entries) // 16 * 16])):
             file.seek(offset)
-            _check_icon_size(file.read(MAX_ICON_BYTES + 1), name)
+            width, height = _icon_size(file, name)
+            if max(width, height // 2) > MAX_ICON_SIDE:  # a bitmap's height counts its mask as well
+                raise ValueError(
+                    f"{name} is an icon of {width} x {height} pixels, a side may have {MAX_ICON_SIDE}: save it as PNG"
+                )
     file.seek(0)
 
 
-def _check_icon_size(content: bytes, name: str):
-    try:  # Pillow's own header: a file may have several, and its reader picks one of them
-        width, height = Image.open(io.BytesIO(content), formats=["PNG", "DIB"]).size
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {error} Resize it first") from None
-    except Exception:  # broken: opening the icon will say so
-        width = height = 0
-    if max(width, height // 2) > MAX_ICON_SIDE:  # a bitmap's height counts its mask as well
-        raise ValueError(
-            f"{name} is an icon of {width} x {height} pixels, a side may have {MAX_ICON_SIDE}: save it as PNG"
-        )
-    if width == 0 and len(content) > MAX_ICON_BYTES:
-        raise ValueError(f"{name} is an icon whose header exceeds {MAX_ICON_BYTES} bytes: save it as PNG")
+def _icon_size(file, name: str) -> tuple[int, int]:
+    """Width and height of the PNG or the bitmap that starts here, 0 if there is none. Nothing is inflated."""
+    head = file.read(16)
+    if head.startswith(PNG_SIGNATURE):
+        file.seek(8 - len(head), io.SEEK_CUR)
+        headers = [struct.unpack_from(">II", start) for kind, start in _png_chunks(file, name) if kind == b"IHDR"]
+        return max(headers, key=max, default=(0, 0))  # Pillow takes the last one
+    if len(head) < 16:
+        return 0, 0
+    sides = struct.unpack_from("<HH" if head.startswith(b"\x0c\0\0\0") else "<ii", head, 4)
+    return abs(sides[0]), abs(sides[1])
+
+
+def _png_chunks(file, name: str) -> list[tuple[bytes, bytes]]:
+    """The kind and the first 8 bytes of each chunk of a PNG up to its pixels. The file stands behind the signature."""
+    chunks = []
+    while len(head := file.read(16)) == 16 and head[4:8] not in (b"IDAT", b"IEND"):
+        chunks.append((head[4:8], head[8:]))
+        if len(chunks) > MAX_CHUNKS:
+            raise ValueError(f"{name} is a PNG of more than {MAX_CHUNKS} chunks before its pixels: save it again")
+        file.seek(int.from_bytes(head[:4], "big") - 4, io.SEEK_CUR)  # 8 of its bytes are read, 4 of its checksum not
+    return chunks
 
 
 def check_work(image: Image.Image):
@@ -182,7 +204,7 @@ def _check_jpeg2000(image: Image.Image, file):
     # Coding styles: flags, layers, levels, the sides of blocks, and after them of precincts, all as exponents of 2.
     for found in re.finditer(rb"\xff\x52\x00[\x0c-\x2d](.)[\x00-\x04](..)[\x00\x01]([\x00-\x20]).{4}", data, re.S):
         flags, layers, levels = (int.from_bytes(group, "big") for group in found.groups())
-        sizes = data[found.end() :][: levels + 1] if flags & 1 else b"\xff"
+        sizes = data[found.end() : found.end() + levels + 1] if flags & 1 else b"\xff"
         precinct = 2 ** min(((size & 15) + (size >> 4) for size in sizes), default=0)
         packets = max(packets, layers * channels * (tiles * (levels + 1) + 2 * pixels // precinct))
     style = rb"\xff(?:\x52\x00[\x0c-\x2d].[\x00-\x04]..[\x00\x01]|\x53\x00[\x09-\x2b]..)([\x00-\x20])([\x00-\x08]{2})"

@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import numpy as np
 from PIL import Image
 
-from .image_costs_mc_llava import MAX_IMAGE_SIDE, check_icon, check_size, check_work
+from .image_costs_mc_llava import MAX_IMAGE_SIDE, check_header, check_size, check_work
 from .image_pixels_mc_llava import array_to_rgb, image_to_rgb
 
 
@@ -129,7 +129,7 @@ def _read_open(file, name: str) -> io.BytesIO:
     if not isinstance(content, (bytes, bytearray, memoryview)):
         kind = type(content).__name__
         raise ValueError(f"{name} gives {kind} and not bytes: open it in binary mode, as in open(path, 'rb')")
-    return io.BytesIO(content)
+    return io.BytesIO(bytes(content))
 
 
 def _decode(file, name: str) -> Image.Image:
@@ -146,7 +146,7 @@ def open_image(file, name: str) -> Image.Image:
             picture inside than icons have: Pillow decodes icons when they are opened.
     """
     Image.init()
-    check_icon(file, name)
+    check_header(file, name)
     try:
         return _open(file)
     except Image.DecompressionBombError as error:

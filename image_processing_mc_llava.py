@@ -1,6 +1,7 @@
 """Cut pictures into the crops that the vision tower reads."""
 
 import math
+import operator
 import shutil
 import sys
 from importlib import import_module
@@ -101,8 +102,8 @@ def check_numbers(options: dict):
             raise ValueError(f"{name} must be true or false, got {options[name]!r:.100}")
     if (resample := options.get("resample")) is not None:
         try:
-            PILImageResampling(resample)
-        except ValueError:
+            PILImageResampling(operator.index(resample))
+        except (ValueError, TypeError):
             known = ", ".join(f"{entry.value} ({entry.name.lower()})" for entry in PILImageResampling)
             raise ValueError(f"resample must be one of Pillow's {known}, got {resample!r:.100}") from None
     if options.get("size") is not None:
@@ -165,7 +166,7 @@ class MCLlavaImageProcessor(PilBackend):
     With `zoom`, these are the whole pictures and the crops that scout them, and the model gets what it needs to look
     closer:
 
-    - `zoom_options`, int64 [images, 4]: rows [zoom, max_crops, height, width];
+    - `zoom_options`, int64 [images, 5]: rows [zoom, max_crops, height, width, resample];
     - `zoom_pictures`, uint8 [bytes]: the pixels of all pictures, one after another, each [height, width, 3];
     - `zoom_values`, float32 [3, 256]: what `pixel_values` hold for each byte in each channel.
 
@@ -304,6 +305,11 @@ class MCLlavaImageProcessor(PilBackend):
             plans = make_plans(sizes, plans, max_crops, num_tokens, side, patch_size)
 
         table = self._look_up_table(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
+        if None in (do_rescale, do_normalize) or not np.isfinite(table).all() or not np.ptp(table, axis=1).all():
+            raise ValueError(
+                f"do_rescale={do_rescale}, rescale_factor={rescale_factor}, do_normalize={do_normalize}, image_mean="
+                f"{image_mean}, image_std={image_std} make no pixels of bytes: take the published processor's"
+            )
         pixel_values = np.empty((sum(map(len, plans)), 3, side, side), dtype=np.float32)
         boxes, coords = [], []
         for image, plan in zip(images, plans):
@@ -321,7 +327,7 @@ class MCLlavaImageProcessor(PilBackend):
             "image_grid_thw": np.array([[len(plan), 1, 1] for plan in plans], dtype=np.int64),
         }
         if is_zooming:
-            rows = [[zoom, max_crops, height, width] for width, height in sizes]
+            rows = [[zoom, max_crops, height, width, int(resample)] for width, height in sizes]
             data["zoom_options"] = np.array(rows, dtype=np.int64)
             data["zoom_pictures"] = np.concatenate([np.asarray(image).reshape(-1) for image in images])
             data["zoom_values"] = np.ascontiguousarray(table)

@@ -340,6 +340,8 @@ class MCLlavaProcessor(ProcessorMixin):
         name = "default" if chat_template is None else chat_template
         if chat_template is None and name not in templates:
             raise ValueError(f"there is no default among the chat templates {sorted(templates)}: name one of them")
+        if not templates.get(name) and chat_template is None:
+            raise ValueError("the processor has no chat template: pass one, or set processor.chat_template")
         return templates.get(name) or name
 
     def _check_template_kwargs(self, template: str, kwargs: dict, processor_kwargs: dict):

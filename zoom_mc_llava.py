@@ -58,6 +58,7 @@ class View:
     """What is known of one picture while it is looked at."""
 
     pixels: torch.Tensor  # uint8[height, width, 3]
+    resample: int  # one of Pillow's filters
     row: int  # of the prompt
     num_tokens: int
     rounds: int
@@ -149,12 +150,15 @@ class MCLlavaZoomMixin:
         patches = self.model.encode_tokens(images["pixel_values"], num_tokens).split(num_tokens.tolist())
         boxes = [tuple(box) for box in images["crop_boxes"].tolist()]
         views, start, byte = [], 0, 0
-        for crops, row, budget, (zoom, max_crops, height, width) in zip(crops_per_image, rows, tokens, options):
+        for crops, row, budget, (zoom, max_crops, height, width, resample) in zip(
+            crops_per_image, rows, tokens, options
+        ):
             end, size = start + crops, 3 * height * width
             rounds, _, regions, per_region = split_budget(min(max_crops, budget - 1), zoom)
             views.append(
                 View(
                     pixels=images["zoom_pictures"][byte : byte + size].view(height, width, 3),
+                    resample=resample,
                     row=row,
                     num_tokens=budget,
                     rounds=rounds if crops > 1 else 0,
@@ -182,7 +186,7 @@ class MCLlavaZoomMixin:
             view.relevance += [float("nan")] * len(boxes)
         if not any(added):
             return
-        cut = torch.cat([_cut(view.pixels, boxes, side) for view, boxes in zip(views, added) if boxes])
+        cut = torch.cat([_cut(view, boxes, side) for view, boxes in zip(views, added) if boxes])
         pixels = torch.stack([values[channel][cut[..., channel].long()] for channel in range(3)], dim=1)
         counts = [view.plan[0].num_tokens for view, boxes in zip(views, added) for _ in boxes]
         tokens = self.model.encode_tokens(pixels, torch.tensor(counts, device=cut.device)).split(counts)
@@ -232,11 +236,13 @@ class MCLlavaZoomMixin:
         return pad(rows, self.config.pad_token_id or 0), pad([torch.ones_like(row) for row in rows], 0)
 
 
-def _cut(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.Tensor:
+def _cut(view: View, boxes: list[Box], side: int) -> torch.Tensor:
     """uint8[crops, side, side, 3] on the picture's device."""
-    if picture.device.type == "cpu":
-        return torch.from_numpy(cut_crops(Image.fromarray(picture.numpy()), boxes, side))
-    return cut_on_device(picture, boxes, side)
+    device = view.pixels.device
+    if device.type != "cpu" and view.resample == Image.Resampling.BICUBIC:
+        return cut_on_device(view.pixels, boxes, side)
+    picture = Image.fromarray(view.pixels.cpu().numpy())
+    return torch.from_numpy(cut_crops(picture, boxes, side, view.resample)).to(device)
 
 
 def zoom_heads(config) -> list[tuple[int, int]]:

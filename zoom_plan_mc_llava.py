@@ -1,6 +1,6 @@
 """Where guided zoom looks: a coarse grid first, then closer where a question points. Integers only."""
 
-from .crops_mc_llava import Box, Crop, check_knob, check_number, max_tokens_per_crop
+from .crops_mc_llava import Box, Crop, check_knob, check_number, check_sides, max_tokens_per_crop
 
 
 # Of a round's crops that cover a region: 2 x 2 that overlap by a quarter, or 3 x 3 by two fifths. Both have about half
@@ -81,11 +81,12 @@ def plan_scouts(
     Raises:
         ValueError: if a knob is out of range, or there are more than `MOST_CROPS` scouts.
     """
+    check_sides(width, height)
     max_crops, num_tokens = check_knob("max_crops", max_crops, 0), check_knob("num_tokens", num_tokens, 1)
     boxes = [(0, 0, width, height)]
     if max(width, height) > side + side // 2:
         _, scouts, _, _ = split_budget(min(max_crops, num_tokens - 1), zoom)
-        check_number(scouts)
+        check_number(scouts + 1)
         if scouts > 0:
             boxes += tile(boxes[0], scouts, SCOUT_OVERLAP)
     boxes = list(dict.fromkeys(boxes))

@@ -12,6 +12,7 @@ from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
 from .folders import INDEX, WEIGHTS, find_model, list_weights
 from .journal import storing
+from .loading import check_loaded
 
 
 # Inference Endpoints run the handler and install the requirements.
@@ -94,7 +95,5 @@ def _load_and_save(source: Path, target: Path):
         model, report = MCLlavaForConditionalGeneration.from_pretrained(target, output_loading_info=True)
     except (SafetensorError, RuntimeError) as error:  # cut files, wrong shapes
         raise ValueError(f"the weights in {source} don't fit {CONFIG_NAME} ({error}): fetch both again") from error
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
-        if report[kind]:
-            raise ValueError(f"{source} doesn't hold this model, {kind}: {sorted(map(str, report[kind]))[:5]}")
+    check_loaded(source, report)
     model.generation_config.save_pretrained(target)

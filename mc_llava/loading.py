@@ -53,15 +53,17 @@ def load_model(
         quantize: one of `QUANTIZED`, for the weights of the language model's layers.
 
     Raises:
-        ValueError: if there is no such device, an index names no weights, `quantize` is unknown, or its package is
-            missing.
+        ValueError: if there is no such device, weights are missing or of another model, `quantize` is unknown, or its
+            package is missing.
     """
     path, device = find_model(path), find_device(device)
     if Path(path, INDEX).is_file():  # what else may be missing, transformers says
         list_weights(Path(path))
-    options = {"dtype": dtype, "use_safetensors": True, "revision": revision or "main"}
+    options = {"dtype": dtype, "use_safetensors": True, "revision": revision or "main", "output_loading_info": True}
     if quantize is None:
-        return MCLlavaForConditionalGeneration.from_pretrained(path, **options).to(device).eval()
+        model, report = MCLlavaForConditionalGeneration.from_pretrained(path, **options)
+        check_loaded(path, report)
+        return model.to(device).eval()
     if dtype == "auto":
         saved = MCLlavaConfig.from_pretrained(path, revision=options["revision"]).dtype
         options["dtype"] = saved or torch.float32
@@ -69,9 +71,19 @@ def load_model(
         options["dtype"] = getattr(torch, dtype)
     options |= {"quantization_config": quantization(quantize, options["dtype"]), "device_map": device}
     try:
-        return MCLlavaForConditionalGeneration.from_pretrained(path, **options).eval()
+        model, report = MCLlavaForConditionalGeneration.from_pretrained(path, **options)
     except ImportError as error:
         raise ValueError(f'a package is missing ({error}): pip install "mc-llava[quantize]"') from error
+    check_loaded(path, report)
+    return model.eval()
+
+
+def check_loaded(source: str | Path, report: dict):
+    """Raise a ValueError if `from_pretrained` met other weights than the model's. It only logs that, and fills in."""
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if report[kind]:
+            names = sorted(map(str, report[kind]))
+            raise ValueError(f"{source} doesn't hold this model, {kind}: {names[:5]}: fetch it again")
 
 
 def quantization(name: str, dtype: torch.dtype) -> QuantizationConfigMixin:

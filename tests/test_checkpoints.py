@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, prompt
+from helpers import ROOT, prompt, small_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -364,6 +364,21 @@ class TestConversion:
                 load_it(str(folder))
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"num_hidden_layers": 3}, "missing_keys: .*layers.2"),
+            ({"num_hidden_layers": 1}, "unexpected_keys: .*layers.1"),
+        ],
+    )
+    def test_weights_of_another_model_are_not_filled_in(self, tmp_path, change, message):
+        small_model().save_pretrained(tmp_path)
+        config = json.loads((tmp_path / "config.json").read_text())
+        config["text_config"] |= change
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(ValueError, match=message):
+            load_model(str(tmp_path))
+
     def test_hub_ids_revisions_and_uploads(self, checkpoint, tmp_path, monkeypatch):
         calls = []
 
@@ -598,6 +613,7 @@ class TestASavedImageProcessor:
             ({"rescale_factor": math.nan}, "rescale_factor must be a finite number above 0"),
             ({"rescale_factor": 0}, "rescale_factor must be a finite number above 0"),
             ({"resample": 99}, "resample must be one of Pillow's 0 .nearest."),
+            ({"resample": 3.0}, "resample must be one of Pillow's 0 .nearest."),
             ({"do_normalize": "no"}, "do_normalize must be true or false"),
             ({"size": {"height": 384, "width": 380}}, "size must have equal height and width"),
             ({"size": {"shortest_edge": 384}}, "size must have equal height and width"),
@@ -623,6 +639,17 @@ class TestASavedImageProcessor:
         processor.image_processor.image_std = [0.0] * 3
         with pytest.raises(ValueError, match="image_std must be a finite number above 0"):
             processor("a", PHOTOGRAPH)
+        for name, value in (
+            ("image_std", [1e-40] * 3),
+            ("image_mean", [1e300] * 3),
+            ("rescale_factor", 1e-320),
+            ("do_rescale", None),
+            ("patch_size", 0),
+        ):
+            processor = MCLlavaProcessor.from_pretrained(converted)
+            setattr(processor.image_processor, name, value)
+            with pytest.raises(ValueError, match=f"{name}.* (make no pixels of bytes|must be at least 1)"):
+                processor("a", PHOTOGRAPH)
 
 
 class TestTheRootOfTheRepository:

@@ -105,4 +105,8 @@ def test_no_knobs_give_more_crops_than_any_model_takes(max_crops):
         check_plan([(0, 0, 5, 5)] * (MOST_CROPS + 1), 20, 20, 10**9, 4, 2)
     assert time.monotonic() - start < 1
     assert len(plan_crops(500, 400, max_crops, max_crops, 384, 14)) == 1, "large knobs alone are no fault"
-    assert len(plan_crops(20_000, 20_000, MOST_CROPS, 10**9, 4, 2)) <= MOST_CROPS + 1
+    most = plan_crops(20_000, 20_000, MOST_CROPS - 1, 10**9, 4, 2)
+    assert 3900 < len(most) <= MOST_CROPS and check_plan(most, 20_000, 20_000, 10**9, 4, 2) == most
+    with pytest.raises(ValueError, match="1000000 pixels a side"):
+        plan_crops(10**9, 1, 5, 5, 4, 2)
+    assert time.monotonic() - start < 3

@@ -164,7 +164,30 @@ COSTLY = {
         lambda: icon_of(
             (png := encode(Image.new("1", HUGE), "PNG"))[:33] + chunk(b"tEXt", b"a\0" + bytes(5 * 2**20)) + png[33:]
         ),
-        "icon whose header exceeds|icon of 9400",
+        "icon of 9400",
+    ),
+    "PNG of compressed texts": (
+        lambda: (
+            (png := encode(Image.new("1", (16, 16)), "PNG"))[:33]
+            + chunk(b"zTXt", b"\0\0" + zlib.compress(bytes(2**20), 9)) * 900
+            + png[33:]
+        ),
+        "a PNG of 900 compressed texts, 64 are allowed",
+    ),
+    "TIFF of one JPEG of many scans": (
+        lambda: tiff_of(
+            {
+                **GREY_TIFF,
+                259: 7,
+                256: 16,
+                257: 16,
+                278: 16,
+                273: 1000,
+                279: len(content := jpeg_of_scans(Image.new("L", (16, 16)), 150)),
+            },
+            content,
+        ),
+        "TIFF of 150 JPEG scans",
     ),
     "many icons": (lambda: icon_of(encode(Image.new("1", (16, 16)), "PNG"), 9000), "9000 icons, 256 are allowed"),
 }
@@ -179,9 +202,32 @@ def test_what_no_encoder_writes_is_refused_before_it_is_decoded(name):
     with pytest.raises(ValueError, match=message):
         load_image(content)
     assert time.process_time() - start < 1
-    if "icon" not in name and "channels" not in name:
+    if not any(word in name for word in ("icon", "channels", "texts")):
         with pytest.raises(ValueError, match=message):
             load_image(Image.open(io.BytesIO(content)))
+
+
+def test_the_texts_of_icons_are_not_inflated():
+    """Of 14 icons, each with 63 megabytes of text, Pillow opens one."""
+    png = encode(Image.new("1", (16, 16)), "PNG")
+    texts = b"".join(chunk(b"zTXt", b"%d\0\0" % i + zlib.compress(bytes(2**20 - 99), 9)) for i in range(63))
+    icon, count = png[:33] + texts + png[33:], 14
+    entries = [
+        struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(icon), 6 + 16 * count + index * len(icon))
+        for index in range(count)
+    ]
+    content = struct.pack("<HHH", 0, 1, count) + b"".join(entries) + icon * count
+    assert len(content) < 1_000_000
+    start = time.process_time()
+    assert load_image(content).size == (16, 16)
+    assert time.process_time() - start < 1
+
+
+def test_the_check_of_a_jpeg_2000_is_linear():
+    style = b"\xff\x52\0\x0c\1\0\0\1\0\5\0\0\0\0"  # once for each, the rest of the file was copied
+    start = time.process_time()
+    load_image(encode(Image.new("RGB", (16, 16)), "JPEG2000", no_jp2=True) + style * 280_000)
+    assert time.process_time() - start < 3
 
 
 def test_icons_are_refused_when_they_are_opened():

@@ -325,11 +325,24 @@ class TestConfig:
                 "num_hidden_layers of vision_config must be from 1 to 1000",
             ),
             ({"vision_config": {"patch_size": 0}}, "patch_size of vision_config must be from 1 to"),
+            ({"vision_config": {"layer_norm_eps": float("nan")}}, "layer_norm_eps of vision_config must be above 0"),
+            ({"text_config": {"layer_norm_eps": -1.0}}, "layer_norm_eps of text_config must be above 0"),
+            ({"text_config": {"hidden_act": "evil"}}, "the activation of text_config, 'evil', is unknown"),
+            ({"projector_hidden_act": "evil"}, "the activation of the projector, 'evil', is unknown"),
+            ({"auto_map": "x"}, "auto_map must be an object"),
         ],
     )
     def test_another_model_or_an_absurd_size(self, changes, message):
         with pytest.raises(ValueError, match=message):
             MCLlavaConfig(**changes)
+
+    @pytest.mark.parametrize("model_type", ["llava", "phi", "mc_llava", None])
+    def test_a_file_of_another_model(self, tmp_path, model_type):
+        small_config().save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        (tmp_path / "config.json").write_text(json.dumps({**saved, "model_type": model_type}))
+        with pytest.raises(ValueError, match=f"model_type must be mc-llava, got {model_type!r}"):
+            MCLlavaConfig.from_pretrained(tmp_path)
 
     def test_no_code_from_a_third_repository(self):
         text_config = {"model_type": "phi", "auto_map": {"AutoConfig": "somebody/else--code.Config"}}

@@ -443,6 +443,13 @@ class TestOtherTemplates:
             for options in ({}, {"model": model}):
                 assert processor(given, **options)["input_ids"][0].tolist() == self.ids(processor, text)
 
+    @pytest.mark.parametrize("template", [None, ""])
+    def test_none_is_refused(self, processor, template):
+        other = type(processor)(processor.image_processor, processor.tokenizer)
+        other.chat_template = template
+        with pytest.raises(ValueError, match="the processor has no chat template"):
+            other.apply_chat_template([{"role": "user", "content": "What?"}])
+
     def test_of_the_processor_and_by_name(self, processor):
         processor = copy.copy(processor)
         processor.chat_template = PLAIN

@@ -132,6 +132,20 @@ def test_the_saved_zoom_and_zoomed_images(zooming, processor, tmp_path):
     assert "zoom_options" not in saved(TEXTS[1], IMAGES[0], plans=[[(0, 0, 50, 50)]])
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"resample": 0}, {"do_normalize": False}, {"do_rescale": False}, {"image_mean": [0.1, 0.5, 0.9]}],
+    ids=str,
+)
+def test_later_crops_have_the_pixels_of_the_first(zooming, processor, options):
+    """Other options of the image processor hold in all rounds."""
+    looked = zooming.zoom(**processor(TEXTS[1], IMAGES[0], **KNOBS, **options))
+    again = processor(TEXTS[1], IMAGES[0], plans=looked.plans, **options)
+    images = {name: again[name] for name in processor.image_processor.model_input_names}
+    (expected,) = zooming.get_image_features(**images).pooler_output
+    torch.testing.assert_close(looked.features, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_attention_is_that_of_the_language_model(zooming, processor):
     inputs = processor(TEXTS, NESTED, max_crops=4)
     images = {name: inputs[name] for name in processor.image_processor.model_input_names}
