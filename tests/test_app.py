@@ -194,7 +194,9 @@ def test_upload_ask_move_a_slider_and_ask_again(page, trial):
 
 def test_zoom_shows_where_it_looked(page, trial):
     upload(page, trial.pictures[0])
+    page.locator("#grid img").wait_for()
     set_knob(page, "zoom", 1)
+    page.locator("#cost", has_text="where the question points").wait_for()
     set_knob(page, "max_crops", 16)
     page.locator("#cost", has_text="a grid of 6 and 9 where the question points").wait_for()
     scouts = grid_of(page, 16)
