@@ -184,3 +184,14 @@ def test_likelihoods_of_no_answers_are_refused(engine, passes):
     with pytest.raises(ValueError, match="answers are empty: pass at least one"):
         engine.likelihoods(ask_about([WIDE], "Which?"), ())
     assert passes == []
+
+
+def test_a_text_must_leave_room_for_an_answer(engine, processor, monkeypatch):
+    conversation = ask_about([], "What is it?")
+    prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)
+    length = len(processor.tokenizer(prompt)["input_ids"])
+    monkeypatch.setattr(engine.model.config.text_config, "max_position_embeddings", length + 1)
+    engine.check(conversation)
+    monkeypatch.setattr(engine.model.config.text_config, "max_position_embeddings", length)
+    with pytest.raises(ValueError, match=f"the text has {length} tokens, the context {length}"):
+        engine.check(conversation)

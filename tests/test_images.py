@@ -101,6 +101,13 @@ def test_wide_grey_has_the_depth_of_its_largest_value(bits, divisor):
     assert same(np.stack([values] * 3, axis=-1), expected)
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14])
+def test_one_more_than_a_depths_largest_value_needs_the_next_depth(bits):
+    values = np.array([[2**bits, 0]], dtype=np.uint16)
+    white = {8: 1023, 10: 4095, 12: 16383, 14: 65535}[bits]
+    assert load_image(values).getpixel((0, 0)) == (round(2**bits / (white / 255)),) * 3
+
+
 def test_a_file_may_declare_the_depth_of_its_grey():
     dark = np.full((4, 5), 200, dtype=np.uint16)
     assert load_image(encode(Image.fromarray(dark), "TIFF", tiffinfo={281: 4095})).getpixel((0, 0)) == (12, 12, 12)

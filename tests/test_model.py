@@ -353,17 +353,19 @@ class TestConfig:
         assert MCLlavaConfig(auto_map={"AutoConfig": reference}).auto_map == {"AutoConfig": reference}
 
 
-def test_states_of_a_generated_sequence_cost_no_second_pass_of_the_tower(model, processor):
+@pytest.mark.parametrize("name", ["hidden_states", "attentions"])
+def test_states_of_a_generated_sequence_cost_no_second_pass_of_the_tower(processor, name):
+    model = small_model(attn_implementation="eager")
     inputs, crops = processor(QUESTIONS[1], IMAGES[1]), []
     hook = model.model.vision_tower.encoder.register_forward_hook(
         lambda module, arguments, output: crops.append(len(output.last_hidden_state))
     )
-    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_hidden_states": True}
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, f"output_{name}": True}
     output = model.generate(**inputs, **options)
     hook.remove()
     assert (
         sum(crops) == len(inputs["pixel_values"])
-        and len(output.hidden_states) == output.sequences.shape[1] - inputs["input_ids"].shape[1]
+        and len(output[name]) == output.sequences.shape[1] - inputs["input_ids"].shape[1]
     )
     assert torch.equal(output.sequences, model.generate(**inputs, max_new_tokens=3, do_sample=False))
 
