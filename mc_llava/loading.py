@@ -53,8 +53,8 @@ def load_model(
         quantize: one of `QUANTIZED`, for the weights of the language model's layers.
 
     Raises:
-        ValueError: if there is no such device, the folder's weights are cut or not all there, `quantize` is unknown, or
-            its package is missing.
+        ValueError: if there is no such device, the folder's weights are cut or not all there, `quantize` is unknown,
+            or its package is missing.
     """
     path, device = find_model(path), find_device(device)
     if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):  # what else may be missing, transformers says
