@@ -474,11 +474,11 @@ def check_sound(model: nn.Module, batch: dict[str, torch.Tensor], when: str):
     nothing of what that step did. Each of several processes must call it, as each holds a share of the weights.
     """
     check_finite({name: weight for name, weight in model.named_parameters() if weight.requires_grad}, when)
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()  # without dropout, which would draw random numbers that a resumed run doesn't
-    with torch.no_grad():
+    device = next(model.parameters()).device
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    model.train()  # out of it, bitsandbytes rewrites weights on a CPU
+    with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):  # the next steps' dropout stays as it is
         outputs = model(**{name: values.to(device) for name, values in batch.items()}, use_cache=False)
-    model.train(was_training)
     logits = outputs.logits[batch["attention_mask"].bool().to(device)]
     if not (outputs.loss.isfinite() and logits.isfinite().all()):
         raise ValueError(
