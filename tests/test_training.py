@@ -567,7 +567,9 @@ def test_what_learns_is_in_float32_and_no_gradient_enters_a_frozen_tower(
         for name, module in trainer.model.named_modules():
             if name.endswith(("vision_tower.encoder", "vision_tower.modules_to_save.default.encoder")):
                 module.register_forward_hook(
-                    lambda module, inputs, output: found.setdefault("graph", output.last_hidden_state.requires_grad)
+                    lambda module, inputs, output: found.update(
+                        graph=found.get("graph", output.last_hidden_state.requires_grad)
+                    )
                 )
         return start(trainer, **options)
 
