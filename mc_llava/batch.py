@@ -17,9 +17,10 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from . import FORMATS, check_knob, load_image
 from .engine import GREEDY, Engine, answer_all, ask_about, fill_knobs
 from .folders import find_model
-from .journal import append, check_settings, hash_file, lock, replacing, resume, to_line, versions
+from .journal import append, check_utf8, difference, hash_file, lock, parse, replacing, resume, to_line, versions
 from .loading import find_device, identify, identify_code, load_model, load_processor
 
 
@@ -49,6 +50,11 @@ class JsonLines:
         self.path, self.folder = path, path.parent
         self.starts, position, digest = array("Q"), 0, hashlib.sha256()
         with open(path, "rb") as file:
+            try:
+                check_utf8(file.read(4))
+            except ValueError as error:
+                raise ValueError(f"cannot read {path}: {error}") from error
+            file.seek(0)
             for line in file:
                 if line.removeprefix(codecs.BOM_UTF8).strip():
                     self.starts.append(position)
@@ -209,19 +215,54 @@ def digest_of(path: Path) -> str | None:
     return digest.hexdigest()
 
 
-def check_files(records: Iterable[dict], answers: Path):
+def find_changed(records: Iterable[dict]) -> str:
     """
-    ValueError if a picture is not the one that a record is about, of those in the file `answers`.
+    The first picture that is not the one that its record is about, with what to do, in words; empty if there is none.
 
     Only those whose size or times have changed are read, so that a million pictures cost a million calls to `stat`.
+
+    Raises:
+        ValueError: if a record is malformed.
     """
     for record in records:
+        check_asked(record)
         for name, size_and_times, digest in record.get("files", ()):
             if stamp(Path(name)) != size_and_times and digest_of(Path(name)) != digest:
-                raise ValueError(
-                    f"{name} has changed since row {record['row']} (id {record['id']}) was asked about it: "
-                    f"restore it, or remove {answers} to ask all rows again"
-                )
+                row = f"row {record['row']} (id {record['id']})"
+                if digest is None:
+                    state = "missing" if size_and_times is None else "not readable"
+                    return f"{name} was {state} when it was asked about in {row}, and is there now: take it away again"
+                return f"{name} has changed since {row} was asked about it: restore it"
+    return ""
+
+
+def check_record(index: int, record: dict, total: int):
+    """ValueError if a record is none that a run about `total` rows can have written for the row `index`."""
+    if index >= total:
+        raise ValueError(f"it has more records than the {total} rows")
+    check_asked(record)
+    if record["row"] != index:
+        raise ValueError(f"a record of row {record['row']} is where that of row {index} must be")
+    if [isinstance(record.get(name), str) for name in ("answer", "error")].count(True) != 1:
+        raise ValueError(f"the record of row {index} must have an answer or an error")
+
+
+def check_asked(record: dict):
+    """ValueError if what a record says of its row is malformed: the number, the id or the files."""
+    if type(record.get("row")) is not int or not isinstance(record.get("id"), str):
+        raise ValueError(f"a record must have a row and an id, got {str(record)[:80]}")
+    files = record.get("files", [])
+    if not isinstance(files, list) or not all(map(is_file_entry, files)):
+        raise ValueError(f"the record of row {record['row']} has malformed files: {str(files)[:80]}")
+
+
+def is_file_entry(entry: Any) -> bool:
+    """Whether this is a name with what `stamp` and `digest_of` give."""
+    if not isinstance(entry, list) or len(entry) != 3:
+        return False
+    name, stamped, digest = entry
+    is_stamp = isinstance(stamped, list) and len(stamped) == 3 and all(type(value) is int for value in stamped)
+    return isinstance(name, str) and (stamped is None or is_stamp) and isinstance(digest, str | None)
 
 
 # Answering
@@ -399,6 +440,8 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
         job, source=os.path.abspath(job.source), model=os.path.abspath(job.model) if is_folder else job.model
     )
     output = Path(output)
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder: name a file, which may be in it")
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock(output):
         return _run(job, rows, output, use_ray, workers)
@@ -427,8 +470,9 @@ def _run(
         unfinished.unlink(missing_ok=True)  # left if the run was killed between its last two lines
         return counted
     origin.unlink(missing_ok=True)  # of an output that was removed
-    records = resume(unfinished, settings, job.batch_size)
-    check_files(records, unfinished)
+    records = resume(unfinished, settings, job.batch_size, partial(check_record, total=len(rows)))
+    if changed := find_changed(records):
+        raise ValueError(f"{changed}, or remove {unfinished} to ask all rows again")
     if not os.path.isdir(find_model(job.model)) and commit != "unknown":
         job = replace(job, revision=commit)  # a branch may move before a worker loads it
     total, done, failed = len(rows), len(records), sum("error" in record for record in records)
@@ -474,14 +518,23 @@ def count_finished(output: Path, origin: Path, settings: dict) -> tuple[int, int
     Raises:
         ValueError: if another run made it, or one about other pictures.
     """
+    failed = []
     try:
         with open(origin, "rb") as file:
-            check_settings(json.loads(next(file)), settings, output)
-            check_files(map(json.loads, file), output)
+            lines = map(parse, file)
+            if (found := next(lines, None)) is None:
+                raise ValueError(f"{origin} is empty")
+            if text := difference(found, settings):
+                raise ValueError(f"it has {text}")
+            changed = find_changed(lines)
         with open(output, "rb") as file:
-            failures = [("error" in record, record["row"]) for record in map(json.loads, file)]
-        if [row for _, row in failures] != list(range(settings["rows"])):
-            raise ValueError(f"it has other rows than {settings['source']}")
-    except (ValueError, TypeError, KeyError, StopIteration) as error:
+            for index, record in enumerate(map(parse, file)):
+                check_record(index, record, settings["rows"])
+                failed.append("error" in record)
+        if len(failed) != settings["rows"]:
+            raise ValueError(f"it has {len(failed)} rows, {settings['source']} has {settings['rows']}")
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{output} already exists: choose another output ({error})") from error
-    return len(failures), sum(failed for failed, _ in failures)
+    if changed:
+        raise ValueError(f"{output} already exists: {changed}, or remove {output} to ask all rows again")
+    return len(failed), sum(failed)

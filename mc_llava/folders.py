@@ -56,26 +56,58 @@ def read_plan_options(model: str | None = None) -> dict[str, int]:
 
 def list_weights(folder: Path) -> list[str]:
     """
-    The names of a folder's files of weights, in safetensors.
+    The names of a folder's files of weights, which are whole files of safetensors.
 
     Raises:
-        ValueError: if it has none, or its index is not one or names files that are not there.
+        ValueError: if it has none, its index is not one or names files that are not there, or a file is cut.
     """
-    index = folder / INDEX
     if (folder / WEIGHTS).exists():  # transformers looks for this first, too
-        return [WEIGHTS]
-    if not index.exists():
+        names = [WEIGHTS]
+    elif (folder / INDEX).exists():
+        names = _read_index(folder / INDEX)
+    else:
         raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}: convert it to safetensors")
+    for name in names:
+        _check_header(folder / name)
+    return names
+
+
+def _read_index(index: Path) -> list[str]:
+    """The files that an index of shards names, all of which are there."""
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8-sig"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of weights ({error!r}): fetch it again") from error
+        content = json.loads(index.read_text(encoding="utf-8"))  # transformers takes no byte order mark
+        names = sorted(set(content["weight_map"].values()))
+        if not isinstance(content.get("metadata"), dict):
+            raise ValueError("it has no metadata")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{index} is not an index of weights ({error!r:.300}): fetch it again") from error
     if not names:
         raise ValueError(f"{index} names no file: fetch it again")
     for name in names:
-        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
-            raise ValueError(f"{folder} lacks the shard {name} that {INDEX} names: fetch it again")
+        if not isinstance(name, str) or Path(name).name != name or not _is_file(index.parent / name):
+            shown = str(name)[:200].encode("utf-8", "backslashreplace").decode()
+            raise ValueError(f"{index.parent} lacks the shard {shown} that {INDEX} names: fetch it again")
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{index} names {name}, which is no .safetensors: fetch it again")
     return names
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # of a name that no file can have
+        return False
+
+
+def _check_header(path: Path):
+    """ValueError if a file is not one of safetensors, or is not as long as it says."""
+    from safetensors import SafetensorError, safe_open  # `mc-llava crops` starts without it
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is cut, or no file of safetensors ({error}): fetch it again") from error
 
 
 def _read_processor(model: str) -> dict:

@@ -65,11 +65,16 @@ def to_text(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
-def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
+def resume(
+    unfinished: Path, settings: dict, batch_size: int, check: Callable[[int, dict], Any] = lambda index, record: None
+) -> list[dict]:
     """
     The records of an interrupted run, and its journal cut to them; none and a new journal if there was no run.
 
     A batch of which a record is missing is asked again as a whole.
+
+    Args:
+        check: raises ValueError if the record at an index is none that the run can have written there.
 
     Raises:
         ValueError: if the journal is damaged, or is of a run with other settings.
@@ -78,28 +83,45 @@ def resume(unfinished: Path, settings: dict, batch_size: int) -> list[dict]:
     # Anything after the last newline was cut off by the kill.
     lines = unfinished.read_bytes().split(b"\n")[:-1] if unfinished.exists() else []
     if lines:
-        try:
-            found, *records = map(json.loads, lines)
-            if not all(isinstance(entry, dict) for entry in (found, *records)):
-                raise ValueError("a line is no object")
-        except ValueError as error:
-            raise ValueError(f"{unfinished} is damaged ({error}): remove it, or the lines from there on") from error
+        with naming_damage(unfinished):
+            found, *records = map(parse, lines)
         if records:  # without records, nothing is lost by starting again
             check_settings(found, settings, unfinished)
+        with naming_damage(unfinished):
+            for index, record in enumerate(records):
+                check(index, record)
         records = records[: len(records) // batch_size * batch_size]
     with replacing(unfinished) as journal:
         journal.writelines(map(to_line, [settings, *records]))
     return records
 
 
+@contextmanager
+def naming_damage(unfinished: Path) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{unfinished} is damaged ({error}): remove it, or the lines from there on") from error
+
+
+def parse(line: bytes) -> dict:
+    """ValueError or RecursionError if a line is none that `to_line` writes."""
+    entry = json.loads(line.decode())  # of bytes, json would guess the encoding
+    if not isinstance(entry, dict):
+        raise ValueError("a line is no object")
+    return entry
+
+
 def check_settings(found: dict, wanted: dict, path: Path):
     """ValueError that names the first setting in which a file's run differs from this one."""
-    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
-    if names:
-        raise ValueError(
-            f"{path} has {names[0]} {found.get(names[0])!r}, this run {wanted.get(names[0])!r}: "
-            "choose another output, or remove the file"
-        )
+    if text := difference(found, wanted):
+        raise ValueError(f"{path} has {text}: choose another output, or remove the file")
+
+
+def difference(found: dict, wanted: dict) -> str:
+    """The first setting in which two runs differ, in words; empty if there is none."""
+    name = next((name for name in {**found, **wanted} if found.get(name) != wanted.get(name)), None)
+    return "" if name is None else f"{name} {found.get(name)!r}, this run {wanted.get(name)!r}"
 
 
 def versions() -> dict[str, str | None]:
@@ -137,9 +159,16 @@ def storing(path: Path, remedy: str) -> Iterator[None]:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         is_full = getattr(error, "errno", None) in FULL or any(text in str(error) for text in FULL_MESSAGES)
-        if not is_full or str(error).startswith("cannot write"):
+        if not is_full:
             raise
         raise OSError(f"cannot write {path} ({error}): {remedy}") from error
+
+
+def check_utf8(start: bytes):
+    """ValueError if what begins a file of JSON is in another encoding, with its byte order mark or without."""
+    encoding = json.detect_encoding(start)
+    if not encoding.startswith("utf-8"):
+        raise ValueError(f"it looks like {encoding.upper()}: save it as UTF-8")
 
 
 def write_json(path: Path, content: Any):

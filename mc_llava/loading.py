@@ -8,7 +8,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
-from .folders import INDEX, find_model, list_weights
+from .folders import INDEX, WEIGHTS, find_model, list_weights
 from .journal import hash_file
 
 
@@ -57,7 +57,7 @@ def load_model(
             package is missing.
     """
     path, device = find_model(path), find_device(device)
-    if Path(path, INDEX).is_file():  # what else may be missing, transformers says
+    if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):  # what else may be missing, transformers says
         list_weights(Path(path))
     options = {"dtype": dtype, "use_safetensors": True, "revision": revision or "main", "output_loading_info": True}
     if quantize is None:

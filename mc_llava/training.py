@@ -39,7 +39,7 @@ from transformers import TrainerCallback
 
 from . import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
 from .folders import find_model
-from .journal import replacing, storing, to_line, to_text
+from .journal import check_utf8, replacing, storing, to_line, to_text
 from .loading import load_model, load_processor
 
 
@@ -240,6 +240,7 @@ def read_entries(data: str) -> list:
     """The values in a file of JSON or JSON lines, with or without a byte order mark, whatever they are."""
     try:
         content = Path(data).read_bytes().removeprefix(codecs.BOM_UTF8)
+        check_utf8(content)
         if content.lstrip().startswith(b"["):
             return json.loads(content)
         return [json.loads(line) for line in content.split(b"\n") if line.strip()]
@@ -448,8 +449,14 @@ class StopIfFinished(TrainerCallback):
 class StopIfDiverged(TrainerCallback):
     """
     Ends training with a ValueError once the loss or the gradient that is logged is not finite, or, before a checkpoint
-    is written, a weight that learns: earlier checkpoints stay.
+    is written, `check_sound` finds a fault: earlier checkpoints stay.
+
+    Args:
+        batch: what `check_sound` tries the model on.
     """
+
+    def __init__(self, batch: dict[str, torch.Tensor]):
+        self.batch = batch
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name, value in (logs or {}).items():
@@ -458,14 +465,32 @@ class StopIfDiverged(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if control.should_save:
-            learned = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-            check_finite(learned, f"step {state.global_step}")
+            check_sound(model, self.batch, f"step {state.global_step}")
+
+
+def check_sound(model: nn.Module, batch: dict[str, torch.Tensor], when: str):
+    """
+    ValueError if a weight that learns is not finite, or the loss or a logit of a batch: the last step's loss knows
+    nothing of what that step did. Each of several processes must call it, as each holds a share of the weights.
+    """
+    check_finite({name: weight for name, weight in model.named_parameters() if weight.requires_grad}, when)
+    device = next(model.parameters()).device
+    devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
+    model.train()  # out of it, bitsandbytes rewrites weights on a CPU
+    with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):  # the next steps' dropout stays as it is
+        outputs = model(**{name: values.to(device) for name, values in batch.items()}, use_cache=False)
+    logits = outputs.logits[batch["attention_mask"].bool().to(device)]
+    if not (outputs.loss.isfinite() and logits.isfinite().all()):
+        raise ValueError(
+            f"the model's loss is {outputs.loss.item()} at {when}, with {(~logits.isfinite()).sum().item()} of "
+            f"{logits.numel()} logits not finite: {DIVERGED}"
+        )
 
 
 def check_finite(weights: dict[str, torch.Tensor], when: str):
     """
-    ValueError that names a weight which is not finite, or whose square is not: the last step's loss knows nothing of
-    what that step did. Of a weight that is sharded, each process sees its share.
+    ValueError that names a weight which is not finite, or whose square is not. Of a weight that is sharded, each
+    process sees its share.
     """
     shares = {name: getattr(weight, "to_local", lambda weight=weight: weight)() for name, weight in weights.items()}
     finite = torch.stack([share.detach().float().square().sum().isfinite().cpu() for share in shares.values()])
@@ -509,14 +534,16 @@ def train(recipe: Recipe) -> Path:
     rows = check(recipe, processor)
 
     model, lora = build_trainee(recipe)
+    collator = Collator(processor, recipe, model.config.text_config.max_position_embeddings)
+    trial = collator(pick_trial(rows.good))
     trainer = SFTTrainer(
         model,
         training_arguments(recipe),
-        data_collator=Collator(processor, recipe, model.config.text_config.max_position_embeddings),
+        data_collator=collator,
         train_dataset=Dataset.from_list(rows.good),
         processing_class=processor,
         peft_config=lora,
-        callbacks=[StopIfFinished(), StopIfDiverged()],
+        callbacks=[StopIfFinished(), StopIfDiverged(trial)],
     )
     for name, parameter in trainer.model.named_parameters():  # of copies that peft made, too
         parameter.requires_grad = parameter.requires_grad and UNREAD not in name
@@ -526,11 +553,18 @@ def train(recipe: Recipe) -> Path:
     with storing(output, "free some space and set resume to continue"):
         with suppress(FinishedError):
             trainer.train(resume_from_checkpoint=checkpoint)
+        check_sound(trainer.model, trial, "the end")
         weights = trainer.accelerator.get_state_dict(trainer.model)  # all processes give theirs
         if trainer.is_world_process_zero():
             save_whole(recipe, trainer, weights, processor)
     trainer.accelerator.wait_for_everyone()
     return output
+
+
+def pick_trial(rows: list[dict]) -> list[dict]:
+    """A row with an image and one without, as far as there are both: enough to pass all of the model."""
+    first = {row["image"] is None: row for row in reversed(rows)}
+    return list(first.values())
 
 
 def build_trainee(recipe: Recipe) -> tuple[MCLlavaForConditionalGeneration, Any]:

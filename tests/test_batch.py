@@ -1,6 +1,7 @@
 """`mc-llava batch` on each kind of input, killed and resumed, and on a Ray cluster of two workers."""
 
 import codecs
+import hashlib
 import importlib.util
 import json
 import os
@@ -283,6 +284,25 @@ def test_two_runs_on_one_output(folder, converted, tmp_path):
     assert not output.exists()
 
 
+def test_an_output_that_is_a_folder(folder, converted, tmp_path):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out is a folder: name a file"):
+        run(job(folder, converted), tmp_path / "out")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out"]
+
+
+def test_only_a_regular_file_has_a_digest(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    assert batch.digest_of(tmp_path / "file") == hashlib.sha256().hexdigest()
+    assert batch.digest_of(tmp_path) is None and batch.digest_of(tmp_path / "none") is None
+    read = []
+    with pytest.MonkeyPatch.context() as patch:  # a pipe would hang the test where it is read
+        patch.setattr(batch, "hash_file", lambda digest, path: read.append(path))
+        os.mkfifo(tmp_path / "pipe")
+        assert batch.digest_of(tmp_path / "pipe") is None
+    assert not read
+
+
 @pytest.mark.slow
 def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypatch):
     output = tmp_path / "out.jsonl"
@@ -370,8 +390,89 @@ class TestStartedAgain:
         (pictures / "0.png").unlink()
         self.stop(monkeypatch, asked, output)
         (pictures / "0.png").write_bytes(kept)
-        with pytest.raises(ValueError, match="0.png has changed since row 0"):
+        message = (
+            r"0.png was missing when it was asked about in row 0 \(id 0\), and is there now: take it away again, or "
+        )
+        with pytest.raises(ValueError, match=message + "remove .*out.jsonl.partial to ask all rows again") as error:
             run(asked, output)
+        assert "restore" not in str(error.value)
+        (pictures / "0.png").unlink()
+        assert run(asked, output) == (4, 1)
+
+    @pytest.mark.parametrize(
+        "lines",
+        [
+            ["0", "1", "0", "1"],
+            ["1", "0"],
+            ["7", "8"],
+            ["0", "{}"],
+            ['{"a": 1}'],
+            ["0", "1", "2", "3", "4", "5"],
+            ['{"row": true, "id": "0", "answer": "A."}'],
+            ['{"row": 0, "answer": "A."}'],
+            ['{"row": 0, "id": "0"}'],
+            ['{"row": 0, "id": "0", "answer": "A.", "error": "B."}'],
+            ['{"files": [["a.png", null, null]]}'],
+            *(
+                ['{"row": 0, "id": "0", "answer": "A.", "files": ' + files + "}"]
+                for files in (
+                    "[[1, [1, 2, 3], null]]",
+                    '[["a.png", null]]',
+                    '[["a.png", [1, "2", 3], null]]',
+                    "5",
+                    "[5]",
+                )
+            ),
+            ["0", "[" * 100_000],
+            ["0", "\0" * 40],
+            ["0", "\0{\0}"],
+            ["0", "[1]"],
+        ],
+    )
+    def test_a_journal_that_no_run_can_have_written(self, pictures, converted, tmp_path, monkeypatch, lines):
+        asked, output = self.asked(pictures, converted, "jsonl"), tmp_path / "out.jsonl"
+        self.stop(monkeypatch, asked, output)
+        unfinished = tmp_path / "out.jsonl.partial"
+        settings = unfinished.read_text().splitlines()[0]
+        for index, line in enumerate(lines):
+            if line.isdigit():
+                lines[index] = json.dumps({"row": int(line), "id": line, "question": "What?", "answer": "A."})
+        before = "".join(line + "\n" for line in [settings, *lines]).encode()
+        unfinished.write_bytes(before)
+        message = "out.jsonl.partial is damaged .*: remove it, or the lines from there on"
+        with pytest.raises(ValueError, match=message):
+            run(asked, output)
+        assert unfinished.read_bytes() == before and not output.exists()
+
+    def test_a_finished_run_names_one_remedy_and_its_reason(self, pictures, converted, tmp_path):
+        asked, output = self.asked(pictures, converted, "jsonl"), tmp_path / "out.jsonl"
+        run(asked, output)
+        origin = tmp_path / "out.jsonl.origin"
+        kept, before = origin.read_bytes(), (pictures / "0.png").read_bytes()
+        with pytest.raises(ValueError) as error:
+            run(replace(asked, max_new_tokens=5), output)
+        assert str(error.value).endswith("choose another output (it has max_new_tokens 4, this run 5)")
+        self.replace(pictures / "0.png", 9)
+        with pytest.raises(
+            ValueError, match="0.png has changed since row 0 .*restore it, or remove .*out.jsonl to ask"
+        ) as error:
+            run(asked, output)
+        assert "choose another" not in str(error.value)
+        (pictures / "0.png").write_bytes(before)
+        settings = kept.splitlines(keepends=True)[0]
+        for text, reason in (
+            (b"", "out.jsonl.origin is empty"),
+            (b"\0" * 9 + b"\n", "Expecting value"),
+            (settings + b'{"row": 0, "files": []}\n', "a row and an id"),
+            (settings + b'{"row": 0, "id": "0", "files": [[1, 2, 3]]}\n', "malformed files"),
+            (settings + b"[1]\n", "no object"),
+            (settings + b"[" * 100_000, "recursion"),
+        ):
+            origin.write_bytes(text)
+            with pytest.raises(ValueError, match=rf"out.jsonl already exists: choose another output \(.*{reason}"):
+                run(asked, output)
+        origin.write_bytes(kept)
+        assert run(asked, output) == (4, 0)
 
     def test_a_picture_that_was_not_yet_asked_about_may_change(self, pictures, converted, tmp_path, monkeypatch):
         asked, output = self.asked(pictures, converted, "folder"), tmp_path / "out.jsonl"
@@ -453,6 +554,13 @@ def test_a_byte_order_mark(tmp_path):
         (tmp_path / "rows.jsonl").write_bytes(text)
         read = read_rows(tmp_path / "rows.jsonl")
         assert [record.get("question") for record, _ in read] == ["What is it?"] * count
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32"])
+def test_rows_that_are_not_in_utf_8(tmp_path, encoding):
+    (tmp_path / "rows.jsonl").write_bytes('{"question": "What is it?"}\n'.encode(encoding))
+    with pytest.raises(ValueError, match="rows.jsonl: it looks like UTF-.*save it as UTF-8"):
+        open_rows(tmp_path / "rows.jsonl")
 
 
 @pytest.mark.parametrize(

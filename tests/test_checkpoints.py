@@ -348,19 +348,62 @@ class TestConversion:
     @pytest.mark.parametrize(
         ("index", "message"),
         [
-            ({"weight_map": {}}, "index.json names no file: fetch it again"),
-            ({"weight_map": []}, "is not an index of weights"),
-            ([], "is not an index of weights"),
-            ({"weight_map": {"lm_head.bias": "model-00009-of-00002.safetensors"}}, "lacks the shard model-00009-of"),
-            ({"weight_map": {"lm_head.bias": 1}}, "lacks the shard 1"),
+            ('{"metadata": {}, "weight_map": {}}', "index.json names no file: fetch it again"),
+            ('{"metadata": {}, "weight_map": []}', "index.json is not an index of weights"),
+            ("[]", "index.json is not an index of weights"),
+            ('{"metadata": {}}', "index.json is not an index of weights .*weight_map"),
+            ("{", "index.json is not an index of weights"),
+            ("[" * 100_000, "index.json is not an index of weights .*[Rr]ecursion"),
+            ('{"weight_map": ' + "[" * 100_000, "index.json is not an index of weights .*[Rr]ecursion"),
+            ('{"weight_map": {"lm_head.bias": "SHARD"}}', "index.json is not an index of weights .*no metadata"),
+            ('{"metadata": null, "weight_map": {"lm_head.bias": "SHARD"}}', "index.json is .* no metadata"),
+            ('{"metadata": [], "weight_map": {"lm_head.bias": "SHARD"}}', "index.json is .* no metadata"),
+            ('\ufeff{"metadata": {}, "weight_map": {"lm_head.bias": "SHARD"}}', "index.json is not an .* BOM"),
+            *(
+                (json.dumps({"metadata": {}, "weight_map": {"lm_head.bias": name}}), message)
+                for name, message in (
+                    ("model-00009-of-00002.safetensors", "lacks the shard model-00009-of"),
+                    (1, "lacks the shard 1 that model.safetensors.index.json names"),
+                    (None, "lacks the shard None"),
+                    (["SHARD"], "is not an index of weights"),
+                    ("a" * 5000, "lacks the shard a{200} that model.safetensors.index.json names"),
+                    ("a\0.safetensors", "lacks the shard a"),
+                    ("a\ud83d.safetensors", "lacks the shard a.ud83d"),
+                    ("", "lacks the shard"),
+                    ("..", "lacks the shard"),
+                    ("config.json", "index.json names config.json, which is no .safetensors"),
+                    ("../source/SHARD", "lacks the shard ../source"),
+                )
+            ),
         ],
+        ids=range(22),
     )
-    def test_an_index_that_names_no_file(self, checkpoint, tmp_path, index, message):
+    def test_an_index_that_names_no_weights(self, checkpoint, tmp_path, index, message):
         folder = tmp_path / "source"
         shutil.copytree(checkpoint, folder)
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        shard = next(folder.glob("*.safetensors")).name
+        (folder / "model.safetensors.index.json").write_text(index.replace("SHARD", shard), encoding="utf-8")
         for load_it in (load_model, lambda source: convert(source, str(tmp_path / "target"))):
-            with pytest.raises(ValueError, match=message):
+            with pytest.raises(ValueError, match=message) as error:
+                load_it(str(folder))
+            str(error.value).encode()
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    @pytest.mark.parametrize("sharded", [True, False])
+    @pytest.mark.parametrize("damage", ["empty", "cut", "no header", "a page"])
+    def test_weights_that_are_cut(self, checkpoint, converted, tmp_path, damage, sharded):
+        folder = tmp_path / "source"
+        shutil.copytree(converted, folder)
+        if not sharded:
+            MCLlavaForConditionalGeneration.from_pretrained(folder).save_pretrained(folder)
+            for file in folder.glob("model*-of-*"):
+                file.unlink()
+        file = max(folder.glob("*.safetensors"))
+        whole = file.read_bytes()
+        damaged = {"empty": b"", "cut": whole[:-1000], "no header": whole[:100], "a page": b"<html>not found</html>"}
+        file.write_bytes(damaged[damage])
+        for load_it in (load_model, lambda source: convert(source, str(tmp_path / "target"))):
+            with pytest.raises(ValueError, match=f"{file.name} is cut, or no file of safetensors .*fetch it again"):
                 load_it(str(folder))
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 

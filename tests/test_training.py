@@ -21,17 +21,19 @@ from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, cli, scenes
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, cli, scenes, training
 from mc_llava.loading import WHOLE
 from mc_llava.training import (
     LORA_TARGETS,
     PARTS,
     Collator,
+    Lora,
     Recipe,
     StopIfDiverged,
     build_recipe,
     check,
     last_checkpoint,
+    read_entries,
     read_recipe,
     train,
 )
@@ -231,6 +233,14 @@ def test_half_of_a_surrogate_pair_makes_a_row_broken_and_ends_no_training(folder
     assert Path(recipe.output, "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-16-le", "utf-32"])
+def test_data_that_is_not_in_utf_8_is_refused(tmp_path, encoding):
+    for text in ('[{"id": "1"}]', '{"id": "1"}\n{"id": "2"}\n'):
+        (tmp_path / "rows.json").write_bytes(text.encode(encoding))
+        with pytest.raises(ValueError, match="rows.json as JSON or JSON lines: it looks like UTF-.*save it as UTF-8"):
+            read_entries(str(tmp_path / "rows.json"))
+
+
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
 def test_a_byte_order_mark(folder, recipe, tmp_path, lines, mark):
@@ -263,6 +273,40 @@ def test_a_single_step_that_diverges(recipe):
     with pytest.raises(ValueError, match="weights are not finite or too large at step 1"):
         train(replace(recipe, learning_rate=1e30, warmup=0, max_steps=1))
     assert last_checkpoint(Path(recipe.output)) is None
+
+
+ADAPTERS = {"lora": Lora(r=4, alpha=8), "train": ("projector",)}
+
+
+@pytest.mark.parametrize(
+    ("rate", "changes"), [(1e8, {}), (1e12, {}), (1e15, {}), (1e10, ADAPTERS), (1e12, ADAPTERS), (1e15, ADAPTERS)]
+)
+def test_a_single_step_after_which_the_model_answers_nothing(recipe, rate, changes):
+    """The squares of its weights are finite, its logits are not: no step follows that would tell."""
+    with pytest.raises(ValueError, match="(loss is nan|loss is inf|not finite or too large) at step 1.*has diverged"):
+        train(replace(recipe, learning_rate=rate, warmup=0, max_steps=1, **changes))
+    assert not list(Path(recipe.output).rglob("*.safetensors"))
+
+
+def test_a_checkpoint_that_answers_nothing_is_not_made_a_model(recipe, monkeypatch):
+    """As a version without the check may have left it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "check_sound", lambda *args: None)
+        train(replace(recipe, learning_rate=1e8, warmup=0, max_steps=1))
+    for file in Path(recipe.output).glob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match="loss is nan at the end"):
+        train(replace(recipe, learning_rate=1e8, warmup=0, max_steps=1, resume=True))
+    assert not list(Path(recipe.output).glob("*.safetensors"))
+
+
+def test_the_check_before_a_checkpoint_changes_no_step(recipe, monkeypatch):
+    """It draws no random number that dropout then lacks, and leaves the model training."""
+    lora = replace(recipe, lora=Lora(r=4, alpha=8, dropout=0.5), train=("projector",), save_steps=1)
+    train(lora)
+    monkeypatch.setattr(training, "check_sound", lambda *args: None)
+    train(replace(lora, output=f"{recipe.output}-unchecked"))
+    assert losses(Path(recipe.output)) == losses(Path(f"{recipe.output}-unchecked"))
 
 
 def test_weights_that_are_not_finite_are_not_written(recipe, monkeypatch):
@@ -523,7 +567,9 @@ def test_what_learns_is_in_float32_and_no_gradient_enters_a_frozen_tower(
         for name, module in trainer.model.named_modules():
             if name.endswith(("vision_tower.encoder", "vision_tower.modules_to_save.default.encoder")):
                 module.register_forward_hook(
-                    lambda module, inputs, output: found.update(graph=output.last_hidden_state.requires_grad)
+                    lambda module, inputs, output: found.update(
+                        graph=found.get("graph", output.last_hidden_state.requires_grad)
+                    )
                 )
         return start(trainer, **options)
 
