@@ -207,7 +207,7 @@ class MCLlavaZoomMixin:
 
     def _attention(self, input_ids, attention_mask, views: list[View], general_ids) -> list[torch.Tensor]:
         """For each view, float[tokens]: the share of the prompt's last token's attention that a visual token gets."""
-        features, heads = self.features(views), zoom_heads(self.config)
+        features, heads = self.features(views), relevant_heads(self.config)
         found = self.image_attention(input_ids, attention_mask, features, heads).mean(0)
         if not self.config.zoom_heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
             warn_unmeasured(self.config.name_or_path)
@@ -245,7 +245,7 @@ def _cut(view: View, boxes: list[Box], side: int) -> torch.Tensor:
     return torch.from_numpy(cut_crops(picture, boxes, side, view.resample)).to(device)
 
 
-def zoom_heads(config) -> list[tuple[int, int]]:
+def relevant_heads(config) -> list[tuple[int, int]]:
     """
     (layer, head) of the heads that zoom asks: the measured ones, or all of the layer at three quarters of the language
     model's depth.
@@ -340,4 +340,4 @@ def warn_unmeasured(name: str):
     )
 
 
-__all__ = ["MCLlavaZoomMixin", "ZoomedImages", "last_attention", "zoom_heads"]
+__all__ = ["MCLlavaZoomMixin", "ZoomedImages", "last_attention", "relevant_heads"]

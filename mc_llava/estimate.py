@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from . import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration, last_attention, zoom_heads
+from . import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration, last_attention, relevant_heads
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def estimate(
     coordinate_flops = _count_flops(lambda: model.model.coord_embed(torch.empty_like(selected[:crops, :2])))
     cache = DynamicCache(config=text)
     prefill_flops = _count_flops(lambda: model(inputs_embeds=prompt, cache=cache, logits_to_keep=1))
-    heads = zoom_heads(config)
+    heads = relevant_heads(config)
     look_flops = _count_flops(lambda: last_attention(model.model.language_model, prompt, None, heads)) if looks else 0
     prompt_bytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     flops_per_new_token = _count_flops(lambda: model(inputs_embeds=token, cache=cache, logits_to_keep=1))

@@ -30,7 +30,7 @@ def replies() -> dict[str, list[bool]]:
     model, processor, revision = load("tiny")
     assert revision == STUDY["revision"], "docs/study.json was made with other weights: run mc-llava study again"
     engine = Engine(model, processor, max_new_tokens=MAX_NEW_TOKENS)
-    assert engine.knobs == {"max_crops": 32, "num_tokens": 128}
+    assert engine.knobs == {"max_crops": 32, "num_tokens": 128, "zoom": 0}
     right = {kind: [] for kind in scenes.KINDS}
     for seed in range(NUM_ASKED):
         encoded = engine.encode([scenes.draw_scene(scenes.make_scene(seed, "test"))])
