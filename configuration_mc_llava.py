@@ -154,7 +154,7 @@ class MCLlavaConfig(PreTrainedConfig):
         for entry in self.zoom_heads or ():
             limits = {"layer": self.text_config.num_hidden_layers, "head": self.text_config.num_attention_heads}
             for name, limit in limits.items():
-                if not isinstance(entry.get(name), int) or not 0 <= entry[name] < limit:
+                if type(entry.get(name)) is not int or not 0 <= entry[name] < limit:
                     raise ValueError(f"zoom_heads must have a {name} from 0 to {limit - 1}, got {entry}: measure them")
         kwargs.pop("ignore_index", None)
         kwargs.pop("vocab_size", None)

@@ -59,17 +59,8 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
     max_crops = check_knob("max_crops", max_crops, minimum=0)
     num_tokens = check_knob("num_tokens", num_tokens, minimum=1)
 
-    columns = rows = 1
-    limit = min(max_crops, num_tokens - 1)
-    if limit > 0 and max(width, height) > side + side // 2:
-        base = side - 10
-        columns = rows = limit + 1
-        while columns * rows > limit:
-            base += 10
-            stride = base // 2
-            columns = max(1, (width - base) // stride + 1)
-            rows = max(1, (height - base) // stride + 1)
-
+    base, columns, rows = plan_grid(width, height, min(max_crops, num_tokens - 1), side)
+    stride = base // 2
     check_number(columns * rows + (columns * rows > 1))
     boxes = [(0, 0, width, height)]
     if columns * rows > 1:
@@ -80,6 +71,24 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
                 bottom = height if row == rows - 1 else top + base
                 boxes.append((left, top, right, bottom))
     return share_tokens(boxes, num_tokens, side, patch_size)
+
+
+def plan_grid(width: int, height: int, limit: int, side: int) -> tuple[int, int, int]:
+    """
+    The base side, columns and rows of the grid of at most `limit` crops; one of each if there is none. With a base of
+    `side`, the crops show every pixel of the image.
+    """
+    columns = rows = 1
+    base = side
+    if limit > 0 and max(width, height) > side + side // 2:
+        base = side - 10
+        columns = rows = limit + 1
+        while columns * rows > limit:
+            base += 10
+            stride = base // 2
+            columns = max(1, (width - base) // stride + 1)
+            rows = max(1, (height - base) // stride + 1)
+    return base, columns, rows
 
 
 def share_tokens(boxes: list[tuple[int, int, int, int]], num_tokens: int, side: int, patch_size: int) -> list[Crop]:
@@ -254,6 +263,7 @@ __all__ = [
     "make_plans",
     "max_tokens_per_crop",
     "plan_crops",
+    "plan_grid",
     "refuse_unknown",
     "share_tokens",
 ]

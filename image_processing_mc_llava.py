@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from .crops_mc_llava import (
     MAX_CROPS,
+    MOST_CROPS,
     NUM_TOKENS,
     PATCH_SIZE,
     SIDE,
@@ -31,7 +32,7 @@ from .crops_mc_llava import (
     refuse_unknown,
 )
 from .image_loading_mc_llava import MAX_IMAGE_SIDE, flatten_images, load_image
-from .zoom_plan_mc_llava import plan_scouts
+from .zoom_plan_mc_llava import count_closer, plan_scouts
 
 
 logger = logging.get_logger(__name__)
@@ -166,7 +167,7 @@ class MCLlavaImageProcessor(PilBackend):
     With `zoom`, these are the whole pictures and the crops that scout them, and the model gets what it needs to look
     closer:
 
-    - `zoom_options`, int64 [images, 5]: rows [zoom, max_crops, height, width, resample];
+    - `zoom_options`, int64 [images, 5]: rows [rounds, max_crops, height, width, resample];
     - `zoom_pictures`, uint8 [bytes]: the pixels of all pictures, one after another, each [height, width, 3];
     - `zoom_values`, float32 [3, 256]: what `pixel_values` hold for each byte in each channel.
 
@@ -327,7 +328,11 @@ class MCLlavaImageProcessor(PilBackend):
             "image_grid_thw": np.array([[len(plan), 1, 1] for plan in plans], dtype=np.int64),
         }
         if is_zooming:
-            rows = [[zoom, max_crops, height, width, int(resample)] for width, height in sizes]
+            knobs = {"zoom": min(zoom, MOST_CROPS), "max_crops": min(max_crops, MOST_CROPS), "num_tokens": num_tokens}
+            rows = [
+                [count_closer(width, height, side=side, **knobs)[0], knobs["max_crops"], height, width, int(resample)]
+                for width, height in sizes
+            ]
             data["zoom_options"] = np.array(rows, dtype=np.int64)
             data["zoom_pictures"] = np.concatenate([np.asarray(image).reshape(-1) for image in images])
             data["zoom_values"] = np.ascontiguousarray(table)

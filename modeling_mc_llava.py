@@ -34,8 +34,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_mc_llava import MCLlavaConfig
 from .encoded_images_mc_llava import EncodedImages, check_weights, count_image_tokens, hash_tensors, is_encoded
 from .generation_mc_llava import CACHE, CACHE_NAMES, MCLlavaGenerationMixin, one_cache
-from .image_processing_mc_llava import ZOOM_FIELDS
-from .zoom_mc_llava import MCLlavaZoomMixin
+from .zoom_mc_llava import MCLlavaZoomMixin, refuse_zoom
 
 
 # Crops that pass the vision tower at once. This bounds its memory, whatever max_crops is.
@@ -221,6 +220,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
             ValueError: if the four fields don't describe the same crops, there are none, or `crop_num_tokens` are out
                 of range.
         """
+        refuse_zoom("get_image_features", kwargs)
         tokens_per_image = count_image_tokens(crop_num_tokens, image_grid_thw)
         if crop_coords is None or not len(pixel_values) == len(crop_coords) == len(crop_num_tokens):
             raise ValueError(
@@ -377,11 +377,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MCLlavaModelOutputWithPast:
         """See `MCLlavaForConditionalGeneration.forward`."""
-        if any(kwargs.pop(name, None) is not None for name in ZOOM_FIELDS):
-            raise ValueError(
-                "a forward pass can't zoom: pass the processor's fields to generate, or to zoom() and its result as "
-                "image_features"
-            )
+        refuse_zoom("a forward pass", kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         encoded = (mm_encoder_outputs or {}).get("image")
@@ -475,6 +471,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
         Raises:
             ValueError: as `get_image_features` does, if `crop_boxes` are missing, or if weights are offloaded to disk.
         """
+        refuse_zoom("encode_images", text_inputs)
         if crop_boxes is None:
             raise ValueError("crop_boxes are missing: pass all that the processor returned")
         features = self.get_image_features(

@@ -260,7 +260,7 @@ class MCLlavaProcessor(ProcessorMixin):
                 raise ValueError("feature_cache needs the model that encodes: pass model as well")
             return self._add_general_question(super().__call__(images=images, text=text, **kwargs))
         if self.image_processor.asks_to_zoom(kwargs):
-            raise ValueError("zoom needs the question, not the model: leave model out, or pass zoom=0")
+            raise ValueError("zoom happens in generate, after this call: leave model out, or pass zoom=0")
 
         prompts, images = self._assemble(text, images)
         kwargs = self._merge_kwargs(

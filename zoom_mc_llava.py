@@ -1,5 +1,5 @@
 """
-Guided zoom: look at the whole picture and a coarse grid, then closer where the question points.
+Guided zoom: look at the whole picture and a coarse grid, then more closely where the question points.
 
     round 0    whole picture, scouts              the image processor's crops
     round 1    attention from the prompt's last token to each crop -> the most relevant crops, covered by smaller ones
@@ -35,8 +35,9 @@ class ZoomedImages(EncodedImages):
 
     Args:
         crop_rounds: int64[crops], the round in which a crop was looked at: 0 for the whole picture and the scouts.
-        crop_relevance: float32[crops], the share of attention that a crop got when it was last asked about. NaN in the
-            last round, which is followed by the answer.
+        crop_relevance: float32[crops], of the last round that asked about a crop: the share of attention that it got
+            from the measured heads or, without any, its attention relative to that under a general question. NaN in
+            the last round, which is followed by the answer.
     """
 
     crop_rounds: torch.LongTensor
@@ -60,19 +61,24 @@ class View:
     pixels: torch.Tensor  # uint8[height, width, 3]
     resample: int  # one of Pillow's filters
     row: int  # of the prompt
-    num_tokens: int
     rounds: int
     regions: int
     per_region: int
-    boxes: list[Box]
+    plan: list[Crop]  # boxes, and the tokens that are shared out among them
     patches: list[torch.Tensor]  # for each crop, float[most tokens that are needed of it, vision_hidden]
     crop_rounds: list[int]
     relevance: list[float]
     covered: set[Box] = field(default_factory=set)
 
     @property
-    def plan(self) -> list[Crop]:
-        return share_evenly(self.boxes, self.num_tokens)
+    def boxes(self) -> list[Box]:
+        return [crop.box for crop in self.plan]
+
+    def add(self, boxes: list[Box], number: int):
+        """Add the crops of a round. The number of tokens stays the same."""
+        self.plan = share_evenly(self.boxes + boxes, sum(crop.num_tokens for crop in self.plan))
+        self.crop_rounds += [number] * len(boxes)
+        self.relevance += [float("nan")] * len(boxes)
 
     @property
     def coords(self) -> list[tuple[float, float]]:
@@ -105,6 +111,11 @@ class MCLlavaZoomMixin:
         Raises:
             ValueError: if the processor was called without `zoom`, or its fields don't fit each other.
         """
+        if attention_mask is None:
+            pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
+            attention_mask = (input_ids != pad_token_id).long()
+        tokens = count_image_tokens(images.get("crop_num_tokens"), images.get("image_grid_thw"))
+        self._check_context(input_ids, attention_mask, tokens)
         return self.zoomed_images(self.look(input_ids, attention_mask, images))
 
     def zoomed_images(self, views: list[View]) -> ZoomedImages:
@@ -120,22 +131,24 @@ class MCLlavaZoomMixin:
             "crop_relevance": [found for view in views for found in view.relevance],
         }
         tensors = {name: torch.tensor(values, device=features.device) for name, values in fields.items()}
-        return ZoomedImages(features, **tensors, weights_hash=self.hash_encoder())
+        try:
+            weights_hash = self.hash_encoder()
+        except ValueError:  # offloaded to disk; the answer must not be lost for it
+            weights_hash = "unknown"
+        return ZoomedImages(features, **tensors, weights_hash=weights_hash)
 
     def look(self, input_ids, attention_mask, images: dict) -> list[View]:
         """All rounds before the answer."""
         if missing := [name for name in ZOOM_FIELDS if images.get(name) is None]:
             raise ValueError(f"{', '.join(missing)} are missing: call the processor with zoom=1 or more")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        if not attention_mask[:, -1].all():
+            raise ValueError("zoom asks with the last token of each prompt: pad the prompts on the left")
         views = self._first_views(input_ids, images)
         for number in range(1, 1 + max(view.rounds for view in views)):
             active = [view for view in views if view.rounds >= number]
             rows = sorted({view.row for view in active})
             seen = [view for view in views if view.row in rows]
-            shares = self._attention(input_ids[rows], attention_mask[rows], seen, images["zoom_general_ids"])
-            for view, share in zip(seen, shares):
-                view.relevance = [float(part.sum()) for part in share.split([crop.num_tokens for crop in view.plan])]
+            self._ask(input_ids[rows], attention_mask[rows], seen, images["zoom_general_ids"])
             self._look_closer(active, number, images["zoom_values"])
         return views
 
@@ -149,6 +162,12 @@ class MCLlavaZoomMixin:
         rows = torch.searchsorted(row_ends, ends).tolist()
         patches = self.model.encode_tokens(images["pixel_values"], num_tokens).split(num_tokens.tolist())
         boxes = [tuple(box) for box in images["crop_boxes"].tolist()]
+        plans = [Crop(box, count) for box, count in zip(boxes, num_tokens.tolist())]
+        starts = [sum(crops_per_image[:index]) for index in range(len(crops_per_image))]
+        sizes = [boxes[start][2:] for start in starts]
+        bytes_of_pictures = sum(3 * height * width for _, _, height, width, _ in options)
+        if sizes != [(row[3], row[2]) for row in options] or bytes_of_pictures != len(images["zoom_pictures"]):
+            raise ValueError("zoom_options and zoom_pictures don't fit the crops: pass what the processor returned")
         views, start, byte = [], 0, 0
         for crops, row, budget, (zoom, max_crops, height, width, resample) in zip(
             crops_per_image, rows, tokens, options
@@ -160,11 +179,10 @@ class MCLlavaZoomMixin:
                     pixels=images["zoom_pictures"][byte : byte + size].view(height, width, 3),
                     resample=resample,
                     row=row,
-                    num_tokens=budget,
                     rounds=rounds if crops > 1 else 0,
                     regions=regions,
                     per_region=per_region,
-                    boxes=boxes[start:end],
+                    plan=plans[start:end],
                     patches=list(patches[start:end]),
                     crop_rounds=[0] * crops,
                     relevance=[float("nan")] * crops,
@@ -181,9 +199,10 @@ class MCLlavaZoomMixin:
             for view in views
         ]
         for view, boxes in zip(views, added):
-            view.boxes += boxes
-            view.crop_rounds += [number] * len(boxes)
-            view.relevance += [float("nan")] * len(boxes)
+            if boxes:
+                view.add(boxes, number)
+            else:
+                view.rounds = number  # nothing is left to look at
         if not any(added):
             return
         cut = torch.cat([_cut(view, boxes, side) for view, boxes in zip(views, added) if boxes])
@@ -205,15 +224,25 @@ class MCLlavaZoomMixin:
             features.append(self.model.multi_modal_projector(placed))
         return features
 
-    def _attention(self, input_ids, attention_mask, views: list[View], general_ids) -> list[torch.Tensor]:
-        """For each view, float[tokens]: the share of the prompt's last token's attention that a visual token gets."""
+    def _ask(self, input_ids, attention_mask, views: list[View], general_ids):
+        """Set each view's relevance: what the prompt's last token attends to."""
         features, heads = self.features(views), relevant_heads(self.config)
-        found = self.image_attention(input_ids, attention_mask, features, heads).mean(0)
+        counts = [crop.num_tokens for view in views for crop in view.plan]
+
+        def per_crop(*prompts) -> torch.Tensor:
+            attention = self.image_attention(*prompts, features, heads).mean(0)
+            return torch.stack([part.sum() for part in attention.split(counts)])
+
+        found = per_crop(input_ids, attention_mask)
         if not self.config.zoom_heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
             warn_unmeasured(self.config.name_or_path)
-            general = self._ask_in_general(input_ids, attention_mask, general_ids)
-            found = found / self.image_attention(*general, features, heads).mean(0).clamp(min=1e-6)
-        return list(found.split([len(part) for part in features]))
+            usual = per_crop(*self._ask_in_general(input_ids, attention_mask, general_ids))
+            found = found / usual.clamp(min=1e-6)
+        if not found.isfinite().all():
+            raise ValueError("the model's attention is not finite: load it in another dtype, or pass zoom=0")
+        found = found.tolist()
+        for view in views:
+            view.relevance, found = found[: len(view.boxes)], found[len(view.boxes) :]
 
     def image_attention(
         self, input_ids, attention_mask, features: list[torch.Tensor], heads: list[tuple[int, int]]
@@ -239,7 +268,7 @@ class MCLlavaZoomMixin:
 def _cut(view: View, boxes: list[Box], side: int) -> torch.Tensor:
     """uint8[crops, side, side, 3] on the picture's device."""
     device = view.pixels.device
-    if device.type != "cpu" and view.resample == Image.Resampling.BICUBIC:
+    if device.type in ("cuda", "xpu") and view.resample == Image.Resampling.BICUBIC:  # others lack float64
         return cut_on_device(view.pixels, boxes, side)
     picture = Image.fromarray(view.pixels.cpu().numpy())
     return torch.from_numpy(cut_crops(picture, boxes, side, view.resample)).to(device)
@@ -311,7 +340,8 @@ def _head_attention(
     cos, sin = (part.unsqueeze(1).to(keys.device) for part in rotary)
     query = _rotate(query, cos[:, :, -1:], sin[:, :, -1:])
     keys = _rotate(keys, cos, sin).repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
-    scores = (query @ keys.transpose(-1, -2)).squeeze(2).float() * attention.scaling
+    # In float32: a float16 product of a few large values overflows.
+    scores = (query.float() * attention.scaling @ keys.float().transpose(-1, -2)).squeeze(2)
     scores = scores.masked_fill(attention_mask[:, None].to(scores.device) == 0, -torch.inf).softmax(-1)
     missing = attention.config.num_attention_heads - scores.shape[1]
     if not missing:
@@ -333,6 +363,14 @@ def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     return torch.cat([turned * cos + torch.cat([-high, low], dim=-1) * sin, kept], dim=-1)
 
 
+def refuse_zoom(what: str, fields: dict):
+    """Raise a ValueError if there are fields of zoom, and remove those that are None."""
+    if any(fields.pop(name, None) is not None for name in ZOOM_FIELDS):
+        raise ValueError(
+            f"{what} can't zoom: pass the processor's fields to generate or to zoom(), or call it with zoom=0"
+        )
+
+
 def warn_unmeasured(name: str):
     logger.warning_once(
         f"zoom uses the late layers of {name or 'this model'}: which of its heads find what is asked about was never "
@@ -340,4 +378,4 @@ def warn_unmeasured(name: str):
     )
 
 
-__all__ = ["MCLlavaZoomMixin", "ZoomedImages", "last_attention", "relevant_heads"]
+__all__ = ["MCLlavaZoomMixin", "ZoomedImages", "last_attention", "refuse_zoom", "relevant_heads"]

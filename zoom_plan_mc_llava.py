@@ -1,6 +1,15 @@
-"""Where guided zoom looks: a coarse grid first, then closer where a question points. Integers only."""
+"""Where guided zoom looks: at a coarse grid first, then more closely where a question points. Integers only."""
 
-from .crops_mc_llava import Box, Crop, check_knob, check_number, check_sides, max_tokens_per_crop
+from .crops_mc_llava import (
+    Box,
+    Crop,
+    check_knob,
+    check_number,
+    check_sides,
+    max_tokens_per_crop,
+    plan_crops,
+    plan_grid,
+)
 
 
 # Of a round's crops that cover a region: 2 x 2 that overlap by a quarter, or 3 x 3 by two fifths. Both have about half
@@ -30,10 +39,27 @@ def split_budget(max_crops: int, rounds: int) -> tuple[int, int, int, int]:
     return rounds, max_crops - rounds * regions * per_region, regions, per_region
 
 
-def tile(region: Box, most: int, overlap: tuple[int, int]) -> list[Box]:
+def count_closer(
+    width: int, height: int, zoom: int, max_crops: int, num_tokens: int, side: int, **tower
+) -> tuple[int, int]:
+    """
+    How often zoom looks closer at a picture of this size, and at how many crops at most in all.
+
+    None if the usual grid shows every pixel already, if the picture has no grid, or if there are too few crops.
+    """
+    limit = min(max_crops, num_tokens - 1)
+    rounds, _, regions, per_region = split_budget(limit, zoom)
+    base, columns, rows = plan_grid(width, height, limit, side)
+    if rounds < 1 or columns * rows == 1 or base == side:
+        return 0, 0
+    return rounds, rounds * regions * per_region
+
+
+def tile(region: Box, most: int, overlap: tuple[int, int], least: int = 1) -> list[Box]:
     r"""
-    Cover a region with at most `most` square crops, as small as possible, of which neighbors overlap by at least
-    `overlap` (a fraction) of their side. A region of 1000 x 600 with at most 6 crops and a fifth:
+    Cover a region with at most `most` square crops, as small as possible but with a side of at least `least`, of which
+    neighbors overlap by at least `overlap` (a fraction) of their side. A region of 1000 x 600 with at most 6 crops and
+    a fifth:
 
         0      307  385      615 692    1000
         |---- 1, 2 ----|                         crops from top to bottom, in columns from left to right
@@ -52,7 +78,7 @@ def tile(region: Box, most: int, overlap: tuple[int, int]) -> list[Box]:
 
     grids = [(columns, rows) for columns in range(1, most + 1) for rows in range(1, most // columns + 1)]
     side, _, columns, rows = min(
-        (max(side_for(width, columns), side_for(height, rows)), columns * rows, columns, rows)
+        (max(side_for(width, columns), side_for(height, rows), least), columns * rows, columns, rows)
         for columns, rows in grids
     )
     boxes = []
@@ -75,21 +101,21 @@ def plan_scouts(
     The whole picture and the crops that scout it. See `plan_crops` for the arguments.
 
     Returns:
-        The crops in the order of their tokens, the whole picture first. A picture without a grid in `plan_crops` has
-        no scouts, either.
+        The crops in the order of their tokens, the whole picture first: its usual grid if there is nothing to look
+        closer at, see `count_closer`.
 
     Raises:
-        ValueError: if a knob is out of range, or there are more than `MOST_CROPS` scouts.
+        ValueError: if a knob or a side is out of range, or there are more than `MOST_CROPS` scouts.
     """
     check_sides(width, height)
     max_crops, num_tokens = check_knob("max_crops", max_crops, 0), check_knob("num_tokens", num_tokens, 1)
+    rounds, closer = count_closer(width, height, zoom, max_crops, num_tokens, side)
+    if not rounds:
+        return plan_crops(width, height, max_crops, num_tokens, side, patch_size)
+    scouts = min(max_crops, num_tokens - 1) - closer
+    check_number(scouts + 1)
     boxes = [(0, 0, width, height)]
-    if max(width, height) > side + side // 2:
-        _, scouts, _, _ = split_budget(min(max_crops, num_tokens - 1), zoom)
-        check_number(scouts + 1)
-        if scouts > 0:
-            boxes += tile(boxes[0], scouts, SCOUT_OVERLAP)
-    boxes = list(dict.fromkeys(boxes))
+    boxes = list(dict.fromkeys(boxes + tile(boxes[0], scouts, SCOUT_OVERLAP, least=side)))
     return share_evenly(boxes, min(num_tokens, len(boxes) * max_tokens_per_crop(side, patch_size)))
 
 
@@ -97,7 +123,7 @@ def share_evenly(boxes: list[Box], num_tokens: int) -> list[Crop]:
     """
     Share exactly `num_tokens` tokens among crops with these boxes. If they don't divide, the first ones get one more.
 
-    However many crops a picture gets, its tokens in the prompt stay as many.
+    However many crops a picture gets, the number of its tokens in the prompt stays the same.
     """
     share, more = divmod(num_tokens, len(boxes))
     return [Crop(box, share + (index < more)) for index, box in enumerate(boxes)]
@@ -143,4 +169,4 @@ def look_closer(
     return new
 
 
-__all__ = ["look_closer", "plan_scouts", "share_evenly", "split_budget", "tile"]
+__all__ = ["count_closer", "look_closer", "plan_scouts", "share_evenly", "split_budget", "tile"]

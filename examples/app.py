@@ -31,7 +31,7 @@ from starlette.responses import PlainTextResponse
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # a Space runs this file in a clone that is not installed
 
-from mc_llava import FeatureCache, load_image, split_budget
+from mc_llava import FeatureCache, count_closer, load_image
 from mc_llava.crop_grid import draw_crop_grid, draw_looks
 from mc_llava.engine import Engine, ask_about
 from mc_llava.estimate import Estimate, estimate
@@ -90,7 +90,8 @@ class Demo:
         crops, tokens = self.planner.max_crops, self.planner.num_tokens
         self.max_crops = Knob("max_crops", 0, max(100, crops), crops, 1)
         self.num_tokens = Knob("num_tokens", 1, max(context, tokens), tokens, 1)
-        self.zoom = Knob("zoom: how often to look closer where the question points", 0, 5, self.planner.zoom, 1)
+        zoom = self.planner.zoom
+        self.zoom = Knob("zoom: how often to look closer where the question points", 0, max(5, zoom), zoom, 1)
         self.max_new_tokens = Knob("Longest answer in tokens", 1, 512, 200, 1)
         self.temperature = Knob("Temperature (0: always the most likely word)", 0, 2, 0, 0.1)
         self.top_p = Knob("Top p", 0.05, 1, 1, 0.05)
@@ -132,9 +133,7 @@ class Demo:
         grid = draw_crop_grid(picture, plan)
         grid.thumbnail((GRID_SIDE, GRID_SIDE))
         tokens = sum(crop.num_tokens for crop in plan)
-        looks, _, regions, per_region = split_budget(min(knobs["max_crops"], tokens - 1), knobs["zoom"])
-        looks = looks if len(plan) > 1 else 0  # a small picture has nothing to zoom into
-        closer = looks * regions * per_region
+        looks, closer = count_closer(*picture.size, side=self.planner.size["height"], **knobs)
         words = f"**{len(plan) + closer} crops** (the whole picture, a grid of {len(plan) - 1}"
         words += f" and {closer} where the question points" if closer else ""
         words += f"), **{tokens} visual tokens**. "

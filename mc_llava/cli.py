@@ -208,7 +208,7 @@ def estimate(
     """Print what a question about a picture costs. Loads no weights."""
     import torch
 
-    from . import MCLlavaConfig, MCLlavaImageProcessor, split_budget
+    from . import MCLlavaConfig, MCLlavaImageProcessor, count_closer
     from .estimate import estimate as estimate_cost
     from .folders import find_model
 
@@ -219,13 +219,12 @@ def estimate(
         processor, config = MCLlavaImageProcessor.from_pretrained(model), MCLlavaConfig.from_pretrained(model)
     knobs = {"max_crops": max_crops, "num_tokens": num_tokens, "zoom": zoom}
     knobs = {name: getattr(processor, name) if value is None else value for name, value in knobs.items()}
-    plan = processor.plan(*read_image(image).size, **knobs)
+    picture = read_image(image)
+    plan = processor.plan(*picture.size, **knobs)
     precision = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     tokens = sum(crop.num_tokens for crop in plan)
-    looks, _, regions, per_region = split_budget(min(knobs["max_crops"], tokens - 1), knobs["zoom"])
-    looks = looks if len(plan) > 1 else 0  # a small picture has nothing to zoom into
-    crops = len(plan) + looks * regions * per_region
-    cost = estimate_cost(config, crops, tokens, text_tokens, max_new_tokens, precision, looks)
+    looks, closer = count_closer(*picture.size, side=processor.size["height"], **knobs)
+    cost = estimate_cost(config, len(plan) + closer, tokens, text_tokens, max_new_tokens, precision, looks)
     for name, value in (
         ("crops", cost.crops),
         ("image tokens", cost.image_tokens),

@@ -310,8 +310,13 @@ class Engine:
         Args:
             knobs: `max_crops`, `num_tokens` and `zoom` instead of the engine's.
         """
+        if not any(map(images_of, conversations)):
+            return []
         inputs = self.processor.apply_chat_template(
-            conversations,
+            [
+                map_image_parts(turns, lambda part: {"type": "image", "image": part["image"]})
+                for turns in conversations
+            ],
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from helpers import EXAMPLES, ROOT, picture, prompt, small_model
+from PIL import Image
 
 from mc_llava import (
     MCLlavaForConditionalGeneration,
@@ -96,6 +97,27 @@ def test_where_it_looked(zooming, processor, zoom):
             assert all(contains(best, crop.box) for crop, number in zip(plan, rounds) if number)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(zooming.generate(**text, image_features=looked, **GREEDY), output.sequences)
+
+
+def test_padding_is_seen_without_a_mask(zooming, processor):
+    inputs = processor(TEXTS[:2], NESTED[:2], **KNOBS)
+    expected = zooming.zoom(**inputs)
+    del inputs["attention_mask"]
+    assert torch.equal(zooming.zoom(**inputs).crop_relevance.nan_to_num(), expected.crop_relevance.nan_to_num())
+
+
+def test_a_crop_is_not_relevant_for_having_one_token_more(processor):
+    """Without measured heads, relevance is a ratio, of about 1 on average, whether a crop has one token or two."""
+    grey, by_tokens = Image.new("RGB", (400, 300), "grey"), {1: [], 2: []}
+    for seed in range(20):
+        inputs = processor("What is it?", grey, zoom=1, max_crops=20, num_tokens=21)
+        views = (model := small_model(seed)).look(inputs["input_ids"], inputs["attention_mask"], inputs)
+        scouts = inputs["crop_num_tokens"].tolist()
+        for tokens, found in zip(scouts[1:], views[0].relevance[1:]):
+            by_tokens[tokens].append(found)
+        assert model.config.zoom_heads is None
+    one, two = (sum(found) / len(found) for found in by_tokens.values())
+    assert 0.75 < two / one < 1.33
 
 
 def test_a_template_of_ones_own(zooming, processor):
@@ -205,6 +227,47 @@ class TestRefused:
     def test_odd_rounds(self, processor, zoom):
         with pytest.raises(ValueError, match="zoom must be"):
             processor(TEXTS[1], IMAGES[0], zoom=zoom)
+
+    @pytest.mark.parametrize("knobs", [{"zoom": 10**30, "max_crops": 20}, {"zoom": 1, "max_crops": 10**30}], ids=str)
+    def test_huge_knobs_are_no_fault(self, zooming, processor, knobs):
+        assert max(zooming.zoom(**processor(TEXTS[1], IMAGES[0], num_tokens=20, **knobs)).crops_per_image) <= 20
+
+    def test_fields_that_do_not_fit(self, zooming, processor):
+        inputs = processor(TEXTS[1], IMAGES[0], **KNOBS)
+        options = inputs["zoom_options"]
+        for changes in (
+            {"zoom_pictures": inputs["zoom_pictures"][:-1]},
+            {"zoom_options": torch.cat([options, options])},
+            {"zoom_options": options[:, [0, 1, 3, 2, 4]]},
+            {"zoom_options": options[:0]},
+        ):
+            with pytest.raises(ValueError, match="don't fit the crops: pass what the processor returned"):
+                zooming.zoom(**{**inputs, **changes})
+
+    def test_padding_on_the_right(self, zooming, processor):
+        inputs = processor(TEXTS[:2], NESTED[:2], **KNOBS, padding_side="right")
+        with pytest.raises(ValueError, match="pad the prompts on the left"):
+            zooming.zoom(**inputs)
+
+    def test_a_prompt_that_fills_the_context(self, zooming, processor):
+        inputs = processor("What? " * 100, IMAGES[0], **KNOBS)
+        with pytest.raises(ValueError, match="leaves no room for an answer"):
+            zooming.zoom(**inputs)
+
+    def test_features_of_the_scouts_alone(self, zooming, processor):
+        inputs = processor(TEXTS[1], IMAGES[0], **KNOBS)
+        with pytest.raises(ValueError, match="encode_images can't zoom"):
+            zooming.encode_images(**inputs)
+        images = {name: inputs[name] for name in inputs if name not in ("input_ids", "attention_mask")}
+        with pytest.raises(ValueError, match="get_image_features can't zoom"):
+            zooming.get_image_features(**images)
+
+    def test_attention_that_is_not_finite(self, processor):
+        model = small_model(2)
+        with torch.no_grad():
+            model.model.language_model.layers[1].self_attn.k_proj.weight.fill_(float("nan"))
+        with pytest.raises(ValueError, match="attention is not finite: load it in another dtype"):
+            model.zoom(**processor(TEXTS[1], IMAGES[0], **KNOBS))
 
     def test_a_call_without_zooms_fields(self, zooming, processor):
         with pytest.raises(ValueError, match="call the processor with zoom=1 or more"):

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc_llava import look_closer, plan_crops, plan_scouts, share_evenly, split_budget, tile
+from mc_llava import count_closer, look_closer, plan_crops, plan_scouts, share_evenly, split_budget, tile
 
 
 sizes = st.one_of(st.integers(1, 3000), st.integers(1, 20_000))
@@ -43,9 +43,15 @@ def test_neither_knob_is_exceeded_in_any_round(width, height, zoom, max_crops, n
     scouts = plan_scouts(width, height, zoom, max_crops, num_tokens, side, patch_size)
     boxes, tokens = [crop.box for crop in scouts], sum(crop.num_tokens for crop in scouts)
     assert boxes[0] == (0, 0, width, height) and tokens <= num_tokens
-    rounds, _, regions, per_region = split_budget(min(max_crops, num_tokens - 1), zoom)
+    _, _, regions, per_region = split_budget(min(max_crops, num_tokens - 1), zoom)
+    rounds, closer = count_closer(width, height, zoom, max_crops, num_tokens, side)
+    assert closer == rounds * regions * per_region and (rounds or scouts == plan_crops(
+        width, height, max_crops, num_tokens, side, patch_size
+    ))  # fmt: skip
+    if rounds:
+        assert all(min(box[2] - box[0], width) >= min(side, width) for box in boxes), "no scout is enlarged"
     covered = set()
-    for _ in range(rounds if len(boxes) > 1 else 0):
+    for _ in range(rounds):
         relevance = data.draw(st.lists(st.floats(0, 1), min_size=len(boxes), max_size=len(boxes)))
         added = look_closer(boxes, relevance, covered, regions, per_region, side)
         assert len(added) <= regions * per_region
@@ -83,6 +89,13 @@ def test_the_most_relevant_crops_are_covered_and_things_at_their_seams_lie_whole
     more = look_closer([*scouts, *closer], [*relevance, *[0.0] * 9], covered, 1, 9, 96)
     assert all(contains(second, box) for box in more), "what was covered once is not covered again"
     assert look_closer(scouts, relevance, set(), 1, 9, 5000) == [], "crops that the tower sees in full"
+
+
+def test_what_a_grid_shows_in_full_is_not_scouted():
+    assert count_closer(1024, 768, 2, 100, 728, 384) == (0, 0)
+    assert plan_scouts(1024, 768, 2, 100, 728, 384, 14) == plan_crops(1024, 768, 100, 728, 384, 14)
+    rounds, closer = count_closer(4240, 2832, 2, 64, 728, 384)
+    assert rounds == 2 and closer == 36 and len(plan_scouts(4240, 2832, 2, 64, 728, 384, 14)) <= 64 - closer + 1
 
 
 def test_a_small_picture_has_no_scouts_and_odd_knobs_are_refused():
