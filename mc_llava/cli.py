@@ -73,6 +73,7 @@ def ask(
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
     from transformers import TextStreamer
 
+    from . import count_closer
     from .crop_grid import draw_looks
     from .engine import Engine, ask_about, fill_knobs
     from .loading import load_model, load_processor
@@ -84,14 +85,16 @@ def ask(
     processor.apply_chat_template(ask_about([], question))  # a question that is refused waits for no weights
     knobs = fill_knobs(processor, max_crops, num_tokens, zoom)
     plans = [processor.image_processor.plan(*image.size, **knobs) for image in images]
-    for source, image, plan in zip(sources, images, plans):
-        say(f"{source}: {image.width} x {image.height} pixels, {describe(plan)}")
+    side = processor.image_processor.size["height"]
+    closer = [count_closer(*image.size, side=side, **knobs)[1] for image in images]
+    for source, image, plan, more in zip(sources, images, plans, closer):
+        say(f"{source}: {image.width} x {image.height} pixels, {describe(plan, more)}")
     network = load_model(model, dtype, device, quantize=quantize)
     engine = Engine(network, processor, max_new_tokens=max_new_tokens, **knobs)
 
     start = time.perf_counter()
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    with crop_progress(engine.model, sum(map(len, plans))):
+    with crop_progress(engine.model, sum(map(len, plans)) + sum(closer)):
         asked = images if knobs["zoom"] else engine.encode(images, plans)
         (reply,) = engine.answer([ask_about(asked, question)], streamer)
     if show is not None:
@@ -131,7 +134,7 @@ def chat(
     """
     from transformers import TextStreamer
 
-    from . import load_image
+    from . import count_closer, load_image
     from .engine import Engine, fill_knobs
     from .loading import load_model, load_processor
 
@@ -139,7 +142,8 @@ def chat(
     processor = load_processor(model)
     knobs = fill_knobs(processor, max_crops, num_tokens, zoom)
     plan = processor.image_processor.plan(*picture.size, **knobs)
-    say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan)}")
+    closer = count_closer(*picture.size, side=processor.image_processor.size["height"], **knobs)[1]
+    say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan, closer)}")
     network = load_model(model, dtype, device, quantize=quantize)
     engine = Engine(network, processor, max_new_tokens=max_new_tokens, **knobs)
     sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused like any other bad question
@@ -389,8 +393,8 @@ def zoom_heads(
     """
     Measure which attention heads look at what a question asks about, for --zoom.
 
-    Each head is scored on drawn scenes: how often the crop that it attends to most shows the asked thing. Heads that
-    are no better than chance are never written.
+    Each head is scored on drawn scenes: how often the crop that it attends to most shows the thing asked about. Heads
+    that are no better than chance are never written.
     """
     from .folders import find_model
     from .loading import load_model, load_processor
@@ -481,10 +485,11 @@ def read_question() -> str:
     return sys.stdin.readline().strip()
 
 
-def describe(plan: "list[Crop]") -> str:
-    """The crops that are encoded without looking at the question."""
+def describe(plan: "list[Crop]", closer: int = 0) -> str:
+    """The crops of a plan, and how many zoom adds at most."""
     tokens = sum(crop.num_tokens for crop in plan)
-    return f"crops: {len(plan)} (the whole image and a grid of {len(plan) - 1}), tokens: {tokens}"
+    zoomed = f", up to {closer} where the question points" if closer else ""
+    return f"crops: {len(plan)} (the whole image and a grid of {len(plan) - 1}){zoomed}, tokens: {tokens}"
 
 
 @contextmanager
@@ -528,6 +533,8 @@ def crop_progress(model: "MCLlavaForConditionalGeneration", crops: int):
     finally:
         for hook in hooks:
             hook.remove()
+        if bar is not None:  # zoom may have found less to look at
+            bar.close()
 
 
 def main():
