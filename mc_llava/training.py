@@ -452,10 +452,10 @@ class StopIfDiverged(TrainerCallback):
     is written, `check_sound` finds a fault: earlier checkpoints stay.
 
     Args:
-        batch: what `check_sound` tries the model on.
+        batch: what `check_sound` tries the model on. Without one, only the weights are looked at.
     """
 
-    def __init__(self, batch: dict[str, torch.Tensor]):
+    def __init__(self, batch: dict[str, torch.Tensor] | None = None):
         self.batch = batch
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -465,7 +465,8 @@ class StopIfDiverged(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if control.should_save:
-            check_sound(model, self.batch, f"step {state.global_step}")
+            when = f"step {state.global_step}"
+            check_learned(model, when) if self.batch is None else check_sound(model, self.batch, when)
 
 
 def check_sound(model: nn.Module, batch: dict[str, torch.Tensor], when: str):
@@ -473,7 +474,7 @@ def check_sound(model: nn.Module, batch: dict[str, torch.Tensor], when: str):
     ValueError if a weight that learns is not finite, or the loss or a logit of a batch: the last step's loss knows
     nothing of what that step did. Each of several processes must call it, as each holds a share of the weights.
     """
-    check_finite({name: weight for name, weight in model.named_parameters() if weight.requires_grad}, when)
+    check_learned(model, when)
     device = next(model.parameters()).device
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
     model.train()  # out of it, bitsandbytes rewrites weights on a CPU
@@ -485,6 +486,11 @@ def check_sound(model: nn.Module, batch: dict[str, torch.Tensor], when: str):
             f"the model's loss is {outputs.loss.item()} at {when}, with {(~logits.isfinite()).sum().item()} of "
             f"{logits.numel()} logits not finite: {DIVERGED}"
         )
+
+
+def check_learned(model: nn.Module, when: str):
+    """`check_finite` of the weights that learn."""
+    check_finite({name: weight for name, weight in model.named_parameters() if weight.requires_grad}, when)
 
 
 def check_finite(weights: dict[str, torch.Tensor], when: str):

@@ -52,7 +52,9 @@ def test_neither_knob_is_exceeded_in_any_round(width, height, zoom, max_crops, n
         assert all(min(box[2] - box[0], width) >= min(side, width) for box in boxes), "no scout is enlarged"
     covered = set()
     for _ in range(rounds):
-        relevance = data.draw(st.lists(st.floats(0, 1), min_size=len(boxes), max_size=len(boxes)))
+        relevance = data.draw(
+            st.lists(st.floats(0, 1, allow_subnormal=False), min_size=len(boxes), max_size=len(boxes))
+        )
         added = look_closer(boxes, relevance, covered, regions, per_region, side)
         assert len(added) <= regions * per_region
         boxes += added
