@@ -203,8 +203,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 attention_mask = torch.ones_like(new_ids)
         elif input_ids is not None:
             if attention_mask is None:
-                pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
-                attention_mask = (input_ids != pad_token_id).long()
+                attention_mask = self._mask_padding(input_ids)
             # A cache holds the images of earlier turns: only ids that are not in it have places to fill.
             if cache is not None and attention_mask.shape == input_ids.shape:
                 new_ids = input_ids[:, int(cache.get_seq_length()) :]
@@ -217,6 +216,11 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 "input_ids and attention_mask with the cache, without images"
             )
         return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, places)
+
+    def _mask_padding(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """The attention mask of prompts that came without one: int64[batch, length], 0 for padding."""
+        pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
+        return (input_ids != pad_token_id).long()
 
     def _pass_on_images(self, request: GenerationRequest, new_ids, attention_mask, generation_config, kwargs: dict):
         """
@@ -284,6 +288,10 @@ class MCLlavaGenerationMixin(GenerationMixin):
             ids = ids[kept]
             repeats = [next(counts) if place else 1 for place in (ids == self.config.image_token_id).tolist()]
             rows.append(ids.repeat_interleave(torch.tensor(repeats, device=ids.device)))
+        return self._pad_prompts(rows)
+
+    def _pad_prompts(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Ids and mask of prompts of several lengths, padded on the left: int64[batch, length] each."""
         masks = [torch.ones_like(row) for row in rows]
         pad_token_id = self.config.pad_token_id or 0
         return (

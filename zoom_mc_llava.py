@@ -87,7 +87,7 @@ class View:
 
 
 class MCLlavaZoomMixin:
-    """Guided zoom for `MCLlavaForConditionalGeneration`, which provides the model's parts."""
+    """Guided zoom for `MCLlavaForConditionalGeneration`, which provides the model's parts and `generate`'s checks."""
 
     @torch.no_grad()
     def zoom(
@@ -112,8 +112,7 @@ class MCLlavaZoomMixin:
             ValueError: if the processor was called without `zoom`, or its fields don't fit each other.
         """
         if attention_mask is None:
-            pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
-            attention_mask = (input_ids != pad_token_id).long()
+            attention_mask = self._mask_padding(input_ids)
         tokens = count_image_tokens(images.get("crop_num_tokens"), images.get("image_grid_thw"))
         self._check_context(input_ids, attention_mask, tokens)
         return self.zoomed_images(self.look(input_ids, attention_mask, images))
@@ -259,10 +258,7 @@ class MCLlavaZoomMixin:
             ids = ids[kept]
             end = int((ids == self.config.image_token_id).nonzero()[-1]) + 1
             rows.append(torch.cat([ids[:end], general_ids.to(ids.device)]))
-        pad = lambda parts, value: torch.nn.utils.rnn.pad_sequence(  # noqa: E731
-            parts, batch_first=True, padding_value=value, padding_side="left"
-        )
-        return pad(rows, self.config.pad_token_id or 0), pad([torch.ones_like(row) for row in rows], 0)
+        return self._pad_prompts(rows)
 
 
 def _cut(view: View, boxes: list[Box], side: int) -> torch.Tensor:

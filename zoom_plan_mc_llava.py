@@ -39,13 +39,11 @@ def split_budget(max_crops: int, rounds: int) -> tuple[int, int, int, int]:
     return rounds, max_crops - rounds * regions * per_region, regions, per_region
 
 
-def count_closer(
-    width: int, height: int, zoom: int, max_crops: int, num_tokens: int, side: int, **tower
-) -> tuple[int, int]:
+def count_closer(width: int, height: int, zoom: int, max_crops: int, num_tokens: int, side: int) -> tuple[int, int]:
     """
     How often zoom looks closer at a picture of this size, and at how many crops at most in all.
 
-    None if the usual grid shows every pixel already, if the picture has no grid, or if there are too few crops.
+    Both are 0 if the usual grid shows every pixel already, if the picture has no grid, or if there are too few crops.
     """
     limit = min(max_crops, num_tokens - 1)
     rounds, _, regions, per_region = split_budget(limit, zoom)
