@@ -17,6 +17,7 @@ from torch import nn
 
 from .crops_mc_llava import Crop, check_plans
 from .image_loading_mc_llava import load_image
+from .image_processing_mc_llava import CONFIG_KEYS
 
 
 def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None) -> list[int]:
@@ -181,6 +182,11 @@ def is_encoded(value) -> bool:
     return hasattr(value, "weights_hash")
 
 
+def input_device(model) -> torch.device:
+    """Where a model's inputs go. Offloaded weights are on "meta"; their hooks move inputs."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
 def check_processor(model, image_processor):
     """Raise a ValueError unless an image processor cuts crops for the model's vision tower."""
     tower, size = model.config.vision_config, image_processor.size
@@ -221,10 +227,6 @@ def hash_tensors(tensors) -> str:
         mixed ^= mixed >> 32
         digest.update(f"{tensor.dtype}{list(tensor.shape)}{(mixed * keys).sum().item()}".encode())
     return digest.hexdigest()
-
-
-# In an image processor's configuration: saving it may write them, and they change no pixel.
-NAMES_OF_CODE = ("auto_map", "feature_extractor_type", "image_processor_type", "processor_class")
 
 
 class FeatureCache:
@@ -290,7 +292,8 @@ class FeatureCache:
         for index, image in enumerate(images):
             chosen = options if plans is None else {**options, "plans": [plans[index]]}
             picture = load_image(image, options.get("input_data_format"))
-            settings = {name: value for name, value in image_processor.to_dict().items() if name not in NAMES_OF_CODE}
+            # Without names of code: saving may write them, and they change no pixel.
+            settings = {name: value for name, value in image_processor.to_dict().items() if name not in CONFIG_KEYS}
             settings = json.dumps({**settings, **chosen}, sort_keys=True, default=_to_json)
             found.append(self._encode(model, image_processor, picture, chosen, (settings, encoder, dtype)))
         return found
@@ -329,5 +332,6 @@ __all__ = [
     "check_weights",
     "count_image_tokens",
     "hash_tensors",
+    "input_device",
     "is_encoded",
 ]

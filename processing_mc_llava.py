@@ -19,7 +19,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .crops_mc_llava import check_plans, make_plans, refuse_unknown
-from .encoded_images_mc_llava import check_processor, is_encoded
+from .encoded_images_mc_llava import check_processor, input_device, is_encoded
 from .image_loading_mc_llava import flatten_images
 from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs
 
@@ -268,8 +268,7 @@ class MCLlavaProcessor(ProcessorMixin):
         )
         inputs = self.tokenizer(prompts, **kwargs["text_kwargs"])
         self._check_special_mm_tokens(prompts, inputs, ["image"])
-        # The device of offloaded weights is "meta"; their hooks move the inputs.
-        device = "cpu" if model.device.type == "meta" else model.device
+        device = input_device(model)
         inputs = BatchFeature(dict(inputs)).to(device)
         if images:
             options = kwargs["images_kwargs"]

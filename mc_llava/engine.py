@@ -22,6 +22,7 @@ from . import (
     MCLlavaProcessor,
     check_knob,
     check_weights,
+    input_device,
     is_encoded,
     to_plain,
 )
@@ -108,12 +109,6 @@ class Engine:
         self.batch_size = check_knob("batch_size", batch_size, 1)
         self.max_new_tokens = check_knob("max_new_tokens", max_new_tokens, 1)
 
-    @property
-    def device(self) -> torch.device:
-        """Where inputs go. Offloaded weights are on "meta"; their hooks move inputs."""
-        device = self.model.device
-        return torch.device("cpu") if device.type == "meta" else device
-
     def encode(self, images: list, plans: list | None = None, **knobs) -> list[EncodedImages]:
         """
         Encode images, each anything that `load_image` reads. Returns an `EncodedImages` for each.
@@ -168,7 +163,7 @@ class Engine:
         conversations = self._encode_parts(conversations)
         images = [images_of(conversation) for conversation in conversations]
         prompts = [self._write_prompt(conversation, add_generation_prompt=True) for conversation in conversations]
-        inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt").to(self.device)
+        inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt").to(input_device(self.model))
         output = self.model.generate(
             **inputs,
             image_features=[image.features for image in chain(*images)],
@@ -268,9 +263,9 @@ class Engine:
         kept = max(lengths) + 1  # padded on the left, all options end in the last column
         with torch.no_grad():
             logits = self.model(
-                input_ids=input_ids.to(self.device),
-                attention_mask=attention_mask.to(self.device),
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(self.device),
+                input_ids=input_ids.to(input_device(self.model)),
+                attention_mask=attention_mask.to(input_device(self.model)),
+                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(input_device(self.model)),
                 image_features=[image.features for image in images] * len(rows),
                 logits_to_keep=kept,
             ).logits
@@ -322,7 +317,7 @@ class Engine:
             return_dict=True,
             processor_kwargs={**self.knobs, **knobs, "padding": True, "return_tensors": "pt"},
         )
-        return self.model.zoom(**inputs.to(self.device)).unbind()
+        return self.model.zoom(**inputs.to(input_device(self.model))).unbind()
 
     def _write_prompt(self, conversation: list[dict], add_generation_prompt: bool) -> str:
         """The prompt of a conversation about encoded images, with one `<image>` per visual token."""
