@@ -25,7 +25,11 @@ NEXT_READ_QUESTIONS = (
 )
 NEXT_COLOR_QUESTIONS = ("What color is the sign next to the {0}?", "Which color does the sign beside the {0} have?")
 NEXT_NAME_QUESTIONS = ("What is next to the {0} sign?", "What can be seen beside the {0} sign?")
-LARGEST_QUESTIONS = ("What is the largest thing?", "What is the largest thing in the picture?", "Name the largest thing.")
+LARGEST_QUESTIONS = (
+    "What is the largest thing?",
+    "What is the largest thing in the picture?",
+    "Name the largest thing.",
+)
 SIDE_QUESTIONS = (
     "Is the {0} {2} or {3} the {1}?",
     "Where is the {0}, {2} or {3} the {1}?",
