@@ -13,9 +13,11 @@ from .crops_mc_llava import (
 
 
 # Of a round's crops that cover a region: 2 x 2 that overlap by a quarter, or 3 x 3 by two fifths. Both have about half
-# of the region's side, and a thing at the seam of two of them lies whole in one.
+# of the region's side, and a thing at the seam of two of them lies whole in one. 3 x 3 also cover a sixth of the side
+# around the region, where the rest of a thing lies that the region's edge cuts.
 FEW, MANY = 4, 9
 OVERLAPS = {FEW: (1, 4), MANY: (2, 5)}
+MARGINS = {FEW: (0, 1), MANY: (1, 6)}
 SCOUT_OVERLAP = (1, 4)
 
 
@@ -127,6 +129,19 @@ def share_evenly(boxes: list[Box], num_tokens: int) -> list[Crop]:
     return [Crop(box, share + (index < more)) for index, box in enumerate(boxes)]
 
 
+def _with_margin(region: Box, margin: tuple[int, int], whole: Box) -> Box:
+    """A region and a margin around it, a fraction of its sides, as far as the whole picture goes."""
+    part, of = margin
+    left, top, right, bottom = region
+    across, down = (right - left) * part // of, (bottom - top) * part // of
+    return (
+        max(left - across, whole[0]),
+        max(top - down, whole[1]),
+        min(right + across, whole[2]),
+        min(bottom + down, whole[3]),
+    )
+
+
 def can_be_closer(boxes: list[Box], covered: set[Box], side: int) -> list[bool]:
     """
     For each crop, the whole picture first, whether a closer look would show more: not of the whole picture, which the
@@ -159,7 +174,7 @@ def look_closer(
         +-----+-----+-----+
         |     |  7  |  1  |                            +--+--+--+
         +-----+=====+-----+      -->                   +--+--+--+     3 x 3 crops of the marked one
-        |  0  # 80  #  2  |                            +--+--+--+
+        |  0  # 80  #  2  |                            +--+--+--+     and some of what is around it
         +-----+=====+-----+
 
     Args:
@@ -178,7 +193,7 @@ def look_closer(
     known, new = set(boxes), []
     for _, region in sorted(left)[:regions]:
         covered.add(region)
-        for box in tile(region, per_region, OVERLAPS[per_region]):
+        for box in tile(_with_margin(region, MARGINS[per_region], whole=boxes[0]), per_region, OVERLAPS[per_region]):
             if box not in known:
                 known.add(box)
                 new.append(box)

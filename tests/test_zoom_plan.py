@@ -81,15 +81,19 @@ def test_the_most_relevant_crops_are_covered_and_things_at_their_seams_lie_whole
     relevance = [0.9, 0.01, 0.02, 0.8, 0.01, 0.05, 0.0]
     (region, second), covered = (scouts[3], scouts[5]), set()
     closer = look_closer(scouts, relevance, covered, 1, 9, 96)
-    assert covered == {region} and len(closer) == 9 and all(contains(region, box) for box in closer)
+    assert covered == {region} and len(closer) == 9
+    around = (region[0] - 120, 0, region[2] + 120, region[3] + 120)  # a sixth; the picture ends above
+    assert all(contains(around, box) for box in closer)
     side = closer[0][2] - closer[0][0]
     thing = side * 2 // 5 - 2
-    left, top, right, bottom = region
+    left, top, right, bottom = around  # what the region's edge cuts lies whole in one, too
     for x in range(left, right - thing, 13):
         for y in range(top, bottom - thing, 17):
             assert any(contains(box, (x, y, x + thing, y + thing)) for box in closer)
     more = look_closer([*scouts, *closer], [*relevance, *[0.0] * 9], covered, 1, 9, 96)
-    assert all(contains(second, box) for box in more), "what was covered once is not covered again"
+    assert covered == {region, second} and len(more) == 9, "what was covered once is not covered again"
+    few = look_closer(scouts, relevance, set(), 1, 4, 96)
+    assert len(few) == 4 and all(contains(region, box) for box in few)
     assert look_closer(scouts, relevance, set(), 1, 9, 5000) == [], "crops that the tower sees in full"
 
 
