@@ -114,6 +114,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
         image_features=None,
+        feature_cache=None,
         **kwargs,
     ) -> torch.LongTensor | ModelOutput:
         """
@@ -131,6 +132,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             inputs: int[batch, length], the prompts, padded on the left; also accepted as `input_ids`.
             image_features: what `encode_images` or `get_image_features(...).pooler_output` returns, or one
                 float[images, tokens, hidden] tensor.
+            feature_cache: for guided zoom: crops that this `FeatureCache` holds are not encoded again.
             generation_config, logits_processor, stopping_criteria, kwargs: as in transformers. Keys and values of
                 earlier turns may be passed as `cache` or as `past_key_values`, in all releases of transformers.
 
@@ -152,7 +154,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             new_ids, attention_mask = self._expand_prompt(request)
         if new_ids is not None:
             self._check_context(new_ids, attention_mask, request.tokens_per_image)
-        looked = self._pass_on_images(request, new_ids, attention_mask, generation_config, kwargs)
+        looked = self._pass_on_images(request, new_ids, attention_mask, generation_config, feature_cache, kwargs)
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
             prompt_length = 0 if request.input_ids is None else request.input_ids.shape[1]
@@ -222,17 +224,24 @@ class MCLlavaGenerationMixin(GenerationMixin):
         pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
         return (input_ids != pad_token_id).long()
 
-    def _pass_on_images(self, request: GenerationRequest, new_ids, attention_mask, generation_config, kwargs: dict):
+    def _pass_on_images(
+        self, request: GenerationRequest, new_ids, attention_mask, generation_config, feature_cache, kwargs: dict
+    ):
         """
-        Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the views of
+        Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the looks of
         guided zoom, or None without it.
         """
         zoom = {name: value for name in ZOOM_FIELDS if (value := kwargs.pop(name, None)) is not None}
         if zoom:
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
-            views = self.look(new_ids, attention_mask, {**images, **zoom})
-            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=self.features(views))}
-            return views
+            looked = self.look(new_ids, attention_mask, {**images, **zoom}, feature_cache)
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=looked.features)}
+            return looked
+        if feature_cache is not None and kwargs.get("pixel_values") is not None:
+            raise ValueError(
+                "a feature cache knows crops by their picture, and pixel_values without zoom come without it: pass "
+                "feature_cache and the model to the processor, or call it with zoom"
+            )
         if request.is_short:
             # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
             kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, request.encoded["image"].pooler_output)

@@ -414,7 +414,7 @@ class EndpointHandler:
             )
         if images and knobs.get("zoom", self.processor.image_processor.zoom):
             inputs = self.processor(prompt, [images], **knobs).to(self.model.device)
-            looked = self.model.zoom(**inputs)
+            looked = self.model.zoom(**inputs, feature_cache=self.cache)
             return looked.unbind(), looked.looked_at
         return self.cache.encode(self.model, self.processor.image_processor, images, plans=plans), None
 

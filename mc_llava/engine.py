@@ -317,7 +317,8 @@ class Engine:
             return_dict=True,
             processor_kwargs={**self.knobs, **knobs, "padding": True, "return_tensors": "pt"},
         )
-        return self.model.zoom(**inputs.to(input_device(self.model))).unbind()
+        inputs = inputs.to(input_device(self.model))
+        return self.model.zoom(**inputs, feature_cache=self.feature_cache).unbind()
 
     def _write_prompt(self, conversation: list[dict], add_generation_prompt: bool) -> str:
         """The prompt of a conversation about encoded images, with one `<image>` per visual token."""

@@ -14,7 +14,7 @@ from helpers import picture
 from transformers import set_seed
 from transformers.generation import utils as generation_utils
 
-from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor
+from mc_llava import FeatureCache, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.fuzz]
@@ -160,6 +160,9 @@ def zoom_disagreements(seed: int) -> list[str]:
         assert max(looked.tokens_per_image) <= knobs["num_tokens"]
         texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         found["zoom, then generate"] = tokens(model, {**texts, "image_features": looked})
+        cache = FeatureCache(max_bytes=rng.choice([0, 2**10, 2**14, 2**28]))
+        found["crops that are kept"] = tokens(model, {**inputs, "feature_cache": cache})
+        found["crops that were kept"] = tokens(model, {**inputs, "feature_cache": cache})
     return [way for way, got in found.items() if got != batch]
 
 
