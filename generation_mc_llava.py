@@ -211,6 +211,27 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 output.zoomed_images = self.zoomed_images(looked)
         return output
 
+    def encode_prefix(self, prefix_cache: PrefixCache | None = None, **inputs) -> PrefixCache:
+        """
+        Compute prompts without answering them, for other prompts that begin alike:
+
+            kept = model.encode_prefix(**processor("What is it?", picture))
+            model.generate(**processor("Where is it?", picture), prefix_cache=kept)
+
+        Args:
+            prefix_cache: where their keys and values go, by default a new `PrefixCache`.
+            inputs: the prompts and their images, as `generate` takes them.
+
+        Returns:
+            The cache.
+
+        Raises:
+            ValueError: as `generate` does.
+        """
+        kept = PrefixCache() if prefix_cache is None else prefix_cache
+        self.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, prefix_cache=kept)
+        return kept
+
     def _read_request(self, input_ids: torch.LongTensor | None, image_features, kwargs: dict) -> GenerationRequest:
         """Collect the arguments, and remove from `kwargs` those that transformers must not get under their names."""
         if input_ids is None:

@@ -55,6 +55,16 @@ def test_the_second_question_computes_only_what_is_new(model, processor, compute
     assert computed[0] == 1, "the last token gives the first logits"
 
 
+def test_prompts_that_are_not_answered(model, processor, computed):
+    first, second = (processor(question, IMAGES[0], **KNOBS) for question in ("What is it?", "Where is the dog?"))
+    kept = model.encode_prefix(**first)
+    assert kept.nbytes == first["input_ids"].shape[1] * TOKEN_BYTES
+    assert model.encode_prefix(kept, **processor("Why?", IMAGES[1], **KNOBS)) is kept
+    expected = ask(model, second)
+    computed.clear()
+    assert ask(model, second, prefix_cache=kept) == expected and computed[0] < 25
+
+
 def test_logits(model, processor):
     kept = PrefixCache()
     for question in ("What is it?", "Where is the dog?", "What is it?"):
