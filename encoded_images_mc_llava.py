@@ -301,7 +301,7 @@ class FeatureCache:
         options = image_processor.check_kwargs(given)
         check_processor(model, image_processor, options)
         made_by = describe_encoder(model)
-        pictures = [load_image(image, options.pop("input_data_format", None)) for image in images]
+        pictures = [load_image(image, options.get("input_data_format")) for image in images]
         plans = image_processor.plans_of([picture.size for picture in pictures], options)
         options = {name: value for name, value in options.items() if name not in NOT_OF_PIXELS}
         return [
@@ -311,12 +311,12 @@ class FeatureCache:
 
     def _encode(self, model, image_processor, picture, plan: list[Crop], options: dict, made_by) -> EncodedImages:
         """One picture's features. Each is encoded separately, so that they do not depend on the others."""
-        device = input_device(model)
+        device = input_device(model)  # where the crops are cut, too
 
         def encode(missing: list[int]) -> Iterator[torch.Tensor]:
             crops = [[plan[index] for index in missing]]
-            inputs = image_processor(picture, **{**options, "plans": crops, "return_tensors": "pt"})
-            return model.model.encode_each(inputs["pixel_values"].to(device))
+            chosen = {**options, "plans": crops, "device": device, "return_tensors": "pt"}
+            return model.model.encode_each(image_processor(picture, **chosen)["pixel_values"].to(device))
 
         resample = options.get("resample", image_processor.resample)
         values = image_processor.values_of_bytes(options).tobytes()
@@ -398,7 +398,7 @@ class FeatureCache:
 
 
 # Options of the image processor that don't change a crop's pixels.
-NOT_OF_PIXELS = ("max_crops", "zoom", "plans", "return_tensors")
+NOT_OF_PIXELS = ("max_crops", "zoom", "plans", "device", "return_tensors", "input_data_format")
 
 
 def describe_encoder(model) -> tuple[str, str]:

@@ -277,7 +277,8 @@ class MCLlavaProcessor(ProcessorMixin):
                 encoded = feature_cache.encode(model, self.image_processor, images, **options)
                 inputs["image_features"] = [one.features for one in encoded]
                 return inputs
-            image_inputs = self.image_processor(images, **{**options, "return_tensors": "pt"})
+            options = {**options, "device": options.get("device") or device, "return_tensors": "pt"}
+            image_inputs = self.image_processor(images, **options)
             with torch.no_grad():
                 inputs["image_features"] = model.get_image_features(
                     **image_inputs.to(device), return_dict=True

@@ -21,8 +21,8 @@ from transformers.utils import logging
 from .crops_mc_llava import Box, Crop, center_of
 from .encoded_images_mc_llava import EncodedImages, FeatureCache, count_image_tokens, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
-from .image_processing_mc_llava import ZOOM_FIELDS, cut_crops
-from .resizing_mc_llava import cut_on_device
+from .image_processing_mc_llava import ZOOM_FIELDS
+from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
 from .zoom_plan_mc_llava import look_closer, share_evenly, split_budget
 
 
@@ -325,7 +325,7 @@ class MCLlavaZoomMixin:
 def _cut(view: View, boxes: list[Box], side: int) -> torch.Tensor:
     """uint8[crops, side, side, 3] on the picture's device."""
     device = view.pixels.device
-    if device.type in ("cuda", "xpu") and view.resample == Image.Resampling.BICUBIC:  # others lack float64
+    if can_cut_on(device, view.resample):
         return cut_on_device(view.pixels, boxes, side)
     picture = Image.fromarray(view.pixels.cpu().numpy())
     return torch.from_numpy(cut_crops(picture, boxes, side, view.resample)).to(device)

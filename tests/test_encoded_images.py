@@ -3,6 +3,7 @@
 import copy
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from helpers import picture, prompt, small_model
@@ -435,6 +436,14 @@ class TestFeatureCache:
         elif options["patch_size"] == 7:
             with pytest.raises(ValueError, match="use the processor of this model, with patch_size 14"):
                 model(**other("What?", IMAGES[0], num_tokens=60))
+
+    def test_arrays_with_channels_first(self, model, processor):
+        arrays = [np.asarray(image).transpose(2, 0, 1) for image in IMAGES[1:3]]
+        cache = FeatureCache()
+        expected = cache.encode(model, processor.image_processor, IMAGES[1:3])
+        found = cache.encode(model, processor.image_processor, arrays, input_data_format="channels_first")
+        assert (cache.hits, cache.misses) == (2, 2)
+        assert all(torch.equal(one.features, other.features) for one, other in zip(found, expected, strict=True))
 
     def test_in_messages(self, model, processor):
         cache = FeatureCache()
