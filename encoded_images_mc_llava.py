@@ -26,6 +26,38 @@ BLOCK = 2**15
 STACK_BYTES = 256 * 2**20
 
 
+def read_integers(*tensors: torch.Tensor) -> list[list]:
+    """The values of tensors of integers as (nested) lists. They are read at once: each read waits for the device."""
+    device = tensors[0].device
+    flat = torch.cat([tensor.reshape(-1).to(device, torch.int64) for tensor in tensors]).tolist()
+    ends = accumulate(tensor.numel() for tensor in tensors)
+    return [_nest(flat[end - tensor.numel() : end], tensor.shape) for tensor, end in zip(tensors, ends)]
+
+
+def _nest(values: list[int], shape: torch.Size) -> list:
+    if len(shape) == 1:
+        return values
+    step = shape[1:].numel()
+    return [_nest(values[row * step : (row + 1) * step], shape[1:]) for row in range(shape[0])]
+
+
+def check_counts(crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None):
+    """Raise a ValueError if one of the fields that tell the numbers of tokens and crops is missing."""
+    if crop_num_tokens is None or image_grid_thw is None:
+        raise ValueError("pixel_values need crop_num_tokens and image_grid_thw: pass all that the processor returned")
+
+
+def sum_per_image(crop_num_tokens: list[int], crops_per_image: list[int]) -> list[int]:
+    """The number of tokens of each image: see `count_image_tokens`, which reads these lists."""
+    if sum(crops_per_image) != len(crop_num_tokens):
+        raise ValueError(
+            f"image_grid_thw has {sum(crops_per_image)} crops, crop_num_tokens {len(crop_num_tokens)}: "
+            "pass what the processor returned"
+        )
+    counts = iter(crop_num_tokens)
+    return [sum(islice(counts, crops)) for crops in crops_per_image]  # no sum wraps around
+
+
 def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None) -> list[int]:
     """
     The number of tokens of each image: the sum over its crops.
@@ -36,15 +68,26 @@ def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw:
     Raises:
         ValueError: if one of them is None, or they disagree on the number of crops.
     """
-    if crop_num_tokens is None or image_grid_thw is None:
-        raise ValueError("pixel_values need crop_num_tokens and image_grid_thw: pass all that the processor returned")
-    crops_per_image = image_grid_thw[:, 0].tolist()
-    if sum(crops_per_image) != len(crop_num_tokens):
+    check_counts(crop_num_tokens, image_grid_thw)
+    return sum_per_image(*read_integers(crop_num_tokens, image_grid_thw[:, 0]))
+
+
+def count_places(run_ends: list[list[int]]) -> list[int]:
+    """The number of `<image>` tokens in each row, of what `find_run_ends` found."""
+    ends = list(accumulate((max(row, default=0) for row in run_ends), max))
+    return [end - start for start, end in zip([0, *ends], ends)]
+
+
+def check_places(run_ends: list[list[int]], tokens_per_image: list[int], is_chunk: bool = False):
+    """See `MCLlavaModel.get_placeholder_mask`."""
+    found = [end for row in run_ends for end in row if end]
+    image_ends = list(accumulate(tokens_per_image))
+    is_split = not (is_chunk and len(image_ends) == 1) and not set(found) <= set(image_ends)
+    if (found[-1] if found else 0) != image_ends[-1] or is_split:
         raise ValueError(
-            f"image_grid_thw has {sum(crops_per_image)} crops, crop_num_tokens {len(crop_num_tokens)}: "
-            "pass what the processor returned"
+            f"the rows have {count_places(run_ends)} <image> tokens, the images {tokens_per_image} tokens: "
+            "use the processor's input_ids with its images, unshortened"
         )
-    return [sum(crops.tolist()) for crops in crop_num_tokens.split(crops_per_image)]  # no sum wraps around
 
 
 @dataclass(frozen=True)
@@ -397,10 +440,15 @@ def _to_json(value):
 __all__ = [
     "EncodedImages",
     "FeatureCache",
+    "check_counts",
+    "check_places",
     "check_processor",
     "check_weights",
     "count_image_tokens",
+    "count_places",
     "hash_tensors",
     "input_device",
     "is_encoded",
+    "read_integers",
+    "sum_per_image",
 ]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, picture, prompt, small_model
+from helpers import EXAMPLES, ROOT, CountReads, picture, prompt, small_model
 from PIL import Image
 
 from mc_llava import (
@@ -71,6 +71,23 @@ def test_generate_looks_and_answers_as_zoom_and_generate_do(zooming, processor, 
     expected = new_tokens(zooming, {**text, "image_features": looked}, **options)
     torch.manual_seed(0)
     assert new_tokens(zooming, inputs, **options) == expected
+
+
+@pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
+def test_the_device_is_read_once_more_a_round(zooming, processor, heads, monkeypatch):
+    monkeypatch.setattr(zooming.config, "zoom_heads", heads)
+    reads = {}
+    for texts, images in ((TEXTS[1], IMAGES[:1]), (TEXTS[:2], [IMAGES[:2], IMAGES[1:2]])):
+        for rounds in (1, 2):
+            inputs = processor(texts, images, **{**KNOBS, "zoom": rounds})
+            with CountReads() as counted:
+                looked = zooming.generate(**inputs, **GREEDY, return_dict_in_generate=True).zoomed_images
+            assert looked.crop_rounds.max() == rounds
+            # The features that were looked at are checked when they are returned.
+            counted = [read for read in counted.reads if not read.startswith("encoded_images_mc_llava")]
+            reads.setdefault(rounds, set()).add(len(counted))
+    assert [len(counts) for counts in reads.values()] == [1, 1]
+    assert reads[2] == {reads[1].pop() + 1}
 
 
 def contains(outer, inner) -> bool:
