@@ -1,0 +1,236 @@
+"""
+Measure what users wait for: `python scripts/benchmark.py [ROW ...]`, by default all rows.
+
+With `--against REVISION`, that commit is checked out into a temporary git worktree, and each row runs there and here
+by turns, in fresh processes with the same number of threads. Each row prints one line of JSON: medians, the smallest
+and the largest value, and the ratio of each pair of runs. Seconds on a shared machine vary; ratios of pairs hardly.
+
+    python scripts/benchmark.py preprocess --against 6cf41cd >> docs/benchmark.jsonl
+    python scripts/benchmark.py --table      # writes the table in docs/costs.md from docs/benchmark.jsonl
+
+A row is a function here that takes a `Bench` and returns its values, {"name (unit)": number}. It uses only what both
+commits export, and models with random weights.
+"""
+
+import argparse
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+
+ROOT = Path(__file__).parent.parent
+SAVED, PAGE = ROOT / "docs" / "benchmark.jsonl", ROOT / "docs" / "costs.md"
+MARKERS = ("<!-- benchmark: written by scripts/benchmark.py --table -->", "<!-- end of benchmark -->")
+PHOTOGRAPH = (4240, 2832)  # pixels: 97 crops
+ROWS = {}
+
+
+@dataclass
+class Bench:
+    """
+    What a row measures with.
+
+    Args:
+        folder: for what a row prepares once for all of its processes.
+        device: of the models.
+    """
+
+    folder: Path
+    device: str
+
+    def photograph(self, name: str = "photograph.jpg", **options) -> Path:
+        """A file of 12 megapixels, made of a photograph. The name's suffix is its format."""
+        from PIL import Image
+
+        path = self.folder / name
+        if not path.exists():
+            picture = Image.open(ROOT / "examples" / "hubble.jpg").convert("RGB")
+            picture.resize(PHOTOGRAPH, Image.Resampling.BICUBIC).save(path, **options)
+        return path
+
+    def seconds(self, function: Callable, repeats: int = 5) -> float:
+        """The median of the times that a call takes, after one that warms up."""
+        times = []
+        for _ in range(repeats + 1):
+            gc.collect()
+            self.wait()
+            start = time.perf_counter()
+            function()
+            self.wait()
+            times.append(time.perf_counter() - start)
+        return statistics.median(times[1:])
+
+    def wait(self):
+        """Until the device has done what it was asked to."""
+        if self.device != "cpu":
+            import torch
+
+            torch.accelerator.synchronize()
+
+    def peak(self, function: Callable) -> int:
+        """The most memory that a call takes beyond what this process holds, in bytes (Linux)."""
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = self._status("VmRSS")
+        function()
+        return self._status("VmHWM") - before
+
+    def _status(self, name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def row(function: Callable[[Bench], dict[str, float]]):
+    """Makes a function a row. The first line of its docstring says in the table what is measured."""
+    ROWS[function.__name__] = function
+    return function
+
+
+@row
+def preprocess(bench: Bench) -> dict[str, float]:
+    """A JPEG of 12 megapixels to the tensors of 97 crops."""
+    from mc_llava import MCLlavaImageProcessor
+
+    processor, path = MCLlavaImageProcessor(), bench.photograph(quality=90)
+    return {"time (s)": bench.seconds(lambda: processor(path, return_tensors="pt"))}
+
+
+def measure_here(name: str, bench: Bench) -> dict:
+    """What this process measures of a row, with what it runs on. `mc_llava` is what PYTHONPATH leads to."""
+    import torch
+
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    values = ROWS[name](bench)
+    return {"values": values, "device": device_name(bench.device), "torch": torch.__version__}
+
+
+def device_name(device: str) -> str:
+    import torch
+
+    if device != "cpu":
+        return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
+    cpu = Path("/proc/cpuinfo")
+    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def measure(name: str, tree: Path, folder: str, options: argparse.Namespace) -> dict:
+    """What a fresh process measures of a row with the code of a tree."""
+    command = [sys.executable, __file__, name, "--measure-in", folder, "--device", options.device or ""]
+    environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(options.threads)}
+    run = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def compare(name: str, trees: dict[str, Path], options: argparse.Namespace) -> dict:
+    """A row measured in each tree by turns. "after" is this tree."""
+    runs = {label: [] for label in trees}
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(options.rounds):
+            for label, tree in trees.items():
+                print(f"{name}: {label}, round {number + 1} of {options.rounds}", file=sys.stderr)
+                runs[label].append(measure(name, tree, folder, options))
+    last = runs["after"][-1]
+    record = {"row": name, "what": ROWS[name].__doc__.strip().splitlines()[0]}
+    record |= {"device": last["device"], "threads": options.threads, "torch": last["torch"]}
+    record |= {"revision": revision("HEAD"), "against": options.against and revision(options.against)}
+    return record | {"parts": {part: summary(part, runs) for part in last["values"]}}
+
+
+def summary(part: str, runs: dict[str, list[dict]]) -> dict:
+    """The median and the spread of a part's values in each tree, and of the ratios of the pairs."""
+    found = {label: [run["values"][part] for run in each] for label, each in runs.items()}
+    if "before" in found:
+        found["ratio"] = [after / before for before, after in zip(found["before"], found["after"]) if before]
+    return {
+        label: {name: round_to(function(values), 4) for name, function in STATISTICS.items()}
+        for label, values in found.items()
+        if values
+    }
+
+
+STATISTICS = {"median": statistics.median, "least": min, "most": max}
+
+
+def round_to(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+def revision(name: str) -> str:
+    return subprocess.check_output(["git", "rev-parse", "--short", name], cwd=ROOT, text=True).strip()
+
+
+def check_out(commit: str, stack: ExitStack) -> Path:
+    """A temporary worktree of a commit."""
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "tree")
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", folder, commit], cwd=ROOT, check=True)
+    stack.callback(subprocess.run, ["git", "worktree", "remove", "--force", folder], cwd=ROOT, check=True)
+    return folder
+
+
+def write_table():
+    """Writes the newest line of each row and device into the page, between its markers."""
+    lines = SAVED.read_text(encoding="utf-8").splitlines()
+    newest = {(record["row"], record["device"]): record for record in map(json.loads, lines)}
+    text = ["| | | before | after | ratio | machine |", "|---|---|---|---|---|---|"]
+    for record in newest.values():
+        machine = f"{record['device']}, {record['threads']} threads"
+        for part, found in record["parts"].items():
+            before, after = (show(found.get(label)) for label in ("before", "after"))
+            ratio = show(found.get("ratio"), with_spread=True)
+            text.append(f"| {record['what']} | {part} | {before} | {after} | {ratio} | {machine} |")
+    head, start, rest = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])
+    _, end, tail = rest.partition(MARKERS[1])
+    if not end:
+        raise SystemExit(f"{PAGE} lacks the markers {' and '.join(MARKERS)}: write both where the table belongs")
+    PAGE.write_text(head + start + "\n" + "\n".join(text) + "\n" + end + tail, encoding="utf-8")
+
+
+def show(found: dict | None, with_spread: bool = False) -> str:
+    if found is None:
+        return ""
+    median, least, most = (f"{round_to(found[name], 3):,g}" for name in STATISTICS)
+    return f"{median} ({least} to {most})" if with_spread else median
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW", help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--against", metavar="REVISION", help="a commit to compare with")
+    parser.add_argument("--rounds", type=int, default=5, help="processes for each row and tree")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--device", help="of the models, by default the accelerator if there is one")
+    parser.add_argument("--table", action="store_true", help=f"write the table in {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--measure-in", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if unknown := set(options.rows) - set(ROWS):
+        parser.error(f"there are no rows {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
+    if options.table:
+        write_table()
+    elif options.measure_in is not None:
+        from mc_llava.loading import find_device
+
+        print(
+            json.dumps(measure_here(options.rows[0], Bench(options.measure_in, find_device(options.device or None))))
+        )
+    else:
+        with ExitStack() as stack:
+            trees = {"before": check_out(options.against, stack)} if options.against else {}
+            for name in options.rows or ROWS:
+                print(json.dumps(compare(name, {**trees, "after": ROOT}, options)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
