@@ -11,12 +11,14 @@ import copy
 import hashlib
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from threading import RLock
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel, modeling_utils
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -42,9 +44,11 @@ from .encoded_images_mc_llava import (
     sum_per_image,
 )
 from .generation_mc_llava import CACHE, CACHE_NAMES, MCLlavaGenerationMixin, one_cache
+from .precision_mc_llava import warn_of_float16
 from .zoom_mc_llava import MCLlavaZoomMixin, refuse_zoom
 
 
+_opening = RLock()  # one thread at a time replaces transformers' function, see `one_copy`
 # Crops that pass the vision tower at once. This bounds its memory, whatever max_crops is.
 CROPS_PER_PASS = 16
 # Names in the published checkpoint -> in the model. `save_pretrained` writes the published ones, `from_pretrained` and
@@ -148,6 +152,35 @@ def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return (copy.deepcopy(module) if has_4_bits else module).state_dict()
 
 
+@contextmanager
+def one_copy(dtype: torch.dtype | str | None):
+    """
+    Has `from_pretrained` read files whose weights have another dtype tensor by tensor.
+
+    It maps files into memory, where the pages of all tensors would stay beside their copies in `dtype` until the last
+    one is loaded. transformers reads files on Windows, for a similar reason, and has no option for it elsewhere.
+    """
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    wanted = names.get(getattr(torch, dtype, None) if isinstance(dtype, str) else dtype)
+    if wanted is None:  # the file's: mapped weights are read when they are used, and shared by processes
+        yield
+        return
+
+    def open_file(path, **options):
+        file = plain_open(path, **options)
+        if all(file.get_slice(name).get_dtype() == wanted for name in file.keys()):
+            return file
+        return plain_open(path, **{**options, "backend": "pread"})
+
+    with _opening:
+        plain_open = modeling_utils.safe_open
+        modeling_utils.safe_open = open_file
+        try:
+            yield
+        finally:
+            modeling_utils.safe_open = plain_open
+
+
 class MCLlavaPreTrainedModel(PreTrainedModel):
     """Tells transformers how both models are loaded and what they support."""
 
@@ -168,6 +201,12 @@ class MCLlavaPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MCLlavaConfig):
         super().__init__(config)
         self.register_load_state_dict_pre_hook(rename_published)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers. Weights that are loaded in another dtype than the file's are held once."""
+        with one_copy(kwargs.get("dtype", kwargs.get("torch_dtype"))):
+            return super().from_pretrained(*args, **kwargs)
 
 
 class MCLlavaModel(MCLlavaPreTrainedModel):
@@ -249,6 +288,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 f"{self.config.vision_config.patch_size}"
             )
 
+        warn_of_float16(self.vision_tower.dtype, pixel_values.device)
         hidden_states = self.encode_tokens(pixel_values, crop_num_tokens, counts, **kwargs)
         hidden_states = self.add_positions(hidden_states, crop_coords, crop_num_tokens)
         image_features = self.multi_modal_projector(hidden_states)
@@ -444,6 +484,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                     raise ValueError(f"the prompts have {places} <image> tokens but got no images: pass the images")
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
+        warn_of_float16(inputs_embeds.dtype, inputs_embeds.device)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
