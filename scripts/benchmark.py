@@ -13,6 +13,7 @@ commits export, and models with random weights.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -48,13 +49,13 @@ class Bench:
     folder: Path
     device: str
 
-    def photograph(self, name: str = "photograph.jpg", **options) -> Path:
+    def photograph(self, name: str = "photograph.jpg", mode: str = "RGB", **options) -> Path:
         """A file of 12 megapixels, made of a photograph. The name's suffix is its format."""
         from PIL import Image
 
         path = self.folder / name
         if not path.exists():
-            picture = Image.open(ROOT / "examples" / "hubble.jpg").convert("RGB")
+            picture = Image.open(ROOT / "examples" / "hubble.jpg").convert(mode)
             picture.resize(PHOTOGRAPH, Image.Resampling.BICUBIC).save(path, **options)
         return path
 
@@ -80,6 +81,7 @@ class Bench:
     def peak(self, function: Callable) -> int:
         """The most memory that a call takes beyond what this process holds, in bytes (Linux)."""
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or the call would use what earlier ones have left
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = self._status("VmRSS")
         function()
@@ -103,6 +105,49 @@ def preprocess(bench: Bench) -> dict[str, float]:
 
     processor, path = MCLlavaImageProcessor(), bench.photograph(quality=90)
     return {"time (s)": bench.seconds(lambda: processor(path, return_tensors="pt"))}
+
+
+@row
+def load_memory(bench: Bench) -> dict[str, float]:
+    """Loading 12 megapixels: the peak of memory."""
+    from PIL import ExifTags, Image
+
+    from mc_llava import load_image
+
+    turned, pixels = Image.Exif(), PHOTOGRAPH[0] * PHOTOGRAPH[1]
+    turned[ExifTags.Base.Orientation] = 6
+    paths = {
+        "JPEG": bench.photograph(quality=90),
+        "JPEG on its side": bench.photograph("turned.jpg", quality=90, exif=turned),
+        "TIFF of CMYK on its side": bench.photograph("turned.tif", mode="CMYK", exif=turned),
+    }
+    load_image(Image.new("CMYK", (9, 9)))
+    return {
+        f"{name} (bytes a pixel)": bench.peak(lambda path=path: load_image(path)) / pixels
+        for name, path in paths.items()
+    }
+
+
+@row
+def collate(bench: Bench) -> dict[str, float]:
+    """The training collator's batch of 4 pictures of 640 x 480, in one thread as in a worker."""
+    import torch
+    from PIL import Image
+
+    from mc_llava.loading import load_processor
+    from mc_llava.training import Collator, Recipe
+
+    torch.set_num_threads(1)
+    processor = load_processor("tiny")
+    processor.image_processor.size, processor.image_processor.patch_size = {"height": 384, "width": 384}, 14
+    path = bench.folder / "small.jpg"
+    Image.open(bench.photograph(quality=90)).resize((640, 480)).save(path)
+    turns = ["What is in the picture?", "A telescope above the Earth.", "Which color is it?", "Blue."]
+    messages = [{"role": role, "content": turn} for role, turn in zip(("user", "assistant") * 2, turns)]
+    rows = [{"id": str(number), "image": str(path), "messages": messages} for number in range(4)]
+    recipe = Recipe(model="tiny", data="rows.json", images=str(bench.folder), output=str(bench.folder))
+    collator = Collator(processor, recipe, 2048)
+    return {"time (s)": bench.seconds(lambda: collator(rows), repeats=15)}
 
 
 def measure_here(name: str, bench: Bench) -> dict:
