@@ -418,7 +418,8 @@ class FeatureCache:
                 self._entries.move_to_end(key)
                 return self._entries[key].clone()
             self.misses += 1
-        inputs = image_processor(image, **{**options, "return_tensors": "pt"}).to(model.device)
+        device = input_device(model)  # where the crops are cut, too
+        inputs = image_processor(image, **{**options, "device": device, "return_tensors": "pt"}).to(device)
         with torch.no_grad():
             (features,) = model.get_image_features(**inputs, return_dict=True).pooler_output
         crops = {name: inputs[name] for name in inputs if name != "pixel_values"}

@@ -5,10 +5,12 @@ import operator
 import shutil
 import sys
 from importlib import import_module
+from itertools import accumulate
 from numbers import Real
 from pathlib import Path
 
 import numpy as np
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -32,35 +34,11 @@ from .crops_mc_llava import (
     refuse_unknown,
 )
 from .image_loading_mc_llava import MAX_IMAGE_SIDE, flatten_images, load_image
+from .resizing_mc_llava import can_cut_on, cut_each, cut_on_device
 from .zoom_plan_mc_llava import count_closer, plan_scouts
 
 
 logger = logging.get_logger(__name__)
-
-
-def cut_crops(
-    picture: Image.Image,
-    boxes: list[tuple[int, int, int, int]],
-    side: int,
-    resample: int = PILImageResampling.BICUBIC,
-) -> np.ndarray:
-    """
-    Cut crops out of a picture and resize each to a square, whatever its aspect ratio.
-
-    Args:
-        picture: an RGB image, as `load_image` returns it.
-        boxes: left, top, right, bottom of each crop in pixels of the picture.
-        side: side of the squares in pixels.
-        resample: one of Pillow's filters. Pillow antialiases when it shrinks a crop.
-
-    Returns:
-        uint8[crops, side, side, 3].
-    """
-    pixels = np.empty((len(boxes), side, side, 3), dtype=np.uint8)
-    for crop, box in zip(pixels, boxes):
-        # Cut first: with `resize(box=...)` the filter would read pixels beyond the crop's edge.
-        crop[:] = np.asarray(picture.crop(box).resize((side, side), resample))
-    return pixels
 
 
 # What a call returns of the images, for the model. The last field, of text, is the processor's.
@@ -80,6 +58,46 @@ FIXED_OPTIONS = {
 CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
 # The code that a folder of an image processor and a tokenizer needs to load as a processor.
 PROCESSOR_FILE = Path(__file__).with_name("processing_mc_llava.py")
+
+
+def _cut_images(
+    images: list[Image.Image], plans: list[list[Crop]], side: int, resample: int, table: np.ndarray
+) -> np.ndarray:
+    """float32[crops, 3, side, side]: the values in `table`, float32[3, 256], of the bytes of all crops."""
+    values = np.empty((sum(map(len, plans)), 3, side, side), dtype=np.float32)
+    start = 0
+    for image, plan in zip(images, plans):
+
+        def look_up(index: int, crop: Image.Image, start: int = start):
+            pixels = np.asarray(crop)
+            for channel in range(3):  # without the mode, `take` checks each byte and buffers what it writes
+                np.take(table[channel], pixels[..., channel], out=values[start + index, channel], mode="clip")
+
+        cut_each(image, [crop.box for crop in plan], side, resample, look_up)
+        start += len(plan)
+    return values
+
+
+def _cut_tensors(
+    pictures: list[torch.Tensor], plans: list[list[Crop]], side: int, table: torch.Tensor
+) -> torch.Tensor:
+    """The same on a device: of pictures uint8[height, width, 3], with the bicubic filter."""
+    values = table.new_empty((sum(map(len, plans)), 3, side, side))
+    starts = accumulate(map(len, plans), initial=0)
+    for picture, plan, start in zip(pictures, plans, starts):
+        crops = cut_on_device(picture, [crop.box for crop in plan], side)
+        for part, out in zip(crops.split(16), values[start : start + len(plan)].split(16)):  # bounds the indices
+            for channel in range(3):
+                found = table[channel].index_select(0, part[..., channel].flatten().int())
+                out[:, channel] = found.view(-1, side, side)
+    return values
+
+
+def _concatenate(pictures: list) -> np.ndarray | torch.Tensor:
+    """uint8[bytes]: the pixels of images, or of tensors on their device, one after another."""
+    if isinstance(pictures[0], torch.Tensor):
+        return torch.cat([picture.flatten() for picture in pictures])
+    return np.concatenate([np.asarray(image).reshape(-1) for image in pictures])
 
 
 def is_number(value) -> bool:
@@ -147,7 +165,8 @@ class MCLlavaImageProcessor(PilBackend):
     depend on whether torchvision is installed.
 
     A call takes anything that `load_image` reads, or a (nested) list of it, and the options of
-    `MCLlavaImageProcessorKwargs`. It returns, for all crops of all images in order:
+    `MCLlavaImageProcessorKwargs`. With a `device`, as transformers' image processors take it, pictures are sent there
+    once and cut there, with the same pixels. It returns, for all crops of all images in order:
 
     - `pixel_values`, float32 [crops, 3, side, side];
     - `crop_boxes`, int64 [crops, 4]: left, top, right and bottom of each crop in pixels of its picture after the EXIF
@@ -290,6 +309,7 @@ class MCLlavaImageProcessor(PilBackend):
         patch_size: int,
         return_tensors,
         plans: list | None = None,
+        device: str | torch.device | None = None,
         **kwargs,
     ) -> BatchFeature:
         if not images:
@@ -311,15 +331,20 @@ class MCLlavaImageProcessor(PilBackend):
                 f"do_rescale={do_rescale}, rescale_factor={rescale_factor}, do_normalize={do_normalize}, image_mean="
                 f"{image_mean}, image_std={image_std} make no pixels of bytes: take the published processor's"
             )
-        pixel_values = np.empty((sum(map(len, plans)), 3, side, side), dtype=np.float32)
-        boxes, coords = [], []
-        for image, plan in zip(images, plans):
-            cut = cut_crops(image, [crop.box for crop in plan], side, resample)
-            for pixels, (left, top, right, bottom) in zip(cut, (crop.box for crop in plan)):
-                for channel in range(3):
-                    np.take(table[channel], pixels[..., channel], out=pixel_values[len(boxes), channel])
-                boxes.append((left, top, right, bottom))
-                coords.append(((left + right) / 2 / image.width, (top + bottom) / 2 / image.height))
+        device = torch.device("cpu" if device is None else device)
+        if device.type != "cpu" and return_tensors != "pt":
+            raise ValueError(f'tensors on {device} need return_tensors="pt", got {return_tensors!r}')
+        if can_cut_on(device, resample):
+            images = [torch.from_numpy(np.array(image)).to(device) for image in images]
+            pixel_values = _cut_tensors(images, plans, side, torch.from_numpy(table).to(device))
+        else:
+            pixel_values = _cut_images(images, plans, side, resample, table)
+        boxes = [crop.box for plan in plans for crop in plan]
+        coords = [
+            ((left + right) / 2 / width, (top + bottom) / 2 / height)
+            for (width, height), plan in zip(sizes, plans)
+            for (left, top, right, bottom), _ in plan
+        ]
         data = {
             "pixel_values": pixel_values,
             "crop_boxes": np.array(boxes, dtype=np.int64),
@@ -334,9 +359,12 @@ class MCLlavaImageProcessor(PilBackend):
                 for width, height in sizes
             ]
             data["zoom_options"] = np.array(rows, dtype=np.int64)
-            data["zoom_pictures"] = np.concatenate([np.asarray(image).reshape(-1) for image in images])
+            data["zoom_pictures"] = _concatenate(images)
             data["zoom_values"] = np.ascontiguousarray(table)
-        return BatchFeature(data, tensor_type=return_tensors)
+        inputs = BatchFeature(data, tensor_type=return_tensors)
+        if device.type != "cpu":  # what remains is small
+            inputs["pixel_values"] = inputs["pixel_values"].to(device)
+        return inputs
 
     def _look_up_table(self, do_rescale: bool, rescale_factor: float, do_normalize: bool, mean, std) -> np.ndarray:
         """
@@ -381,4 +409,4 @@ MCLlavaImageProcessor.register_for_auto_class()
 if __package__:
     setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
-__all__ = ["IMAGE_FIELDS", "ZOOM_FIELDS", "MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs", "cut_crops"]
+__all__ = ["IMAGE_FIELDS", "ZOOM_FIELDS", "MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs"]

@@ -22,8 +22,8 @@ from transformers.utils import logging
 from .crops_mc_llava import Box, Crop
 from .encoded_images_mc_llava import EncodedImages, check_counts, read_integers, sum_per_image
 from .generation_mc_llava import CACHE
-from .image_processing_mc_llava import ZOOM_FIELDS, cut_crops
-from .resizing_mc_llava import cut_on_device
+from .image_processing_mc_llava import ZOOM_FIELDS
+from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
 from .zoom_plan_mc_llava import look_closer, share_evenly, split_budget
 
 
@@ -176,7 +176,7 @@ class MCLlavaZoomMixin:
         if sizes != [(row[3], row[2]) for row in options] or bytes_of_pictures != len(images["zoom_pictures"]):
             raise ValueError("zoom_options and zoom_pictures don't fit the crops: pass what the processor returned")
         pictures, views, start, byte = images["zoom_pictures"], [], 0, 0
-        if not all(_is_cut_on_device(pictures.device, resample) for *_, resample in options):
+        if not all(can_cut_on(pictures.device, resample) for *_, resample in options):
             pictures = pictures.cpu()
         for crops, row, budget, (zoom, max_crops, height, width, resample) in zip(
             crops_per_image, rows, tokens, options
@@ -272,13 +272,9 @@ class MCLlavaZoomMixin:
         return ids[:end] + general_ids
 
 
-def _is_cut_on_device(device: torch.device, resample: int) -> bool:
-    return device.type in ("cuda", "xpu") and resample == Image.Resampling.BICUBIC  # others lack float64
-
-
 def _cut(view: View, boxes: list[Box], side: int) -> torch.Tensor:
     """uint8[crops, side, side, 3] on the picture's device."""
-    if _is_cut_on_device(view.pixels.device, view.resample):
+    if can_cut_on(view.pixels.device, view.resample):
         return cut_on_device(view.pixels, boxes, side)
     picture = Image.fromarray(view.pixels.numpy())
     return torch.from_numpy(cut_crops(picture, boxes, side, view.resample))

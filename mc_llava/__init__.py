@@ -38,12 +38,12 @@ ROOT_FILES = (
     "image_pixels_mc_llava",
     "image_loading_mc_llava",
     "configuration_mc_llava",
+    "resizing_mc_llava",
     "image_processing_mc_llava",
     "precision_mc_llava",
     "encoded_images_mc_llava",
     "processing_mc_llava",
     "generation_mc_llava",
-    "resizing_mc_llava",
     "zoom_mc_llava",
     "modeling_mc_llava",
 )
