@@ -308,7 +308,7 @@ class MCLlavaProcessor(ProcessorMixin):
                 neither text nor an image, if an option is unknown, or if there are tools or documents and the template
                 does not render them.
         """
-        template = self._find_template(chat_template)
+        template = self.find_template(chat_template)
         conversations, is_batched = self._read_conversations(conversation, template)
         # transformers warns about flat processor options and, up to 5.20, lets them replace `processor_kwargs`.
         known = self._known_kwargs()
@@ -332,7 +332,7 @@ class MCLlavaProcessor(ProcessorMixin):
             return output
         return [Prompt(prompt) for prompt in output] if is_batched else Prompt(output)
 
-    def _find_template(self, chat_template: str | None) -> str:
+    def find_template(self, chat_template: str | None = None) -> str:
         """The template of a call: a template, or the name of one of the processor's."""
         if chat_template is not None and not isinstance(chat_template, str):
             raise ValueError(f"chat_template must be a template or the name of one, got {chat_template!r:.100}")

@@ -13,6 +13,7 @@ commits export, and models with random weights.
 """
 
 import argparse
+import ctypes
 import gc
 import json
 import os
@@ -48,13 +49,13 @@ class Bench:
     folder: Path
     device: str
 
-    def photograph(self, name: str = "photograph.jpg", **options) -> Path:
+    def photograph(self, name: str = "photograph.jpg", mode: str = "RGB", **options) -> Path:
         """A file of 12 megapixels, made of a photograph. The name's suffix is its format."""
         from PIL import Image
 
         path = self.folder / name
         if not path.exists():
-            picture = Image.open(ROOT / "examples" / "hubble.jpg").convert("RGB")
+            picture = Image.open(ROOT / "examples" / "hubble.jpg").convert(mode)
             picture.resize(PHOTOGRAPH, Image.Resampling.BICUBIC).save(path, **options)
         return path
 
@@ -80,6 +81,7 @@ class Bench:
     def peak(self, function: Callable) -> int:
         """The most memory that a call takes beyond what this process holds, in bytes (Linux)."""
         gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or the call would use what earlier ones have left
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
         before = self._status("VmRSS")
         function()
@@ -165,6 +167,124 @@ def second_question(bench: Bench) -> dict[str, float]:
         engine.answer([ask_about([encoded], question)], max_new_tokens=1, do_sample=False)
         times.append(time.perf_counter() - start)
     return {"first question (s)": times[0], "later questions (s)": statistics.median(times[1:])}
+
+
+@row
+def load_memory(bench: Bench) -> dict[str, float]:
+    """Loading 12 megapixels: the peak of memory."""
+    from PIL import ExifTags, Image
+
+    from mc_llava import load_image
+
+    turned, pixels = Image.Exif(), PHOTOGRAPH[0] * PHOTOGRAPH[1]
+    turned[ExifTags.Base.Orientation] = 6
+    paths = {
+        "JPEG": bench.photograph(quality=90),
+        "JPEG on its side": bench.photograph("turned.jpg", quality=90, exif=turned),
+        "TIFF of CMYK on its side": bench.photograph("turned.tif", mode="CMYK", exif=turned),
+    }
+    load_image(Image.new("CMYK", (9, 9)))
+    return {
+        f"{name} (bytes a pixel)": bench.peak(lambda path=path: load_image(path)) / pixels
+        for name, path in paths.items()
+    }
+
+
+@row
+def collate(bench: Bench) -> dict[str, float]:
+    """The training collator's batch of 4 pictures of 640 x 480, in one thread as in a worker."""
+    import torch
+    from PIL import Image
+
+    from mc_llava.loading import load_processor
+    from mc_llava.training import Collator, Recipe
+
+    torch.set_num_threads(1)
+    processor = load_processor("tiny")
+    processor.image_processor.size, processor.image_processor.patch_size = {"height": 384, "width": 384}, 14
+    path = bench.folder / "small.jpg"
+    Image.open(bench.photograph(quality=90)).resize((640, 480)).save(path)
+    turns = ["What is in the picture?", "A telescope above the Earth.", "Which color is it?", "Blue."]
+    messages = [{"role": role, "content": turn} for role, turn in zip(("user", "assistant") * 2, turns)]
+    rows = [{"id": str(number), "image": str(path), "messages": messages} for number in range(4)]
+    recipe = Recipe(model="tiny", data="rows.json", images=str(bench.folder), output=str(bench.folder))
+    collator = Collator(processor, recipe, 2048)
+    return {"time (s)": bench.seconds(lambda: collator(rows), repeats=15)}
+
+
+def write_checkpoint(bench: Bench, vision_layers: int, text_layers: int) -> str:
+    """A folder with the 3B's widths, fewer layers and random weights in float16, as on the Hub."""
+    from make_published_checkpoint import FULL_SIZE, write_published_checkpoint
+
+    layers = {"vision": vision_layers, "text": text_layers}
+    folder = bench.folder / f"{vision_layers}-{text_layers}"
+    if not folder.exists():
+        sizes = {part: {**FULL_SIZE[part], "num_hidden_layers": number} for part, number in layers.items()}
+        write_published_checkpoint(folder, sizes)
+    return str(folder)
+
+
+@row
+def precision(bench: Bench) -> dict[str, float]:
+    """The 3B's file in float16, loaded with `--dtype auto`: 4 of 27 layers of the tower, 2 of 32 of Phi."""
+    import torch
+
+    from mc_llava.loading import load_model
+
+    model = load_model(write_checkpoint(bench, 4, 2), device=bench.device)
+    pixels = torch.zeros(2, 3, 384, 384, device=bench.device)
+    fields = {
+        "crop_coords": torch.zeros(2, 2, device=bench.device),
+        "crop_num_tokens": torch.tensor([364, 364], device=bench.device),
+        "image_grid_thw": torch.tensor([[2, 1, 1]], device=bench.device),
+    }
+    ids = torch.full((1, 755), 5, device=bench.device)
+    with torch.no_grad():
+        tower = bench.seconds(lambda: model.get_image_features(pixels, **fields), repeats=2)
+        prefill = bench.seconds(lambda: model(ids, logits_to_keep=1, use_cache=False), repeats=2)
+        token = bench.seconds(lambda: model(ids[:, :1], use_cache=False))
+    return {"a crop (s)": tower / 2, "prefill of 755 tokens (s)": prefill, "a token (s)": token}
+
+
+@row
+def hash_encoder(bench: Bench) -> dict[str, float]:
+    """The hash of the 3B's vision tower, coordinate embedding and projector, in float16."""
+    import torch
+
+    from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration
+
+    text = {"model_type": "phi", "num_hidden_layers": 1, "vocab_size": 51200}
+    config = MCLlavaConfig(text_config={**text, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2})
+    model = MCLlavaForConditionalGeneration._from_config(config, dtype=torch.float16).to(bench.device)
+    return {"time (s)": bench.seconds(model.hash_encoder, repeats=3)}
+
+
+@row
+def host_reads(bench: Bench) -> dict[str, float]:
+    """How often our code waits for a value of the device in a `generate` with the pixels of 12 megapixels."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from helpers import CountReads
+
+    from mc_llava.loading import load_model, load_processor
+
+    model, processor = load_model("tiny", device=bench.device), load_processor("tiny")
+    found = {}
+    for max_crops in (0, 100):
+        inputs = processor("What is it?", bench.photograph(quality=90), max_crops=max_crops, num_tokens=128)
+        inputs = inputs.to(bench.device)
+        with CountReads() as counted:
+            model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        found[f"{len(inputs['pixel_values'])} crops (reads)"] = len(counted.reads)
+    return found
+
+
+@row
+def loading_memory(bench: Bench) -> dict[str, float]:
+    """Loading a float16 file of 0.84 GB in bfloat16: the most memory that it takes."""
+    from mc_llava.loading import load_model
+
+    folder = write_checkpoint(bench, 2, 1)
+    return {"peak (GB)": bench.peak(lambda: load_model(folder, "bfloat16", "cpu")) / 1e9}
 
 
 def measure_here(name: str, bench: Bench) -> dict:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, picture, prompt, small_model
+from helpers import EXAMPLES, ROOT, CountReads, picture, prompt, small_model
 from PIL import Image
 
 from mc_llava import (
@@ -147,6 +147,23 @@ def test_features_are_projected_and_weights_hashed_once(zooming, processor, monk
 def test_a_feature_cache_without_zoom_goes_to_the_processor(zooming, processor):
     with pytest.raises(ValueError, match="pass feature_cache and the model to the processor"):
         zooming.generate(**processor("What?", IMAGES[0]), feature_cache=FeatureCache())
+
+
+@pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
+def test_the_device_is_read_once_more_a_round(zooming, processor, heads, monkeypatch):
+    monkeypatch.setattr(zooming.config, "zoom_heads", heads)
+    reads = {}
+    for texts, images in ((TEXTS[1], IMAGES[:1]), (TEXTS[:2], [IMAGES[:2], IMAGES[1:2]])):
+        for rounds in (1, 2):
+            inputs = processor(texts, images, **{**KNOBS, "zoom": rounds})
+            with CountReads() as counted:
+                looked = zooming.generate(**inputs, **GREEDY, return_dict_in_generate=True).zoomed_images
+            assert looked.crop_rounds.max() == rounds
+            # The features that were looked at are checked when they are returned.
+            counted = [read for read in counted.reads if not read.startswith("encoded_images_mc_llava")]
+            reads.setdefault(rounds, set()).add(len(counted))
+    assert [len(counts) for counts in reads.values()] == [1, 1]
+    assert reads[2] == {reads[1].pop() + 1}
 
 
 def contains(outer, inner) -> bool:
