@@ -1,23 +1,21 @@
 """Encoded images: the outputs of vision tower and projector, their file, and a cache of the most recently used."""
 
 import hashlib
-import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 from threading import Lock
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .crops_mc_llava import Crop, check_plans
+from .crops_mc_llava import Crop, center_of, check_plans
 from .image_loading_mc_llava import load_image
-from .image_processing_mc_llava import CONFIG_KEYS
+from .image_processing_mc_llava import check_size
 
 
 def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None) -> list[int]:
@@ -187,10 +185,11 @@ def input_device(model) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
-def check_processor(model, image_processor):
-    """Raise a ValueError unless an image processor cuts crops for the model's vision tower."""
-    tower, size = model.config.vision_config, image_processor.size
-    found = {"size": (size["height"], size["width"]), "patch_size": image_processor.patch_size}
+def check_processor(model, image_processor, options: dict | None = None):
+    """Raise a ValueError unless an image processor, with a call's options, cuts crops for the model's vision tower."""
+    options = {"size": image_processor.size, "patch_size": image_processor.patch_size, **(options or {})}
+    tower, side = model.config.vision_config, check_size(options["size"])
+    found = {"size": (side, side), "patch_size": options["patch_size"]}
     wanted = {"size": (tower.image_size, tower.image_size), "patch_size": tower.patch_size}
     if found != wanted:
         raise ValueError(f"the image processor has {found}, the model {wanted}: use the processor of this model")
@@ -229,21 +228,33 @@ def hash_tensors(tensors) -> str:
     return digest.hexdigest()
 
 
+@dataclass
+class _KeptCrop:
+    """The last patches of a crop, of which the last `asked` were asked for: float[at least asked, vision_hidden]."""
+
+    patches: torch.Tensor
+    asked: int
+
+
 class FeatureCache:
     """
-    Keeps the features of the most recently used images; the processor takes it as `feature_cache`.
+    Keeps what the vision tower made of the most recently used crops. The processor takes it as `feature_cache`, and so
+    do `generate` and `zoom` for guided zoom.
 
-    The key of an image is made of its pixels, the image processor's options (including `max_crops` and `num_tokens`),
-    the weights that encode it and the dtype that they compute in. Each image is encoded separately, so that its
-    features do not depend on the others. Threads may share a cache.
+    A crop is known by its picture's pixels, its box, how its pixels are made (`resample`, rescaling, normalization),
+    the weights that encode it and the dtype that they compute in. Another question, another round of zoom or other
+    knobs thus encode only crops that are new. Threads may share a cache.
+
+    All patches of a crop are kept, to serve any `num_tokens`. When the cache is full, the least recently used crops
+    are cut down to the patches that were asked for, and dropped once that is not enough.
 
     Args:
-        max_bytes: upper bound of the features' size in bytes. They stay on the device that computed them; the least
-            recently used ones are dropped first.
+        max_bytes: upper bound of the patches' size in bytes. They stay on the device that computed them.
 
     Attributes:
-        nbytes: size of the features in the cache, in bytes.
-        hits, misses: how many images were found in the cache, and how many had to be encoded.
+        nbytes: size of the patches in the cache, in bytes.
+        hits, misses: how often all crops of a picture were found in the cache, and how often some had to be encoded.
+            Each round of zoom counts.
 
     Raises:
         ValueError: if `max_bytes` is negative.
@@ -254,17 +265,18 @@ class FeatureCache:
             raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
         self.max_bytes = max_bytes
         self.nbytes = self.hits = self.misses = 0
-        self._entries = OrderedDict()
+        self._crops = OrderedDict()  # the least recently used first
+        self._uncut = OrderedDict()  # keys of those with patches that nobody asked for, in the same order
         self._lock = Lock()
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._crops)
 
     def encode(
         self, model, image_processor, images: list, plans: list | None = None, **options
     ) -> list[EncodedImages]:
         """
-        Encode images, or copy them from the cache.
+        Encode images, as far as the cache doesn't have their crops.
 
         Args:
             model: `MCLlavaForConditionalGeneration`.
@@ -285,45 +297,129 @@ class FeatureCache:
             raise ValueError("zoom needs the question, and features are of the picture alone: pass zoom=0, or plans")
         if not images:
             return []  # and no weights are read for it
-        check_processor(model, image_processor)
-        encoder, device = model.hash_encoder(), model.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-        found = []
-        for index, image in enumerate(images):
-            chosen = options if plans is None else {**options, "plans": [plans[index]]}
-            picture = load_image(image, options.get("input_data_format"))
-            # Without names of code: saving may write them, and they change no pixel.
-            settings = {name: value for name, value in image_processor.to_dict().items() if name not in CONFIG_KEYS}
-            settings = json.dumps({**settings, **chosen}, sort_keys=True, default=_to_json)
-            found.append(self._encode(model, image_processor, picture, chosen, (settings, encoder, dtype)))
-        return found
+        given = {"plans": plans, **{name: value for name, value in options.items() if value is not None}}
+        options = image_processor.check_kwargs(given)
+        check_processor(model, image_processor, options)
+        made_by = describe_encoder(model)
+        pictures = [load_image(image, options.get("input_data_format")) for image in images]
+        plans = image_processor.plans_of([picture.size for picture in pictures], options)
+        options = {name: value for name, value in options.items() if name not in NOT_OF_PIXELS}
+        return [
+            self._encode(model, image_processor, picture, plan, options, made_by)
+            for picture, plan in zip(pictures, plans)
+        ]
 
-    def _encode(self, model, image_processor, image: Image.Image, options: dict, made_by: tuple) -> EncodedImages:
-        key = (hashlib.sha256(image.tobytes()).hexdigest(), image.size, *made_by)
-        with self._lock:
-            if key in self._entries:
-                self.hits += 1
-                self._entries.move_to_end(key)
-                return self._entries[key].clone()
-            self.misses += 1
+    def _encode(self, model, image_processor, picture, plan: list[Crop], options: dict, made_by) -> EncodedImages:
+        """One picture's features. Each is encoded separately, so that they do not depend on the others."""
         device = input_device(model)  # where the crops are cut, too
-        inputs = image_processor(image, **{**options, "device": device, "return_tensors": "pt"}).to(device)
+
+        def encode(missing: list[int]) -> Iterator[torch.Tensor]:
+            crops = [[plan[index] for index in missing]]
+            chosen = {**options, "plans": crops, "device": device, "return_tensors": "pt"}
+            return model.model.encode_each(image_processor(picture, **chosen)["pixel_values"].to(device))
+
+        resample = options.get("resample", image_processor.resample)
+        values = image_processor.values_of_bytes(options).tobytes()
+        known = picture_key(picture.tobytes(), picture.size, resample, values, made_by)
+        counts = [crop.num_tokens for crop in plan]
+        fields = {
+            "crop_boxes": [crop.box for crop in plan],
+            "crop_coords": [center_of(crop.box, *picture.size) for crop in plan],
+            "crop_num_tokens": counts,
+            "image_grid_thw": [[len(plan), 1, 1]],
+        }
+        fields = {name: torch.tensor(values, device=device) for name, values in fields.items()}
         with torch.no_grad():
-            (features,) = model.get_image_features(**inputs, return_dict=True).pooler_output
-        crops = {name: inputs[name] for name in inputs if name != "pixel_values"}
-        encoded = EncodedImages(features, **crops, weights_hash=made_by[1])
+            patches = torch.cat(self.look_up([(known, crop.box) for crop in plan], counts, encode))
+            placed = model.model.add_positions(patches, fields["crop_coords"], fields["crop_num_tokens"])
+            features = model.model.multi_modal_projector(placed)
+        return EncodedImages(features, **fields, weights_hash=made_by[0])
+
+    def look_up(
+        self, keys: list[tuple], counts: list[int], encode: Callable[[list[int]], Iterable[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """
+        The last `counts[i]` patches of each crop i: float[counts[i], vision_hidden]. They must not be changed.
+
+        Args:
+            keys: (what `picture_key` returns, box) of each crop.
+            counts: how many patches are asked for of each.
+            encode: given the numbers of crops that are new, in order, returns all patches of one after another.
+        """
+        asked = {}
+        for key, count in zip(keys, counts):
+            asked[key] = max(count, asked.get(key, 0))
+        found = {key: self._get(key, count) for key, count in asked.items()}
+        missing = [key for key, patches in found.items() if patches is None]
         with self._lock:
-            # Another thread may have been faster. An image that is too large for the cache must not empty it.
-            if key not in self._entries and features.nbytes <= self.max_bytes:
-                self._entries[key] = encoded
-                self.nbytes += features.nbytes
-                while self.nbytes > self.max_bytes:
-                    self.nbytes -= self._entries.popitem(last=False)[1].features.nbytes
-        return encoded.clone()
+            pictures, incomplete = {key[0] for key in keys}, {key[0] for key in missing}
+            self.misses += len(incomplete)
+            self.hits += len(pictures) - len(incomplete)
+        if missing:
+            numbers = {key: index for index, key in reversed(list(enumerate(keys)))}
+            for key, patches in zip(missing, encode([numbers[key] for key in missing]), strict=True):
+                found[key] = patches[-asked[key] :].clone()  # the others' memory is free after the pass
+                row = patches[0].nbytes
+                # What is too large for the cache must not empty it.
+                if sum(asked.values()) * row <= self.max_bytes:
+                    self._put(key, _KeptCrop(patches[1:].clone(), asked[key]))
+        return [found[key][-count:] for key, count in zip(keys, counts)]
+
+    def _get(self, key: tuple, count: int) -> torch.Tensor | None:
+        with self._lock:
+            kept = self._crops.get(key)
+            if kept is None or len(kept.patches) < count:
+                return None
+            self._crops.move_to_end(key)
+            if key in self._uncut:
+                self._uncut.move_to_end(key)
+            kept.asked = max(kept.asked, count)
+            return kept.patches
+
+    def _put(self, key: tuple, crop: _KeptCrop):
+        with self._lock:
+            if (old := self._crops.pop(key, None)) is not None:  # with fewer patches, or of a faster thread
+                self.nbytes -= old.patches.nbytes
+                self._uncut.pop(key, None)
+                crop.asked = max(crop.asked, old.asked)
+            self._crops[key] = crop
+            self._uncut[key] = None
+            self.nbytes += crop.patches.nbytes
+            while self.nbytes > self.max_bytes:
+                if self._uncut:
+                    key, _ = self._uncut.popitem(last=False)
+                    kept = self._crops[key]
+                    self.nbytes -= kept.patches.nbytes
+                    kept.patches = kept.patches[-kept.asked :].clone()
+                    self.nbytes += kept.patches.nbytes
+                else:
+                    _, dropped = self._crops.popitem(last=False)
+                    self.nbytes -= dropped.patches.nbytes
 
 
-def _to_json(value):
-    return value.tolist() if hasattr(value, "tolist") else str(value)
+# Options of the image processor that don't change a crop's pixels.
+NOT_OF_PIXELS = ("max_crops", "zoom", "plans", "device", "return_tensors", "input_data_format")
+
+
+def describe_encoder(model) -> tuple[str, str]:
+    """The hash of the weights that encode crops, and the dtype that they compute in, autocast's included."""
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return model.hash_encoder(), str(dtype)
+
+
+def picture_key(pixels: bytes, size: tuple[int, int], resample: int | None, values: bytes, made_by: tuple) -> tuple:
+    """
+    What a `FeatureCache` knows a picture's crops by, beside their boxes.
+
+    Args:
+        pixels, size: of the RGB picture, with its width and height.
+        resample: the filter by which crops are resized.
+        values: float32[3, 256], what each byte becomes in each channel.
+        made_by: what `describe_encoder` returns.
+    """
+    resample = None if resample is None else int(resample)
+    return (hashlib.sha256(pixels).hexdigest(), size, resample, hashlib.sha256(values).hexdigest(), *made_by)
 
 
 __all__ = [

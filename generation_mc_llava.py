@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutpu
 
 from .encoded_images_mc_llava import count_image_tokens
 from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
+from .prefix_cache_mc_llava import PrefixCache, refuse_prefixes
 
 
 # The installed transformers' name for the keys and values of earlier tokens, `cache` since 5.24. Callers may use
@@ -22,6 +23,22 @@ from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+# Options of `generate` that a `PrefixCache` can't be combined with: other caches and other ways to use them, and the
+# states of prompts that are not computed.
+NOT_WITH_PREFIXES = (
+    *CACHE_NAMES,
+    "cache_implementation",
+    "prefill_chunk_size",
+    "assistant_model",
+    "assistant_early_exit",
+    "prompt_lookup_num_tokens",
+    "custom_generate",
+    "output_attentions",
+    "output_hidden_states",
+    "position_ids",
 )
 
 
@@ -114,6 +131,8 @@ class MCLlavaGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
         image_features=None,
+        feature_cache=None,
+        prefix_cache: PrefixCache | None = None,
         **kwargs,
     ) -> torch.LongTensor | ModelOutput:
         """
@@ -131,6 +150,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
             inputs: int[batch, length], the prompts, padded on the left; also accepted as `input_ids`.
             image_features: what `encode_images` or `get_image_features(...).pooler_output` returns, or one
                 float[images, tokens, hidden] tensor.
+            feature_cache: for guided zoom: crops that this `FeatureCache` holds are not encoded again.
+            prefix_cache: keys and values that this `PrefixCache` holds of the prompts' beginnings are not computed
+                again, and those that are computed are put into it.
             generation_config, logits_processor, stopping_criteria, kwargs: as in transformers. Keys and values of
                 earlier turns may be passed as `cache` or as `past_key_values`, in all releases of transformers.
 
@@ -147,12 +169,19 @@ class MCLlavaGenerationMixin(GenerationMixin):
         request = self._read_request(inputs, image_features, kwargs)
         if request.tokens_per_image:
             self._refuse_options(request.is_short, generation_config, kwargs)
+        if prefix_cache is not None:
+            self._refuse_with_prefixes(generation_config, kwargs)
         new_ids, attention_mask = request.new_ids, request.attention_mask
         if request.is_short:
             new_ids, attention_mask = self._expand_prompt(request)
         if new_ids is not None:
             self._check_context(new_ids, attention_mask, request.tokens_per_image)
-        looked = self._pass_on_images(request, new_ids, attention_mask, generation_config, kwargs)
+        is_kept = prefix_cache is not None and new_ids is not None
+        looked = self._pass_on_images(
+            request, new_ids, attention_mask, generation_config, kwargs, feature_cache, as_features=is_kept
+        )
+        if is_kept:
+            prompts, repeats = self._load_prefixes(prefix_cache, new_ids, attention_mask, generation_config, kwargs)
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
             prompt_length = 0 if request.input_ids is None else request.input_ids.shape[1]
@@ -169,12 +198,39 @@ class MCLlavaGenerationMixin(GenerationMixin):
             stopping_criteria,
             **kwargs,
         )
+        if is_kept:
+            sequences = output.sequences if isinstance(output, ModelOutput) else output
+            new = sequences[:, 0 if request.input_ids is None else request.input_ids.shape[1] :]
+            # Beams move between rows: only their prompts are known to be alike.
+            new_embeds = self.get_input_embeddings()(new) if repeats == 1 else None
+            prefix_cache.keep(prompts, kwargs[CACHE], new_embeds, repeats)
         if isinstance(output, ModelOutput):
             if CACHE != "cache":
                 output.cache = output.get(CACHE)
             if looked is not None:
                 output.zoomed_images = self.zoomed_images(looked)
         return output
+
+    def encode_prefix(self, prefix_cache: PrefixCache | None = None, **inputs) -> PrefixCache:
+        """
+        Compute prompts without answering them, for other prompts that begin alike:
+
+            kept = model.encode_prefix(**processor("What is it?", picture))
+            model.generate(**processor("Where is it?", picture), prefix_cache=kept)
+
+        Args:
+            prefix_cache: where their keys and values go, by default a new `PrefixCache`.
+            inputs: the prompts and their images, as `generate` takes them.
+
+        Returns:
+            The cache.
+
+        Raises:
+            ValueError: as `generate` does.
+        """
+        kept = PrefixCache() if prefix_cache is None else prefix_cache
+        self.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, prefix_cache=kept)
+        return kept
 
     def _read_request(self, input_ids: torch.LongTensor | None, image_features, kwargs: dict) -> GenerationRequest:
         """Collect the arguments, and remove from `kwargs` those that transformers must not get under their names."""
@@ -222,28 +278,86 @@ class MCLlavaGenerationMixin(GenerationMixin):
         pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
         return (input_ids != pad_token_id).long()
 
-    def _pass_on_images(self, request: GenerationRequest, new_ids, attention_mask, generation_config, kwargs: dict):
+    def _pass_on_images(
+        self,
+        request: GenerationRequest,
+        new_ids,
+        attention_mask,
+        generation_config,
+        kwargs: dict,
+        feature_cache,
+        as_features: bool,
+    ):
         """
-        Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the views of
+        Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the looks of
         guided zoom, or None without it.
+
+        Args:
+            as_features: encode pixels here rather than in the model's forward pass.
         """
         zoom = {name: value for name in ZOOM_FIELDS if (value := kwargs.pop(name, None)) is not None}
         if zoom:
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
-            views = self.look(new_ids, attention_mask, {**images, **zoom})
-            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=self.features(views))}
-            return views
+            looked = self.look(new_ids, attention_mask, {**images, **zoom}, feature_cache)
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=looked.features)}
+            return looked
+        if feature_cache is not None and kwargs.get("pixel_values") is not None:
+            raise ValueError(
+                "a feature cache knows crops by their picture, and pixel_values without zoom come without it: pass "
+                "feature_cache and the model to the processor, or call it with zoom"
+            )
         if request.is_short:
             # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
             kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, request.encoded["image"].pooler_output)
         elif request.encoded:
             kwargs["mm_encoder_outputs"] = request.encoded
-        elif request.tokens_per_image and any(
-            self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
+        elif request.tokens_per_image and (
+            as_features
+            or any(
+                self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
+            )
         ):
             # The sequences' states and attentions are wanted: those of the tower take a second pass and much memory.
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
+
+    def _load_prefixes(self, prefix_cache, new_ids, attention_mask, generation_config, kwargs: dict):
+        """
+        Put the prompts' embeddings and what is known of them into `kwargs`. Returns the prompts, and how many rows
+        each will have.
+        """
+        encoded = kwargs.pop("mm_encoder_outputs", None)
+        if kwargs.get("inputs_embeds") is None:
+            # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
+            kwargs["inputs_embeds"] = (
+                self.model.embed_prompt(new_ids, encoded["image"].pooler_output)
+                if encoded
+                else self.get_input_embeddings()(new_ids)
+            )
+        cache, prompts = prefix_cache.load(self, kwargs["inputs_embeds"], attention_mask)
+        names = ("num_beams", "num_return_sequences")
+        repeats = max(self._option(name, generation_config, kwargs) or 1 for name in names)
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+        kwargs[CACHE] = cache
+        return prompts, repeats
+
+    def _refuse_with_prefixes(self, generation_config, kwargs: dict):
+        """Raise a ValueError for what can't be combined with a prefix cache."""
+        refuse_prefixes(self)
+        refused = [
+            name
+            for name in NOT_WITH_PREFIXES
+            if isinstance(kwargs.get(name), torch.Tensor) or self._option(name, generation_config, kwargs) is not None
+        ]
+        if kwargs.get(CACHE) is not None and CACHE not in refused:  # an empty one is false
+            refused.append(CACHE)
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        given = [kwargs.get("use_cache"), *(config.use_cache for config in configs)]
+        if next((value for value in given if value is not None), None) is False:
+            refused.append("use_cache=False")
+        if refused:
+            raise ValueError(f"prefix_cache can't be combined with {', '.join(refused)}: leave one of them out")
 
     def _option(self, name: str, generation_config, kwargs: dict):
         """What `generate` will take for an option: that of the call, or of a configuration; None if there is none."""
@@ -325,6 +439,7 @@ __all__ = [
     "CACHE_NAMES",
     "ContextEnd",
     "GenerationRequest",
+    "NOT_WITH_PREFIXES",
     "MCLlavaGenerationMixin",
     "SuppressToken",
     "one_cache",

@@ -27,6 +27,7 @@ from .crops_mc_llava import (
     PATCH_SIZE,
     SIDE,
     Crop,
+    center_of,
     check_knob,
     check_plans,
     make_plans,
@@ -129,16 +130,17 @@ def check_numbers(options: dict):
         check_size(options["size"])
 
 
-def check_size(size):
-    """Raise a ValueError unless a size, in any of transformers' forms, is that of a square."""
+def check_size(size) -> int:
+    """The side of a size in any of transformers' forms. Raises a ValueError unless it is that of a square."""
     if isinstance(size, (list, tuple)):
         sides = list(size)
     else:
         sides = [size.get("height"), size.get("width")] if hasattr(size, "get") else [size, size]
     if len(sides) != 2 or sides[0] is None or sides[0] != sides[1]:
         raise ValueError(f"size must have equal height and width, got {size}: the vision tower reads squares")
-    if check_knob("size", sides[0], 1) > MAX_IMAGE_SIDE:
-        raise ValueError(f"size must be at most {MAX_IMAGE_SIDE}, got {sides[0]}")
+    if (side := check_knob("size", sides[0], 1)) > MAX_IMAGE_SIDE:
+        raise ValueError(f"size must be at most {MAX_IMAGE_SIDE}, got {side}")
+    return side
 
 
 class MCLlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -340,11 +342,7 @@ class MCLlavaImageProcessor(PilBackend):
         else:
             pixel_values = _cut_images(images, plans, side, resample, table)
         boxes = [crop.box for plan in plans for crop in plan]
-        coords = [
-            ((left + right) / 2 / width, (top + bottom) / 2 / height)
-            for (width, height), plan in zip(sizes, plans)
-            for (left, top, right, bottom), _ in plan
-        ]
+        coords = [center_of(crop.box, *size) for size, plan in zip(sizes, plans) for crop in plan]
         data = {
             "pixel_values": pixel_values,
             "crop_boxes": np.array(boxes, dtype=np.int64),
@@ -377,6 +375,17 @@ class MCLlavaImageProcessor(PilBackend):
         if do_normalize:
             table = self.normalize(table, mean, std)
         return table.astype(np.float32).reshape(3, 256)
+
+    def values_of_bytes(self, options: dict) -> np.ndarray:
+        """float32[3, 256]: what each byte of a picture becomes in each channel of a call with these options."""
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        return self._look_up_table(*(options.get(name, getattr(self, name)) for name in names))
+
+    def plans_of(self, sizes: list[tuple[int, int]], options: dict) -> list[list[Crop]]:
+        """The crops of images of these sizes (width, height) in a call with these options, without zoom."""
+        names = ("max_crops", "num_tokens", "size", "patch_size")
+        max_crops, num_tokens, size, patch_size = (options.get(name, getattr(self, name)) for name in names)
+        return make_plans(sizes, options.get("plans"), max_crops, num_tokens, check_size(size), patch_size)
 
     def plan(
         self,

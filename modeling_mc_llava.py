@@ -11,6 +11,7 @@ import copy
 import hashlib
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from itertools import accumulate
@@ -260,6 +261,11 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         return torch.cat(
             [self.keep_last(self.encode_crops(pixels.to(dtype), **kwargs), kept) for pixels, kept in passes]
         )
+
+    def encode_each(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
+        """All patches of crops, float[patches, vision_hidden] of one after another, `CROPS_PER_PASS` at a time."""
+        for pixels in pixel_values.split(CROPS_PER_PASS):
+            yield from self.encode_crops(pixels.to(self.vision_tower.dtype))
 
     def add_positions(
         self, hidden_states: torch.Tensor, crop_coords: torch.Tensor, crop_num_tokens: torch.LongTensor

@@ -10,6 +10,7 @@ Every round's prompt has the same ids: the visual tokens are shared out among mo
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,8 +18,8 @@ from PIL import Image
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
-from .crops_mc_llava import Box, Crop
-from .encoded_images_mc_llava import EncodedImages, count_image_tokens
+from .crops_mc_llava import Box, Crop, center_of
+from .encoded_images_mc_llava import EncodedImages, FeatureCache, count_image_tokens, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
 from .image_processing_mc_llava import ZOOM_FIELDS
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
@@ -55,6 +56,15 @@ class ZoomedImages(EncodedImages):
 
 
 @dataclass
+class Looks:
+    """What was looked at in the pictures of a call."""
+
+    views: list["View"]
+    features: list[torch.Tensor]  # one float[tokens, hidden] per view
+    weights_hash: str | None = None  # of `hash_encoder`, once it was needed
+
+
+@dataclass
 class View:
     """What is known of one picture while it is looked at."""
 
@@ -68,6 +78,7 @@ class View:
     patches: list[torch.Tensor]  # for each crop, float[most tokens that are needed of it, vision_hidden]
     crop_rounds: list[int]
     relevance: list[float]
+    key: tuple | None = None  # of the picture in a `FeatureCache`
     covered: set[Box] = field(default_factory=set)
 
     @property
@@ -83,7 +94,7 @@ class View:
     @property
     def coords(self) -> list[tuple[float, float]]:
         height, width, _ = self.pixels.shape
-        return [((left + right) / 2 / width, (top + bottom) / 2 / height) for left, top, right, bottom in self.boxes]
+        return [center_of(box, width, height) for box in self.boxes]
 
 
 class MCLlavaZoomMixin:
@@ -94,6 +105,7 @@ class MCLlavaZoomMixin:
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
+        feature_cache: FeatureCache | None = None,
         **images,
     ) -> ZoomedImages:
         """
@@ -106,6 +118,7 @@ class MCLlavaZoomMixin:
         Args:
             input_ids, attention_mask: int[batch, length], prompts with one `<image>` per visual token, padded on the
                 left.
+            feature_cache: crops that it holds are not encoded again, and those that are encoded are put into it.
             images: the other fields that the processor returned with `zoom` of at least 1.
 
         Raises:
@@ -115,11 +128,11 @@ class MCLlavaZoomMixin:
             attention_mask = self._mask_padding(input_ids)
         tokens = count_image_tokens(images.get("crop_num_tokens"), images.get("image_grid_thw"))
         self._check_context(input_ids, attention_mask, tokens)
-        return self.zoomed_images(self.look(input_ids, attention_mask, images))
+        return self.zoomed_images(self.look(input_ids, attention_mask, images, feature_cache))
 
-    def zoomed_images(self, views: list[View]) -> ZoomedImages:
+    def zoomed_images(self, looks: Looks) -> ZoomedImages:
         """What `look` found, as encoded images."""
-        features = torch.cat(self.features(views))
+        views, features = looks.views, torch.cat(looks.features)
         crops = [crop for view in views for crop in view.plan]
         fields = {
             "crop_boxes": [crop.box for crop in crops],
@@ -131,25 +144,46 @@ class MCLlavaZoomMixin:
         }
         tensors = {name: torch.tensor(values, device=features.device) for name, values in fields.items()}
         try:
-            weights_hash = self.hash_encoder()
+            weights_hash = looks.weights_hash or self.hash_encoder()
         except ValueError:  # offloaded to disk; the answer must not be lost for it
             weights_hash = "unknown"
         return ZoomedImages(features, **tensors, weights_hash=weights_hash)
 
-    def look(self, input_ids, attention_mask, images: dict) -> list[View]:
+    def look(self, input_ids, attention_mask, images: dict, feature_cache: FeatureCache | None = None) -> Looks:
         """All rounds before the answer."""
         if missing := [name for name in ZOOM_FIELDS if images.get(name) is None]:
             raise ValueError(f"{', '.join(missing)} are missing: call the processor with zoom=1 or more")
         if not attention_mask[:, -1].all():
             raise ValueError("zoom asks with the last token of each prompt: pad the prompts on the left")
-        views = self._first_views(input_ids, images)
+        views, weights_hash = self._first_views(input_ids, images), None
+        if feature_cache is not None:
+            try:
+                weights_hash = self._name_pictures(views, images["zoom_values"])
+            except ValueError:  # offloaded to disk: nothing tells whether the weights have changed
+                feature_cache = None
+        scouts = images["pixel_values"]
+        self._encode(
+            views,
+            [view.boxes for view in views],
+            lambda chosen: scouts if len(chosen) == len(scouts) else scouts[sorted(chosen)],
+            feature_cache,
+        )
         for number in range(1, 1 + max(view.rounds for view in views)):
             active = [view for view in views if view.rounds >= number]
             rows = sorted({view.row for view in active})
             seen = [view for view in views if view.row in rows]
             self._ask(input_ids[rows], attention_mask[rows], seen, images["zoom_general_ids"])
-            self._look_closer(active, number, images["zoom_values"])
-        return views
+            self._look_closer(active, number, images["zoom_values"], feature_cache)
+        return Looks(views, self.features(views), weights_hash)
+
+    def _name_pictures(self, views: list[View], values: torch.Tensor) -> str:
+        """Set the keys of the views' pictures. Returns the hash of the weights that encode them."""
+        made_by, values = describe_encoder(self), values.float().cpu().numpy().tobytes()
+        for view in views:
+            height, width, _ = view.pixels.shape
+            pixels = view.pixels.cpu().numpy().tobytes()
+            view.key = picture_key(pixels, (width, height), view.resample, values, made_by)
+        return made_by[0]
 
     def _first_views(self, input_ids, images: dict) -> list[View]:
         """The views of the image processor's crops."""
@@ -159,7 +193,6 @@ class MCLlavaZoomMixin:
         row_ends = self.model.get_placeholder_mask(input_ids, tokens).sum(-1).cumsum(0)
         ends = torch.tensor(tokens, device=row_ends.device).cumsum(0)
         rows = torch.searchsorted(row_ends, ends).tolist()
-        patches = self.model.encode_tokens(images["pixel_values"], num_tokens).split(num_tokens.tolist())
         boxes = [tuple(box) for box in images["crop_boxes"].tolist()]
         plans = [Crop(box, count) for box, count in zip(boxes, num_tokens.tolist())]
         starts = [sum(crops_per_image[:index]) for index in range(len(crops_per_image))]
@@ -182,7 +215,7 @@ class MCLlavaZoomMixin:
                     regions=regions,
                     per_region=per_region,
                     plan=plans[start:end],
-                    patches=list(patches[start:end]),
+                    patches=[],
                     crop_rounds=[0] * crops,
                     relevance=[float("nan")] * crops,
                 )
@@ -190,7 +223,7 @@ class MCLlavaZoomMixin:
             start, byte = end, byte + size
         return views
 
-    def _look_closer(self, views: list[View], number: int, values: torch.Tensor):
+    def _look_closer(self, views: list[View], number: int, values: torch.Tensor, feature_cache: FeatureCache | None):
         """Encode the crops of round `number`, of all pictures at once."""
         side = self.config.vision_config.image_size
         added = [
@@ -204,13 +237,41 @@ class MCLlavaZoomMixin:
                 view.rounds = number  # nothing is left to look at
         if not any(added):
             return
-        cut = torch.cat([_cut(view, boxes, side) for view, boxes in zip(views, added) if boxes])
-        pixels = torch.stack([values[channel][cut[..., channel].long()] for channel in range(3)], dim=1)
-        counts = [view.plan[0].num_tokens for view, boxes in zip(views, added) for _ in boxes]
-        tokens = self.model.encode_tokens(pixels, torch.tensor(counts, device=cut.device)).split(counts)
-        for view, boxes in zip(views, added):
-            view.patches += tokens[: len(boxes)]
-            tokens = tokens[len(boxes) :]
+
+        def pixels(chosen: set[int]) -> torch.Tensor:
+            parts, start = [], 0
+            for view, boxes in zip(views, added):
+                if own := [box for index, box in enumerate(boxes, start) if index in chosen]:
+                    parts.append(_cut(view, own, side))
+                start += len(boxes)
+            cut = torch.cat(parts)
+            return torch.stack([values[channel][cut[..., channel].long()] for channel in range(3)], dim=1)
+
+        self._encode(views, added, pixels, feature_cache)
+
+    def _encode(
+        self,
+        views: list[View],
+        added: list[list[Box]],
+        pixels: Callable[[set[int]], torch.Tensor],
+        feature_cache: FeatureCache | None,
+    ):
+        """
+        Encode the crops that a round has added to the views, of all pictures at once.
+
+        Args:
+            pixels: given numbers of crops, counted over all views, returns theirs: float[crops, 3, side, side].
+        """
+        new = [(view, crop) for view, boxes in zip(views, added) for crop in view.plan[len(view.plan) - len(boxes) :]]
+        counts = [crop.num_tokens for _, crop in new]
+        if feature_cache is None:
+            crops = pixels(set(range(len(new))))
+            tokens = self.model.encode_tokens(crops, torch.tensor(counts, device=crops.device)).split(counts)
+        else:
+            keys = [(view.key, crop.box) for view, crop in new]
+            tokens = feature_cache.look_up(keys, counts, lambda missing: self.model.encode_each(pixels(set(missing))))
+        for (view, _), kept in zip(new, tokens):
+            view.patches.append(kept)
 
     def features(self, views: list[View]) -> list[torch.Tensor]:
         """One float[tokens, hidden] per view: the last patches of each crop, with its place, projected."""

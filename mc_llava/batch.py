@@ -305,7 +305,8 @@ class Worker:
         processor = load_processor(job.model, job.revision)
         model = load_model(job.model, job.dtype, job.device, job.revision, job.quantize)
         knobs = {"max_crops": job.max_crops, "num_tokens": job.num_tokens, "zoom": job.zoom}
-        self.engine = Engine(model, processor, batch_size=job.batch_size, max_new_tokens=job.max_new_tokens, **knobs)
+        options = {"batch_size": job.batch_size, "max_new_tokens": job.max_new_tokens, **knobs}
+        self.engine = Engine(model, processor, prefix_bytes=0, **options)  # so that it resumes with the same answers
 
     def answer_batch(self, start: int) -> list[dict]:
         """Records of the batch that starts at a row, in the order of the rows. A failed row's record has the error."""

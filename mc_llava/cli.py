@@ -90,7 +90,7 @@ def ask(
     for source, image, plan, more in zip(sources, images, plans, closer):
         say(f"{source}: {image.width} x {image.height} pixels, {describe(plan, more)}")
     network = load_model(model, dtype, device, quantize=quantize)
-    engine = Engine(network, processor, max_new_tokens=max_new_tokens, **knobs)
+    engine = Engine(network, processor, max_new_tokens=max_new_tokens, prefix_bytes=0, **knobs)
 
     start = time.perf_counter()
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -129,8 +129,8 @@ def chat(
     """
     Talk about a picture: one question per line. An empty line ends the chat.
 
-    The picture is encoded once, or with --zoom looked at anew for each question. Earlier turns are remembered; /new
-    forgets them.
+    The picture is encoded once, or with --zoom looked at anew for each question. Earlier turns are remembered, and
+    not computed again; /new forgets them.
     """
     from transformers import TextStreamer
 
@@ -341,7 +341,7 @@ def evaluate_tasks(
         if not (output / f"{name}.json").exists():
             TASKS[name].read(sources.get(name, TASKS[name].data))
     network, processor, commit = load(model, revision, dtype, device, quantize)
-    engine = Engine(network, processor, max_crops, num_tokens, batch_size, max_new_tokens, zoom)
+    engine = Engine(network, processor, max_crops, num_tokens, batch_size, max_new_tokens, zoom, prefix_bytes=0)
     failed = asked = 0
     for name in names:
         found = evaluate(name, engine, output, model=model, revision=commit, data=sources.get(name), limit=limit)

@@ -150,6 +150,68 @@ def collate(bench: Bench) -> dict[str, float]:
     return {"time (s)": bench.seconds(lambda: collator(rows), repeats=15)}
 
 
+def build_engine(bench: Bench, layers: int = 8):
+    """An `Engine` over the 3B model's width and so many of its layers, which reads one crop as 728 tokens."""
+    import torch
+
+    from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
+    from mc_llava.engine import Engine
+    from mc_llava.loading import load_processor
+
+    tokenizer = load_processor("tiny").tokenizer
+    published, ids = MCLlavaConfig(), {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
+    ids |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**published.text_config.to_dict(), "num_hidden_layers": layers, "vocab_size": len(tokenizer)}
+    vision = {**published.vision_config.to_dict(), "num_hidden_layers": 1}
+    config = MCLlavaConfig(text_config=text, vision_config=vision, **ids)
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        model = MCLlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    return Engine(model, MCLlavaProcessor(MCLlavaImageProcessor(max_crops=0), tokenizer), max_new_tokens=8)
+
+
+@row
+def chat(bench: Bench) -> dict[str, float]:
+    """Turns of a conversation about a picture of 728 tokens, each answered with 8 (full width, 8 layers)."""
+    from PIL import Image
+
+    from mc_llava.engine import ask_about
+
+    engine = build_engine(bench)
+    (encoded,) = engine.encode([Image.open(ROOT / "examples" / "hubble.jpg")])
+    engine.answer([ask_about([], "Hello")])  # warms up
+    turns, times = ask_about([encoded], "What shines in the middle?"), []
+    for question in ("How many spirals are there?", "What color is the sky behind them?", "Is that a star?", ""):
+        bench.wait()
+        start = time.perf_counter()
+        (reply,) = engine.answer([turns], do_sample=False, eos_token_id=None)
+        times.append(time.perf_counter() - start)
+        answer = reply.text
+        for token in engine.processor.special_tokens:
+            answer = answer.replace(token, "")
+        turns = [*turns, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
+    return {"first turn (s)": times[0], "later turns (s)": statistics.median(times[1:])}
+
+
+@row
+def second_question(bench: Bench) -> dict[str, float]:
+    """The first token about an encoded picture of 728 tokens (full width, 8 layers)."""
+    from PIL import Image
+
+    from mc_llava.engine import ask_about
+
+    engine = build_engine(bench)
+    (encoded,) = engine.encode([Image.open(ROOT / "examples" / "hubble.jpg")])
+    engine.answer([ask_about([], "Hello")], max_new_tokens=1)  # warms up
+    times = []
+    for question in ("What shines in the middle?", "How many spirals are there?", "What color is it?", "Is that it?"):
+        bench.wait()
+        start = time.perf_counter()
+        engine.answer([ask_about([encoded], question)], max_new_tokens=1, do_sample=False)
+        times.append(time.perf_counter() - start)
+    return {"first question (s)": times[0], "later questions (s)": statistics.median(times[1:])}
+
+
 def measure_here(name: str, bench: Bench) -> dict:
     """What this process measures of a row, with what it runs on. `mc_llava` is what PYTHONPATH leads to."""
     import torch

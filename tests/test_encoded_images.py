@@ -3,6 +3,7 @@
 import copy
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 from helpers import picture, prompt, small_model
@@ -16,6 +17,7 @@ from mc_llava import EncodedImages, FeatureCache, MCLlavaImageProcessor, MCLlava
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(300, 300, seed=3)]
+PATCHES, ROW = 15, 32 * 4  # that a crop of the small model may give; the bytes of one
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
@@ -35,6 +37,17 @@ def inputs(processor):
 @pytest.fixture(scope="module")
 def encoded(model, inputs) -> EncodedImages:
     return model.encode_images(**inputs)
+
+
+@pytest.fixture
+def passes(model):
+    """How many crops passed the vision tower."""
+    crops = []
+    hook = model.model.vision_tower.encoder.register_forward_hook(
+        lambda module, arguments, output: crops.append(len(output.last_hidden_state))
+    )
+    yield crops
+    hook.remove()
 
 
 class TestAsking:
@@ -259,8 +272,8 @@ class TestFeatureCache:
     @settings(max_examples=20, deadline=None)
     def test_cached_equals_uncached(self, model, processor, data):
         """Over random orders, sizes, knobs and evictions."""
-        kept = data.draw(st.integers(0, 4), label="images that fit")
-        cache = FeatureCache(max_bytes=kept * 20 * 48 * 4)
+        kept = data.draw(st.integers(0, 12), label="crops that fit")
+        cache = FeatureCache(max_bytes=kept * PATCHES * ROW)
         for _ in range(data.draw(st.integers(1, 8))):
             images = data.draw(st.lists(st.sampled_from(IMAGES), min_size=1, max_size=3))
             knobs = {"max_crops": data.draw(st.integers(0, 5)), "num_tokens": data.draw(st.integers(4, 20))}
@@ -270,7 +283,7 @@ class TestFeatureCache:
             assert torch.equal(cached["input_ids"], uncached["input_ids"])
             for ours, theirs in zip(cached["image_features"], uncached["image_features"], strict=True):
                 assert torch.allclose(ours, theirs, atol=1e-5)
-            assert cache.nbytes == sum(entry.features.nbytes for entry in cache._entries.values()) <= cache.max_bytes
+            assert cache.nbytes == sum(crop.patches.nbytes for crop in cache._crops.values()) <= cache.max_bytes
 
     def test_hits_and_what_makes_a_miss(self, processor):
         model, cache = small_model(), FeatureCache()
@@ -283,17 +296,65 @@ class TestFeatureCache:
         assert counts(IMAGES[1].copy()) == (1, 1)
         assert counts(IMAGES[1], max_crops=6, num_tokens=20) == (2, 1), "the saved knobs, written out"
         assert counts(IMAGES[1], max_crops=2) == (2, 2)
-        assert counts(IMAGES[1], num_tokens=19) == (2, 3)
+        assert counts(IMAGES[1], num_tokens=19) == (3, 2), "more or fewer tokens of the same crops"
         other = IMAGES[1].copy()
         other.putpixel((7, 7), (1, 2, 3))
-        assert counts(other) == (2, 4)
-        assert counts(IMAGES[1].transpose(0).transpose(0)) == (3, 4)
+        assert counts(other) == (3, 3)
+        assert counts(IMAGES[1].transpose(0).transpose(0)) == (4, 3)
+        assert counts(IMAGES[1], resample=Image.Resampling.NEAREST) == (4, 4)
+        assert counts(IMAGES[1], image_mean=[0.4, 0.5, 0.5]) == (4, 5)
+        assert counts(IMAGES[1], do_normalize=False) == (4, 6)
         with torch.no_grad():
             model.model.coord_embed[0].bias += 1
-        assert counts(IMAGES[1]) == (3, 5)
+        assert counts(IMAGES[1]) == (4, 7)
         model.bfloat16()
-        assert counts(IMAGES[1]) == (3, 6)
-        assert len(cache) == 6
+        assert counts(IMAGES[1]) == (4, 8)
+
+    @pytest.mark.parametrize(
+        "more", [{"max_crops": 6}, {"num_tokens": 30}, {"plans": [[(0, 0, 300, 300), (5, 5, 99, 99)]]}]
+    )
+    def test_only_new_crops_pass_the_tower(self, model, processor, passes, more):
+        first, second = {"max_crops": 4, "num_tokens": 20}, {"num_tokens": 20, **more}
+        if "plans" not in more:
+            second = {**first, **more}
+        cache = FeatureCache()
+        (known,) = cache.encode(model, processor.image_processor, [IMAGES[3]], **first)
+        assert passes == [len(known.crop_boxes)]
+        (found,) = cache.encode(model, processor.image_processor, [IMAGES[3]], **second)
+        boxes = {tuple(box) for box in found.crop_boxes.tolist()}
+        assert sum(passes[1:]) == len(boxes - {tuple(box) for box in known.crop_boxes.tolist()}) < len(boxes)
+        (alone,) = FeatureCache().encode(model, processor.image_processor, [IMAGES[3]], **second)
+        torch.testing.assert_close(found.features, alone.features, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.crop_coords, alone.crop_coords) and found.plans == alone.plans
+
+    def test_a_full_cache_keeps_what_was_asked_for(self, model, processor, passes):
+        """First the patches go that nobody asked for, those of the least recently used crops, and then crops."""
+        asked = {"max_crops": 0, "num_tokens": 5}
+        cache = FeatureCache(max_bytes=2 * (PATCHES + 5) * ROW)
+        for image in IMAGES:
+            cache.encode(model, processor.image_processor, [image], **asked)
+        sizes = [len(crop.patches) for crop in cache._crops.values()]
+        assert sizes == [5, 5, PATCHES, PATCHES] and cache.nbytes == cache.max_bytes
+        cache.encode(model, processor.image_processor, IMAGES, **asked)
+        assert passes == [1] * 4 and len(cache) == 4
+        cache.encode(model, processor.image_processor, IMAGES[:1], max_crops=0, num_tokens=6)
+        assert passes == [1] * 5, "it had been cut down to fewer"
+        for seed in range(20):
+            cache.encode(model, processor.image_processor, [picture(40, 30, seed=100 + seed)], **asked)
+            assert cache.nbytes <= cache.max_bytes
+        assert len(cache) == 2 * (PATCHES + 5) // 5
+
+    def test_a_call_that_another_model_would_need_is_refused(self, model, processor):
+        cache = FeatureCache()
+        cache.encode(model, processor.image_processor, IMAGES[:1])
+        for wrong in ({"patch_size": 7}, {"size": {"height": 70, "width": 70}}, {"size": 70}):
+            with pytest.raises(
+                ValueError, match="the image processor has .*, the model .*: use the processor of this"
+            ):
+                cache.encode(model, processor.image_processor, IMAGES[:1], **wrong)
+        for wrong in ({"nonsense": 3}, {"image_std": 0}, {"num_tokens": 0}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                cache.encode(model, processor.image_processor, IMAGES[:1], **wrong)
 
     def test_autocast_makes_a_miss(self, model, processor):
         cache = FeatureCache()
@@ -319,7 +380,7 @@ class TestFeatureCache:
         assert cache.misses == 2 and not torch.equal(first.features, second.features)
 
     def test_what_is_larger_than_the_cache_leaves_it_alone(self, model, processor):
-        cache = FeatureCache(max_bytes=10 * 48 * 4)  # of ten tokens
+        cache = FeatureCache(max_bytes=10 * ROW)
         counts = []
         for image, num_tokens in ((IMAGES[0], 10), (IMAGES[1], 11), (IMAGES[0], 10)):
             processor("What?", image, model, feature_cache=cache, num_tokens=num_tokens)
@@ -342,8 +403,7 @@ class TestFeatureCache:
             assert len(calls) == count
 
     def test_the_one_unused_for_longest_goes(self, model, processor):
-        processor("What?", IMAGES[0], model, feature_cache=(cache := FeatureCache()), num_tokens=10)
-        cache = FeatureCache(max_bytes=2 * cache.nbytes)
+        cache = FeatureCache(max_bytes=2 * 10 * ROW)
         for image, hits in ((0, 0), (1, 0), (0, 1), (2, 1), (0, 2), (1, 2)):
             processor("What?", picture(40, 40, seed=image), model, feature_cache=cache, num_tokens=10)
             assert cache.hits == hits and len(cache) <= 2
@@ -376,6 +436,14 @@ class TestFeatureCache:
         elif options["patch_size"] == 7:
             with pytest.raises(ValueError, match="use the processor of this model, with patch_size 14"):
                 model(**other("What?", IMAGES[0], num_tokens=60))
+
+    def test_arrays_with_channels_first(self, model, processor):
+        arrays = [np.asarray(image).transpose(2, 0, 1) for image in IMAGES[1:3]]
+        cache = FeatureCache()
+        expected = cache.encode(model, processor.image_processor, IMAGES[1:3])
+        found = cache.encode(model, processor.image_processor, arrays, input_data_format="channels_first")
+        assert (cache.hits, cache.misses) == (2, 2)
+        assert all(torch.equal(one.features, other.features) for one, other in zip(found, expected, strict=True))
 
     def test_in_messages(self, model, processor):
         cache = FeatureCache()

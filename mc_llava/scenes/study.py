@@ -53,7 +53,7 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
     model, processor, revision = load(model_path)
     rows = []
     for max_crops, num_tokens in SETTINGS:
-        engine = Engine(model, processor, max_crops, num_tokens, BATCH_SIZE, MAX_NEW_TOKENS)
+        engine = Engine(model, processor, max_crops, num_tokens, BATCH_SIZE, MAX_NEW_TOKENS, prefix_bytes=0)
         folder = work / f"crops-{max_crops}-tokens-{num_tokens}"
         results = evaluate(
             "scenes", engine, folder, model=model_path, revision=revision, limit=num_scenes * len(KINDS)
