@@ -2,20 +2,24 @@
 
 import hashlib
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, islice
 from threading import Lock
+from weakref import WeakValueDictionary
 
+import numpy as np
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from .crops_mc_llava import Crop, center_of, check_plans
+from .crops_mc_llava import Box, Crop, center_of, check_plans
 from .image_loading_mc_llava import load_image
-from .image_processing_mc_llava import check_size
+from .image_processing_mc_llava import check_size, look_up_bytes
+from .resizing_mc_llava import cut_to
 
 
 # Of `hash_tensors`: an odd number; the 64-bit words that fit a processor's cache; the bytes that a device copies.
@@ -379,6 +383,8 @@ class FeatureCache:
         self.nbytes = self.hits = self.misses = 0
         self._crops = OrderedDict()  # the least recently used first
         self._uncut = OrderedDict()  # keys of those with patches that nobody asked for, in the same order
+        self._prepared = WeakValueDictionary()
+        self._made_by = ()  # what the last call of `encode` found: crops are known by it
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -393,7 +399,8 @@ class FeatureCache:
         Args:
             model: `MCLlavaForConditionalGeneration`.
             image_processor: `MCLlavaImageProcessor`.
-            images: anything that `load_image` reads.
+            images: anything that `load_image` reads, or what `prepare` returned. Crops of all of them share passes of
+                the vision tower.
             plans, options: arguments of the image processor's call.
 
         Returns:
@@ -403,49 +410,81 @@ class FeatureCache:
             ValueError: as `load_image`, the image processor and `get_image_features` do, if the numbers of plans and
                 images differ, or if weights are offloaded to disk.
         """
+        if not images:
+            return []  # and no weights are read for it
+        prepared = self._prepare(model, image_processor, images, plans, options)
+        device, made_by = input_device(model), describe_encoder(model)
+        self._made_by = made_by
+        crops = [(image, crop) for image in prepared for crop in image.plan]
+
+        def encode(missing: list[int]) -> Iterator[torch.Tensor]:
+            parts = {}
+            for index in missing:
+                image, crop = crops[index]
+                parts.setdefault(image, []).append(crop.box)
+            return model.model.encode_each(
+                pixels for image, boxes in parts.items() for pixels in image.pixels(boxes, device)
+            )
+
+        with torch.no_grad():
+            keys = [((*image.name, *made_by), crop.box) for image, crop in crops]
+            patches = iter(self.look_up(keys, [crop.num_tokens for _, crop in crops], encode))
+            return [
+                self._project(model, image, torch.cat([next(patches) for _ in image.plan]), made_by)
+                for image in prepared
+            ]
+
+    def prepare(
+        self, model, image_processor, images: list, plans: list | None = None, **options
+    ) -> "list[PreparedImage]":
+        """
+        Do what `encode` does without the model: load images, and cut the crops that the cache lacks. `encode` then
+        takes them as its images. Another thread can thus prepare images while the model works.
+
+        Args, raises: as `encode`, whose options must be the same.
+        """
+        prepared, device = self._prepare(model, image_processor, images, plans, options), input_device(model)
+        for image in prepared:
+            keys = {crop.box: ((*image.name, *self._made_by), crop.box) for crop in image.plan}
+            with self._lock:
+                new = [box for box, key in keys.items() if key not in self._crops]
+            image.cut_ahead(new, device)
+        return prepared
+
+    def _prepare(self, model, image_processor, images: list, plans, options: dict) -> "list[PreparedImage]":
+        """The images as they are before they are cut. Equal ones are one object, to be cut once."""
         if plans is not None:
             plans = check_plans(plans, len(images))
         if image_processor.asks_to_zoom({**options, "plans": plans}):
             raise ValueError("zoom needs the question, and features are of the picture alone: pass zoom=0, or plans")
-        if not images:
-            return []  # and no weights are read for it
         given = {"plans": plans, **{name: value for name, value in options.items() if value is not None}}
         options = image_processor.check_kwargs(given)
         check_processor(model, image_processor, options)
-        made_by = describe_encoder(model)
-        pictures = [load_image(image, options.get("input_data_format")) for image in images]
-        plans = image_processor.plans_of([picture.size for picture in pictures], options)
-        options = {name: value for name, value in options.items() if name not in NOT_OF_PIXELS}
-        return [
-            self._encode(model, image_processor, picture, plan, options, made_by)
-            for picture, plan in zip(pictures, plans)
+        loaded = [
+            image if is_prepared(image) else load_image(image, options.get("input_data_format")) for image in images
         ]
+        sizes = [image.picture.size if is_prepared(image) else image.size for image in loaded]
+        found, values = [], image_processor.values_of_bytes(options)
+        side = check_size(options.get("size", image_processor.size))
+        for image, plan in zip(loaded, image_processor.plans_of(sizes, options)):
+            if not is_prepared(image):
+                image = PreparedImage(image, plan, side, options.get("resample", image_processor.resample), values)
+                with self._lock:
+                    image = self._prepared.setdefault((image.name, tuple(plan)), image)
+            found.append(image)
+        return found
 
-    def _encode(self, model, image_processor, picture, plan: list[Crop], options: dict, made_by) -> EncodedImages:
-        """One picture's features. Each is encoded separately, so that they do not depend on the others."""
-        device = input_device(model)  # where the crops are cut, too
-
-        def encode(missing: list[int]) -> Iterator[torch.Tensor]:
-            crops = [[plan[index] for index in missing]]
-            chosen = {**options, "plans": crops, "device": device, "return_tensors": "pt"}
-            return model.model.encode_each(image_processor(picture, **chosen)["pixel_values"].to(device))
-
-        resample = options.get("resample", image_processor.resample)
-        values = image_processor.values_of_bytes(options).tobytes()
-        known = picture_key(picture.tobytes(), picture.size, resample, values, made_by)
-        counts = [crop.num_tokens for crop in plan]
+    def _project(self, model, image: "PreparedImage", patches: torch.Tensor, made_by: tuple) -> EncodedImages:
+        """One picture's features, of the patches of its crops: each is projected alone."""
         fields = {
-            "crop_boxes": [crop.box for crop in plan],
-            "crop_coords": [center_of(crop.box, *picture.size) for crop in plan],
-            "crop_num_tokens": counts,
-            "image_grid_thw": [[len(plan), 1, 1]],
+            "crop_boxes": [crop.box for crop in image.plan],
+            "crop_coords": [center_of(crop.box, *image.picture.size) for crop in image.plan],
+            "crop_num_tokens": [crop.num_tokens for crop in image.plan],
+            "image_grid_thw": [[len(image.plan), 1, 1]],
         }
-        fields = {name: torch.tensor(values, device=device) for name, values in fields.items()}
-        with torch.no_grad():
-            patches = torch.cat(self.look_up([(known, crop.box) for crop in plan], counts, encode))
-            placed = model.model.add_positions(patches, fields["crop_coords"], fields["crop_num_tokens"])
-            features = model.model.multi_modal_projector(placed)
-        return EncodedImages(features, **fields, weights_hash=made_by[0])
+        fields = {name: torch.tensor(values, device=patches.device) for name, values in fields.items()}
+        placed = model.model.add_positions(patches, fields["crop_coords"], fields["crop_num_tokens"])
+        return EncodedImages(model.model.multi_modal_projector(placed), **fields, weights_hash=made_by[0])
 
     def look_up(
         self, keys: list[tuple], counts: list[int], encode: Callable[[list[int]], Iterable[torch.Tensor]]
@@ -458,9 +497,11 @@ class FeatureCache:
             counts: how many patches are asked for of each.
             encode: given the numbers of crops that are new, in order, returns all patches of one after another.
         """
-        asked = {}
+        asked, of_picture = {}, Counter()
         for key, count in zip(keys, counts):
             asked[key] = max(count, asked.get(key, 0))
+        for (picture, _), count in asked.items():
+            of_picture[picture] += count
         found = {key: self._get(key, count) for key, count in asked.items()}
         missing = [key for key, patches in found.items() if patches is None]
         with self._lock:
@@ -473,7 +514,7 @@ class FeatureCache:
                 found[key] = patches[-asked[key] :].clone()  # the others' memory is free after the pass
                 row = patches[0].nbytes
                 # What is too large for the cache must not empty it.
-                if sum(asked.values()) * row <= self.max_bytes:
+                if of_picture[key[0]] * row <= self.max_bytes:
                     self._put(key, _KeptCrop(patches[1:].clone(), asked[key]))
         return [found[key][-count:] for key, count in zip(keys, counts)]
 
@@ -509,8 +550,54 @@ class FeatureCache:
                     self.nbytes -= dropped.patches.nbytes
 
 
-# Options of the image processor that don't change a crop's pixels.
-NOT_OF_PIXELS = ("max_crops", "zoom", "plans", "device", "return_tensors", "input_data_format")
+class PreparedImage:
+    """
+    A picture before the model encodes it, see `FeatureCache.prepare`.
+
+    Args:
+        picture: as `load_image` returns it.
+        plan: its crops.
+        side, resample: of the crops in pixels, and the filter that resizes them.
+        values: float32[3, 256], what each byte becomes in each channel.
+
+    Attributes:
+        name: what a `FeatureCache` knows the picture by, but for the weights.
+    """
+
+    def __init__(self, picture: Image.Image, plan: list[Crop], side: int, resample: int, values: np.ndarray):
+        self.picture, self.plan, self.side, self.resample, self.values = picture, plan, side, resample, values
+        self.name = picture_key(picture.tobytes(), picture.size, resample, values.tobytes(), ())
+        self._cut, self._lock = {}, Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes, in bytes: Pillow's four for each pixel, and the crops."""
+        return 4 * self.picture.width * self.picture.height + 3 * self.side**2 * len(self._cut)
+
+    def cut_ahead(self, boxes: list[Box], device: torch.device):
+        """Cut crops, and keep them for the next call of `pixels`; not if they are too many to be kept."""
+        with self._lock:
+            new = [box for box in boxes if box not in self._cut]
+            if new and 3 * self.side**2 * (len(self._cut) + len(new)) <= MOST_CUT_AHEAD:
+                self._cut |= zip(new, cut_to(device, self.picture, new, self.side, self.resample))
+
+    def pixels(self, boxes: list[Box], device: torch.device) -> Iterator[torch.Tensor]:
+        """float32[up to 16, 3, side, side] of the crops, one part after another."""
+        with self._lock:
+            kept = {box: self._cut.pop(box) for box in boxes if box in self._cut}
+        if new := [box for box in boxes if box not in kept]:
+            kept |= zip(new, cut_to(device, self.picture, new, self.side, self.resample))
+        values = torch.from_numpy(self.values).to(device)
+        for start in range(0, len(boxes), 16):
+            yield look_up_bytes(torch.stack([kept.pop(box) for box in boxes[start : start + 16]]), values)
+
+
+def is_prepared(value) -> bool:
+    """Whether a value is a `PreparedImage`, of any copy of the code, as `is_encoded`."""
+    return hasattr(value, "cut_ahead")
+
+
+MOST_CUT_AHEAD = 128 * 2**20  # bytes of a picture's crops
 
 
 def describe_encoder(model) -> tuple[str, str]:
@@ -537,6 +624,7 @@ def picture_key(pixels: bytes, size: tuple[int, int], resample: int | None, valu
 __all__ = [
     "EncodedImages",
     "FeatureCache",
+    "PreparedImage",
     "check_counts",
     "check_places",
     "check_processor",
@@ -546,6 +634,7 @@ __all__ = [
     "hash_tensors",
     "input_device",
     "is_encoded",
+    "is_prepared",
     "read_integers",
     "sum_per_image",
 ]

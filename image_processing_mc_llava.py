@@ -69,12 +69,12 @@ def _cut_images(
     start = 0
     for image, plan in zip(images, plans):
 
-        def look_up(index: int, crop: Image.Image, start: int = start):
+        def write(index: int, crop: Image.Image, start: int = start):
             pixels = np.asarray(crop)
             for channel in range(3):  # without the mode, `take` checks each byte and buffers what it writes
                 np.take(table[channel], pixels[..., channel], out=values[start + index, channel], mode="clip")
 
-        cut_each(image, [crop.box for crop in plan], side, resample, look_up)
+        cut_each(image, [crop.box for crop in plan], side, resample, write)
         start += len(plan)
     return values
 
@@ -88,10 +88,14 @@ def _cut_tensors(
     for picture, plan, start in zip(pictures, plans, starts):
         crops = cut_on_device(picture, [crop.box for crop in plan], side)
         for part, out in zip(crops.split(16), values[start : start + len(plan)].split(16)):  # bounds the indices
-            for channel in range(3):
-                found = table[channel].index_select(0, part[..., channel].flatten().int())
-                out[:, channel] = found.view(-1, side, side)
+            out.copy_(look_up_bytes(part, table))
     return values
+
+
+def look_up_bytes(crops: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """float32[crops, 3, side, side]: what `values`, float32[3, 256], has for uint8[crops, side, side, 3]."""
+    channels = [values[channel].index_select(0, crops[..., channel].flatten().int()) for channel in range(3)]
+    return torch.stack([channel.view(crops.shape[:3]) for channel in channels], dim=1)
 
 
 def _concatenate(pictures: list) -> np.ndarray | torch.Tensor:
@@ -316,9 +320,7 @@ class MCLlavaImageProcessor(PilBackend):
     ) -> BatchFeature:
         if not images:
             raise ValueError("got an empty list of images: pass at least one")
-        check_numbers(
-            {"size": size, "image_mean": image_mean, "image_std": image_std, "rescale_factor": rescale_factor}
-        )
+        check_numbers({"size": size})
         side = size.height
         sizes = [image.size for image in images]
         is_zooming = zoom > 0 and plans is None
@@ -327,12 +329,15 @@ class MCLlavaImageProcessor(PilBackend):
         else:
             plans = make_plans(sizes, plans, max_crops, num_tokens, side, patch_size)
 
-        table = self._look_up_table(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-        if None in (do_rescale, do_normalize) or not np.isfinite(table).all() or not np.ptp(table, axis=1).all():
-            raise ValueError(
-                f"do_rescale={do_rescale}, rescale_factor={rescale_factor}, do_normalize={do_normalize}, image_mean="
-                f"{image_mean}, image_std={image_std} make no pixels of bytes: take the published processor's"
-            )
+        table = self.values_of_bytes(
+            {
+                "do_rescale": do_rescale,
+                "rescale_factor": rescale_factor,
+                "do_normalize": do_normalize,
+                "image_mean": image_mean,
+                "image_std": image_std,
+            }
+        )
         device = torch.device("cpu" if device is None else device)
         if device.type != "cpu" and return_tensors != "pt":
             raise ValueError(f'tensors on {device} need return_tensors="pt", got {return_tensors!r}')
@@ -364,22 +369,28 @@ class MCLlavaImageProcessor(PilBackend):
             inputs["pixel_values"] = inputs["pixel_values"].to(device)
         return inputs
 
-    def _look_up_table(self, do_rescale: bool, rescale_factor: float, do_normalize: bool, mean, std) -> np.ndarray:
-        """
-        float32[3, 256]: the rescaled and normalised value of each byte in each channel. These depend on nothing else,
-        so they are computed once and looked up for each pixel.
-        """
-        table = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-        if do_rescale:
-            table = self.rescale(table, rescale_factor)
-        if do_normalize:
-            table = self.normalize(table, mean, std)
-        return table.astype(np.float32).reshape(3, 256)
-
     def values_of_bytes(self, options: dict) -> np.ndarray:
-        """float32[3, 256]: what each byte of a picture becomes in each channel of a call with these options."""
+        """
+        float32[3, 256]: the rescaled and normalised value of each byte of a picture in each channel, in a call with
+        these options. It depends on nothing else, so it is computed once and looked up for each pixel.
+
+        Raises:
+            ValueError: if the bytes would become no pixels, but NaN or all the same.
+        """
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
-        return self._look_up_table(*(options.get(name, getattr(self, name)) for name in names))
+        options = {name: options.get(name, getattr(self, name)) for name in names}
+        check_numbers(options)
+        table = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
+        if options["do_rescale"]:
+            table = self.rescale(table, options["rescale_factor"])
+        if options["do_normalize"]:
+            table = self.normalize(table, options["image_mean"], options["image_std"])
+        table = table.astype(np.float32).reshape(3, 256)
+        is_unset = None in (options["do_rescale"], options["do_normalize"])
+        if is_unset or not np.isfinite(table).all() or not np.ptp(table, axis=1).all():
+            given = ", ".join(f"{name}={value}" for name, value in options.items())
+            raise ValueError(f"{given} make no pixels of bytes: take the published processor's")
+        return table
 
     def plans_of(self, sizes: list[tuple[int, int]], options: dict) -> list[list[Crop]]:
         """The crops of images of these sizes (width, height) in a call with these options, without zoom."""

@@ -11,7 +11,7 @@ import copy
 import hashlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -325,10 +325,23 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
             ]
         )
 
-    def encode_each(self, pixel_values: torch.Tensor) -> Iterator[torch.Tensor]:
-        """All patches of crops, float[patches, vision_hidden] of one after another, `CROPS_PER_PASS` at a time."""
-        for pixels in pixel_values.split(CROPS_PER_PASS):
-            yield from self.encode_crops(pixels.to(self.vision_tower.dtype))
+    def encode_each(self, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+        """
+        All patches of crops, float[patches, vision_hidden] of one after another.
+
+        Args:
+            parts: float[crops, 3, side, side] each. Passes are of `CROPS_PER_PASS` crops, whatever parts these are in.
+        """
+        held, free = [], CROPS_PER_PASS
+        for part in parts:
+            while len(part):
+                held.append(part[:free])
+                part, free = part[free:], free - len(held[-1])
+                if not free:
+                    yield from self.encode_crops(torch.cat(held).to(self.vision_tower.dtype))
+                    held, free = [], CROPS_PER_PASS
+        if held:
+            yield from self.encode_crops(torch.cat(held).to(self.vision_tower.dtype))
 
     def add_positions(
         self, hidden_states: torch.Tensor, crop_coords: torch.Tensor, crop_num_tokens: torch.LongTensor

@@ -117,6 +117,15 @@ def can_cut_on(device: torch.device, resample: int) -> bool:
     return device.type not in ("cpu", "meta") and resample == Image.Resampling.BICUBIC
 
 
+def cut_to(
+    device: torch.device, picture: Image.Image, boxes: list[Box], side: int, resample: int = Image.Resampling.BICUBIC
+) -> torch.Tensor:
+    """As `cut_crops`, with the crops on a device: uint8[crops, side, side, 3]."""
+    if can_cut_on(device, resample):
+        return cut_on_device(torch.from_numpy(np.array(picture)).to(device), boxes, side)
+    return torch.from_numpy(cut_crops(picture, boxes, side, resample)).to(device)
+
+
 def cut_on_device(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.Tensor:
     """
     Cut crops out of a picture and resize each to a square with Pillow's bicubic filter, in integers.
@@ -216,4 +225,4 @@ def _bicubic(x: float) -> float:
     return 0.0
 
 
-__all__ = ["can_cut_on", "cut_crops", "cut_each", "cut_on_device"]
+__all__ = ["can_cut_on", "cut_crops", "cut_each", "cut_on_device", "cut_to"]

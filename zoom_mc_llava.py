@@ -289,7 +289,9 @@ class MCLlavaZoomMixin:
             tokens = self.model.encode_tokens(crops, torch.tensor(counts, device=crops.device), counts).split(counts)
         else:
             keys = [(view.key, crop.box) for view, crop in new]
-            tokens = feature_cache.look_up(keys, counts, lambda missing: self.model.encode_each(pixels(set(missing))))
+            tokens = feature_cache.look_up(
+                keys, counts, lambda missing: self.model.encode_each([pixels(set(missing))])
+            )
         for (view, _), kept in zip(new, tokens):
             view.patches.append(kept)
 

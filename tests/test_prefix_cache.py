@@ -120,6 +120,27 @@ def test_every_way_to_ask_gives_the_same_tokens(model, processor, way, options):
     assert kept.reused > 300
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": None, "max_length": 79},
+        {"min_length": 80, "max_new_tokens": 20, "eos_token_id": list(range(0, 50000, 2))},
+        {"max_new_tokens": 500},
+        {"stop_strings": ["e", "a"], "max_new_tokens": 30},
+        {"bad_words_ids": [[5], [6, 7]], "suppress_tokens": list(range(20000))},
+    ],
+    ids=str,
+)
+def test_lengths_and_what_looks_at_the_prompt(model, processor, options):
+    kept = PrefixCache()
+    if "stop_strings" in options:
+        options = {**options, "tokenizer": processor.tokenizer}
+    for question in ("What is it?", "Where is it?", "What is it?"):
+        inputs = processor(question, IMAGES[0], **KNOBS)
+        assert ask(model, inputs, prefix_cache=kept, **options) == ask(model, inputs, **options)
+    assert kept.reused
+
+
 @given(st.data())
 @settings(max_examples=12, deadline=None)
 def test_random_prompts(processor, data):
