@@ -4,8 +4,9 @@ import hashlib
 import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice, zip_longest
 from threading import Lock
 from weakref import WeakValueDictionary
 
@@ -22,7 +23,7 @@ from .image_processing_mc_llava import check_size, look_up_bytes
 from .resizing_mc_llava import cut_to
 
 
-# Of `hash_tensors`: an odd number; the 64-bit words that fit a processor's cache; the bytes that a device copies.
+# Of `hash_tensors`: an odd number; the 64-bit words that fit a core's cache; the bytes that are stacked on a device.
 MULTIPLIER = 0x5851F42D4C957F2D
 BLOCK = 2**15
 STACK_BYTES = 256 * 2**20
@@ -284,17 +285,31 @@ def hash_tensors(tensors) -> str:
 
 
 def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
-    """The sum of each tensor's mixed words, for a processor: in blocks that stay in its cache."""
-    step = _wrap(2 * BLOCK * MULTIPLIER)
-    first_keys, parts, counts = _keys(BLOCK, "cpu"), [], []
-    for words in map(_to_words, octets):
-        blocks, keys = words.split(BLOCK), first_keys.clone()
-        for block in blocks:
-            parts.append(_sum_mixed(block, keys[: len(block)]))
-            keys += step
-        counts.append(len(blocks))
-    parts = iter(torch.stack(parts).tolist() if parts else ())
-    return [_wrap(sum(islice(parts, count))) for count in counts]
+    """
+    The sum of each tensor's mixed words, for a processor: in blocks that stay in a core's cache. Each thread has its own
+    tensors. The blocks are too small for torch to split, whose threads would wait for each other at every operator.
+    """
+    threads = min(torch.get_num_threads(), len(octets))
+    shares = [range(first, len(octets), threads) for first in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        sums = list(pool.map(_sum_share, [[octets[place] for place in share] for share in shares]))
+    found = dict(zip(chain(*shares), torch.cat(sums).tolist()))
+    return [found[place] for place in range(len(octets))]
+
+
+def _sum_share(octets: list[torch.Tensor]) -> torch.LongTensor:
+    """`sum_in_blocks` in one thread. The first blocks of all tensors come first, because they have the same keys."""
+    keys = _keys(BLOCK, "cpu")
+    step = (2 * BLOCK * MULTIPLIER + 2**63) % 2**64 - 2**63  # as int64
+    sums, order = [], []
+    for blocks in zip_longest(*(_to_words(tensor).split(BLOCK) for tensor in octets)):
+        for place, block in enumerate(blocks):
+            if block is not None:
+                own = keys[: len(block)]
+                sums.append(torch.dot(_mix(block, own), own))
+                order.append(place)
+        keys += step
+    return keys.new_zeros(len(octets)).index_add_(0, torch.tensor(order, device="cpu"), torch.stack(sums))
 
 
 def sum_stacked(octets: list[torch.Tensor]) -> list[int]:
@@ -312,7 +327,8 @@ def sum_stacked(octets: list[torch.Tensor]) -> list[int]:
         for start in range(0, len(places), at_once):
             chosen = places[start : start + at_once]
             words = _to_words(torch.stack([octets[place] for place in chosen]))
-            parts.append(_sum_mixed(words, keys[: words.shape[-1]]))
+            own = keys[: words.shape[-1]]
+            parts.append((_mix(words, own) * own).sum(-1))
             order += chosen
     sums = dict(zip(order, torch.cat(parts).tolist()))
     return [sums.get(place, 0) for place in range(len(octets))]
@@ -331,17 +347,11 @@ def _keys(count: int, device: str | torch.device) -> torch.Tensor:
     return (2 * torch.arange(count, device=device) + 1) * MULTIPLIER  # int64 wraps around
 
 
-def _sum_mixed(words: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def _mix(words: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     mixed = words ^ keys
     mixed *= MULTIPLIER
     mixed ^= mixed >> 32
-    mixed *= keys
-    return mixed.sum(-1)
-
-
-def _wrap(value: int) -> int:
-    """An integer modulo 2**64, as int64."""
-    return (value + 2**63) % 2**64 - 2**63
+    return mixed
 
 
 @dataclass

@@ -243,7 +243,9 @@ class TestHash:
             patch.setattr(encoded_images_mc_llava, "BLOCK", block)
             patch.setattr(encoded_images_mc_llava, "STACK_BYTES", stack)
             expected = [plain_sum(tensor) for tensor in tensors]
-            assert encoded_images_mc_llava.sum_in_blocks(octets) == expected
+            for threads in (1, 3):
+                patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+                assert encoded_images_mc_llava.sum_in_blocks(octets) == expected
             assert encoded_images_mc_llava.sum_stacked(octets) == expected
 
     def test_a_tensor_that_starts_within_a_word(self):
@@ -289,6 +291,8 @@ class TestHash:
         with CountReads() as on_cpu:
             expected = model.hash_encoder()
         assert len(on_cpu.reads) == 1
+        with torch.inference_mode():
+            assert model.hash_encoder() == expected
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(encoded_images_mc_llava, "sum_in_blocks", encoded_images_mc_llava.sum_stacked)
             with CountReads() as on_device:
