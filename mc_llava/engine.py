@@ -12,6 +12,7 @@ from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
@@ -27,6 +28,8 @@ from . import (
     check_weights,
     input_device,
     is_encoded,
+    is_prepared,
+    load_image,
     to_plain,
 )
 
@@ -133,6 +136,18 @@ class Engine:
         if plans is not None:
             options = {"num_tokens": self.knobs["num_tokens"], **knobs, "plans": plans}
         return self.feature_cache.encode(self.model, self.processor.image_processor, images, **options)
+
+    def prepare(self, images: list) -> list:
+        """
+        Do what `encode` does without the model, see `FeatureCache.prepare`. The results go into conversations in place
+        of the images, or to `encode`. With zoom, images are only loaded: the question decides about their crops.
+
+        Raises:
+            ValueError: as `encode` does.
+        """
+        if self.knobs["zoom"]:
+            return [load_image(image) for image in images]
+        return self.feature_cache.prepare(self.model, self.processor.image_processor, images, **self.knobs)
 
     def check(self, conversation: list[dict]):
         """
@@ -343,6 +358,13 @@ class Engine:
         return first + "".join(
             image_token * len(image.features) + text for image, text in zip(images, rest, strict=True)
         )
+
+
+def count_bytes(images: list) -> int:
+    """The memory that `Engine.prepare` has taken for images: Pillow takes four bytes a pixel."""
+    pictures = [image for image in images if isinstance(image, Image.Image)]
+    prepared = [image for image in images if is_prepared(image)]
+    return sum(4 * picture.width * picture.height for picture in pictures) + sum(image.nbytes for image in prepared)
 
 
 def map_image_parts(conversation: list[dict], function: Callable[[dict], dict]) -> list[dict]:

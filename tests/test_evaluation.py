@@ -525,16 +525,18 @@ class TestScenes:
         assert first["reply"] == reply_to(engine, first["prompt"], file_of(image, "PNG"))
 
     def test_an_image_is_encoded_once_for_all_its_questions(self, engine, tmp_path, monkeypatch):
-        encoded, encode = [], engine.model.get_image_features
+        encoded, encode = [], engine.model.model.encode_crops
 
-        def counted(*inputs, **options):
-            encoded.append(inputs)
-            return encode(*inputs, **options)
+        def counted(pixel_values, **options):
+            encoded.append(len(pixel_values))
+            return encode(pixel_values, **options)
 
-        monkeypatch.setattr(engine.model, "get_image_features", counted)
+        monkeypatch.setattr(engine.model.model, "encode_crops", counted)
         fresh = Engine(engine.model, engine.processor, **KNOBS, batch_size=3, max_new_tokens=1)
-        run("scenes", fresh, tmp_path, limit=12)
-        assert len(encoded) == 3, "of four questions each, in four batches"
+        records = run("scenes", fresh, tmp_path, limit=12)["questions"]
+        crops = {record["image"]: record["crops"] for record in records}
+        assert len(crops) == 3, "of four questions each, in four batches"
+        assert sum(encoded) == sum(crops.values())
 
     def test_right_replies_are_right(self):
         count, questions = TASKS["scenes"].read("")
