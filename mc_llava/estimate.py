@@ -15,7 +15,7 @@ class Estimate:
     FLOPs count a multiplication and an addition as two, and attention as if no position were masked.
 
     `look_flops` are those of guided zoom's looks at the prompt before the answer, in addition to `prefill_flops`.
-    `activation_bytes` are the crops' pixels (float32, and those of a pass once more in the model's dtype) and the widest
+    `activation_bytes` are the crops' pixels (float32, and those of one pass in the model's dtype, too) and the widest
     moment of the tower's or the language model's pass; `cache_bytes` the keys and values of prompt and answer.
     """
 
