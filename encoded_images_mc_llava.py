@@ -286,8 +286,8 @@ def hash_tensors(tensors) -> str:
 
 def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
     """
-    The sum of each tensor's mixed words, for a processor: in blocks that stay in a core's cache. Each thread has its own
-    tensors. The blocks are too small for torch to split, whose threads would wait for each other at every operator.
+    The sum of each tensor's mixed words, for a processor: in blocks that stay in a core's cache. Each thread has
+    tensors of its own, because threads that share a block would wait for each other at every operator.
     """
     threads = min(torch.get_num_threads(), len(octets))
     shares = [range(first, len(octets), threads) for first in range(threads)]
@@ -300,13 +300,14 @@ def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
 def _sum_share(octets: list[torch.Tensor]) -> torch.LongTensor:
     """`sum_in_blocks` in one thread. The first blocks of all tensors come first, because they have the same keys."""
     keys = _keys(BLOCK, "cpu")
+    buffers = torch.empty_like(keys), torch.empty_like(keys)  # new memory would take longer than what is done in it
     step = (2 * BLOCK * MULTIPLIER + 2**63) % 2**64 - 2**63  # as int64
     sums, order = [], []
     for blocks in zip_longest(*(_to_words(tensor).split(BLOCK) for tensor in octets)):
         for place, block in enumerate(blocks):
             if block is not None:
-                own = keys[: len(block)]
-                sums.append(torch.dot(_mix(block, own), own))
+                own, *spare = (tensor[: len(block)] for tensor in (keys, *buffers))
+                sums.append(torch.dot(_mix(block, own, *spare), own))
                 order.append(place)
         keys += step
     return keys.new_zeros(len(octets)).index_add_(0, torch.tensor(order, device="cpu"), torch.stack(sums))
@@ -347,10 +348,13 @@ def _keys(count: int, device: str | torch.device) -> torch.Tensor:
     return (2 * torch.arange(count, device=device) + 1) * MULTIPLIER  # int64 wraps around
 
 
-def _mix(words: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    mixed = words ^ keys
+def _mix(
+    words: torch.Tensor, keys: torch.Tensor, mixed: torch.Tensor | None = None, high: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Words that depend on all bits of each word and its key. `mixed` and `high` are memory to compute in."""
+    mixed = torch.bitwise_xor(words, keys, out=mixed)
     mixed *= MULTIPLIER
-    mixed ^= mixed >> 32
+    mixed ^= torch.bitwise_right_shift(mixed, 32, out=high)
     return mixed
 
 
