@@ -436,9 +436,8 @@ class FeatureCache:
             for index in missing:
                 image, crop = crops[index]
                 parts.setdefault(image, []).append(crop.box)
-            return model.model.encode_each(
-                pixels for image, boxes in parts.items() for pixels in image.pixels(boxes, device)
-            )
+            pixels = (part for image, boxes in parts.items() for part in image.pixels(boxes, device))
+            return model.model.encode_each(_one_ahead(pixels))
 
         with torch.no_grad():
             keys = [((*image.name, *made_by), crop.box) for image, crop in crops]
@@ -564,6 +563,15 @@ class FeatureCache:
                     self.nbytes -= dropped.patches.nbytes
 
 
+def _one_ahead(parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same parts, of which a thread makes the next one while the model works on the last."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, parts, None)
+        while (part := following.result()) is not None:
+            following = pool.submit(next, parts, None)
+            yield part
+
+
 class PreparedImage:
     """
     A picture before the model encodes it, see `FeatureCache.prepare`.
@@ -603,7 +611,7 @@ class PreparedImage:
             kept |= zip(new, cut_to(device, self.picture, new, self.side, self.resample))
         values = torch.from_numpy(self.values).to(device)
         for start in range(0, len(boxes), 16):
-            yield look_up_bytes(torch.stack([kept.pop(box) for box in boxes[start : start + 16]]), values)
+            yield look_up_bytes([kept.pop(box) for box in boxes[start : start + 16]], values)
 
 
 def is_prepared(value) -> bool:

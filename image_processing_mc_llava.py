@@ -4,6 +4,7 @@ import math
 import operator
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from itertools import accumulate
 from numbers import Real
@@ -70,9 +71,7 @@ def _cut_images(
     for image, plan in zip(images, plans):
 
         def write(index: int, crop: Image.Image, start: int = start):
-            pixels = np.asarray(crop)
-            for channel in range(3):  # without the mode, `take` checks each byte and buffers what it writes
-                np.take(table[channel], pixels[..., channel], out=values[start + index, channel], mode="clip")
+            _look_up(np.asarray(crop), table, values[start + index])
 
         cut_each(image, [crop.box for crop in plan], side, resample, write)
         start += len(plan)
@@ -92,10 +91,26 @@ def _cut_tensors(
     return values
 
 
-def look_up_bytes(crops: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """float32[crops, 3, side, side]: what `values`, float32[3, 256], has for uint8[crops, side, side, 3]."""
-    channels = [values[channel].index_select(0, crops[..., channel].flatten().int()) for channel in range(3)]
-    return torch.stack([channel.view(crops.shape[:3]) for channel in channels], dim=1)
+def look_up_bytes(crops: Sequence[torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+    """float32[crops, 3, side, side]: what `values`, float32[3, 256], has for the bytes of uint8[side, side, 3]."""
+    side = crops[0].shape[0]
+    if values.device.type == "cpu":
+        found = np.empty((len(crops), 3, side, side), dtype=np.float32)
+        for crop, out in zip(crops, found):
+            _look_up(crop.numpy(), values.numpy(), out)
+        return torch.from_numpy(found)
+    found = values.new_empty((len(crops), 3, side, side))
+    crops = crops if isinstance(crops, torch.Tensor) else torch.stack(crops)
+    for channel in range(3):
+        looked_up = values[channel].index_select(0, crops[..., channel].flatten().int())
+        found[:, channel] = looked_up.view(-1, side, side)
+    return found
+
+
+def _look_up(crop: np.ndarray, values: np.ndarray, out: np.ndarray):
+    """Writes what `look_up_bytes` gives for one crop."""
+    for channel in range(3):  # without the mode, `take` checks each byte and buffers what it writes
+        np.take(values[channel], crop[..., channel], out=out[channel], mode="clip")
 
 
 def _concatenate(pictures: list) -> np.ndarray | torch.Tensor:

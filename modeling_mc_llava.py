@@ -182,6 +182,10 @@ def one_copy(dtype: torch.dtype | str | None):
             modeling_utils.safe_open = plain_open
 
 
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies
+
+
 class MCLlavaPreTrainedModel(PreTrainedModel):
     """Tells transformers how both models are loaded and what they support."""
 
@@ -338,10 +342,10 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 held.append(part[:free])
                 part, free = part[free:], free - len(held[-1])
                 if not free:
-                    yield from self.encode_crops(torch.cat(held).to(self.vision_tower.dtype))
+                    yield from self.encode_crops(_join(held).to(self.vision_tower.dtype))
                     held, free = [], CROPS_PER_PASS
         if held:
-            yield from self.encode_crops(torch.cat(held).to(self.vision_tower.dtype))
+            yield from self.encode_crops(_join(held).to(self.vision_tower.dtype))
 
     def add_positions(
         self, hidden_states: torch.Tensor, crop_coords: torch.Tensor, crop_num_tokens: torch.LongTensor

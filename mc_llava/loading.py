@@ -1,10 +1,16 @@
 """Loads a model by its name, and identifies the weights and code that its results depend on."""
 
 import hashlib
+import json
+import os
+import re
 import sys
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub import cached_assets_path
 from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -139,11 +145,58 @@ def identify(path: str, revision: str | None = None) -> str:
     if not Path(path).is_dir():
         config = MCLlavaConfig.from_pretrained(path, revision=revision or "main")
         return getattr(config, "_commit_hash", None) or "unknown"
+    files = sorted(file for suffix in LOADED for file in Path(path).glob(suffix))
+    return known_digest(Path(path).resolve(), files)
+
+
+def known_digest(folder: Path, files: list[Path]) -> str:
+    """
+    A digest of a folder's files. They are read only if the user's cache doesn't know them as they are: reading the 3B
+    model takes as long as many answers.
+    """
+    state, cache = stamps(files), identity_file(folder)
+    if found := read_identity(cache, state):
+        return found
     digest = hashlib.sha256()
-    for file in sorted(file for suffix in LOADED for file in Path(path).glob(suffix)):
+    for file in files:
         digest.update(file.name.encode())
         hash_file(digest, file)
-    return f"sha256:{digest.hexdigest()}"
+    found = f"sha256:{digest.hexdigest()}"
+    if cache is not None and stamps(files) == state:  # nothing was written meanwhile
+        draft = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}")
+        with suppress(OSError):  # a full or read-only disk
+            try:
+                draft.write_text(json.dumps({"files": state, "digest": found}))
+                os.replace(draft, cache)  # two runs may write it at once: a reader sees the one or the other
+            finally:
+                draft.unlink(missing_ok=True)
+    return found
+
+
+def identity_file(folder: Path) -> Path | None:
+    """Where a folder's identity is kept, below `HF_HOME`; None if nothing can be written there."""
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
+    try:
+        return cached_assets_path("mc-llava", namespace="identities") / f"{name}.json"
+    except (OSError, ValueError):
+        return None
+
+
+def read_identity(cache: Path | None, state: list[list]) -> str | None:
+    try:
+        kept = json.loads(cache.read_bytes()) if cache is not None else None
+    except (OSError, ValueError, RecursionError):  # there is none, or it is damaged
+        return None
+    if not isinstance(kept, dict) or kept.get("files") != state:
+        return None
+    digest = kept.get("digest")
+    return digest if isinstance(digest, str) and re.fullmatch("sha256:[0-9a-f]{64}", digest) else None
+
+
+def stamps(files: list[Path]) -> list[list]:
+    """What tells changed files without reading them: no tool sets the time of the last change of status back."""
+    found = [(file.name, file.stat()) for file in files]
+    return [[name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino, at.st_dev] for name, at in found]
 
 
 def identify_code(*names: str) -> str:

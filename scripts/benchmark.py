@@ -289,6 +289,69 @@ def loading_memory(bench: Bench) -> dict[str, float]:
     return {"peak (times the weights)": peak / sum(parameter.nbytes for parameter in models[0].parameters())}
 
 
+@row
+def busy_device(bench: Bench) -> dict[str, float]:
+    """`mc-llava batch` about 12 photographs of 12 megapixels, with a pretended device of 0.3 s each."""
+    import torch
+    from make_published_checkpoint import write_published_checkpoint
+
+    from mc_llava import MCLlavaForConditionalGeneration, MCLlavaModel
+    from mc_llava.batch import Job, run
+
+    folder, pictures, used = bench.folder / "small", bench.folder / "pictures", []
+    if not pictures.exists():
+        write_published_checkpoint(folder)
+        pictures.mkdir()
+        for number in range(12):
+            bench.photograph(f"{number}.jpg", quality=90 - number).rename(pictures / f"{number}.jpg")
+
+    def encode_crops(self, pixel_values, **options):
+        used.append((time.perf_counter(), 0.3 * len(pixel_values) / 97))
+        time.sleep(used[-1][1])
+        return pixel_values.new_zeros(len(pixel_values), 27**2, self.config.vision_config.hidden_size)
+
+    def generate(self, input_ids, **options):
+        return torch.cat([input_ids, input_ids.new_full((len(input_ids), 1), self.config.eos_token_id)], dim=1)
+
+    MCLlavaModel.encode_crops, MCLlavaForConditionalGeneration.generate = encode_crops, generate
+    output = bench.folder / f"answers-{os.getpid()}.jsonl"
+    job = Job(str(pictures), str(folder), "What is in the picture?", batch_size=4, dtype="float32", device="cpu")
+    run(job, output)
+    whole = time.perf_counter() - used[0][0]
+    return {"time (s)": whole, "of it, the device is busy (share)": sum(seconds for _, seconds in used) / whole}
+
+
+@row
+def identity(bench: Bench) -> dict[str, float]:
+    """What identifies a model folder of 1 GB, once it is known."""
+    os.environ["HF_HOME"] = str(bench.folder / "cache")
+    from mc_llava.loading import identify
+
+    folder = bench.folder / "model"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.truncate(10**9)
+    return {"time (s)": bench.seconds(lambda: identify(str(folder)), repeats=1)}
+
+
+@row
+def many_small_pictures(bench: Bench) -> dict[str, float]:
+    """Encoding 16 pictures of one crop each (width of the 3B model's vision tower, 2 layers)."""
+    import torch
+    from PIL import Image
+
+    from mc_llava import FeatureCache, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor
+
+    published = MCLlavaConfig()
+    vision = {**published.vision_config.to_dict(), "num_hidden_layers": 2}
+    text = {**published.text_config.to_dict(), "num_hidden_layers": 1, "vocab_size": 51200}
+    with torch.device(bench.device):
+        model = MCLlavaForConditionalGeneration._from_config(MCLlavaConfig(text_config=text, vision_config=vision))
+    pictures = [Image.new("RGB", (384, 384), (number, 0, 0)) for number in range(16)]
+    processor = MCLlavaImageProcessor(max_crops=0)
+    return {"time (s)": bench.seconds(lambda: FeatureCache(0).encode(model, processor, pictures), repeats=3)}
+
+
 def measure_here(name: str, bench: Bench) -> dict:
     """What this process measures of a row, with what it runs on. `mc_llava` is what PYTHONPATH leads to."""
     import torch
