@@ -24,6 +24,12 @@ class Crop(NamedTuple):
     num_tokens: int
 
 
+def center_of(box: Box, width: int, height: int) -> tuple[float, float]:
+    """The centre of a box in an image of width x height pixels, as (x / width, y / height)."""
+    left, top, right, bottom = box
+    return (left + right) / 2 / width, (top + bottom) / 2 / height
+
+
 def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: int, patch_size: int) -> list[Crop]:
     r"""
     Lay an overlapping grid of crops over an image and share `num_tokens` tokens among them.
@@ -255,6 +261,7 @@ __all__ = [
     "NUM_TOKENS",
     "PATCH_SIZE",
     "SIDE",
+    "center_of",
     "check_knob",
     "check_number",
     "check_plan",

@@ -13,8 +13,9 @@ from transformers import GenerationMixin
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
-from .encoded_images_mc_llava import count_image_tokens
+from .encoded_images_mc_llava import check_counts, check_places, count_places, read_integers, sum_per_image
 from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
+from .prefix_cache_mc_llava import PrefixCache, refuse_prefixes
 
 
 # The installed transformers' name for the keys and values of earlier tokens, `cache` since 5.24. Callers may use
@@ -22,6 +23,22 @@ from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE = next(
     name for name in CACHE_NAMES if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+# Options of `generate` that a `PrefixCache` can't be combined with: other caches and other ways to use them, and the
+# states of prompts that are not computed.
+NOT_WITH_PREFIXES = (
+    *CACHE_NAMES,
+    "cache_implementation",
+    "prefill_chunk_size",
+    "assistant_model",
+    "assistant_early_exit",
+    "prompt_lookup_num_tokens",
+    "custom_generate",
+    "output_attentions",
+    "output_hidden_states",
+    "position_ids",
 )
 
 
@@ -49,7 +66,8 @@ class GenerationRequest:
         attention_mask: int[batch, all], including tokens in a cache. None without a prompt.
         encoded: the encoded images in the form that transformers passes around, or None.
         tokens_per_image: the number of visual tokens of each image, whether passed as pixels or encoded.
-        places: the number of `<image>` tokens in `new_ids`.
+        lengths: the number of tokens of each row, without padding.
+        run_ends: where `new_ids` have `<image>` tokens, as `find_run_ends` says it.
     """
 
     input_ids: torch.LongTensor | None
@@ -57,7 +75,13 @@ class GenerationRequest:
     attention_mask: torch.Tensor | None
     encoded: dict[str, ModelOutput] | None
     tokens_per_image: list[int]
-    places: int
+    lengths: list[int]
+    run_ends: list[list[int]]
+
+    @property
+    def places(self) -> int:
+        """The number of `<image>` tokens in `new_ids`."""
+        return sum(count_places(self.run_ends))
 
     @property
     def is_short(self) -> bool:
@@ -114,6 +138,8 @@ class MCLlavaGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
         image_features=None,
+        feature_cache=None,
+        prefix_cache: PrefixCache | None = None,
         **kwargs,
     ) -> torch.LongTensor | ModelOutput:
         """
@@ -131,6 +157,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
             inputs: int[batch, length], the prompts, padded on the left; also accepted as `input_ids`.
             image_features: what `encode_images` or `get_image_features(...).pooler_output` returns, or one
                 float[images, tokens, hidden] tensor.
+            feature_cache: for guided zoom: crops that this `FeatureCache` holds are not encoded again.
+            prefix_cache: keys and values that this `PrefixCache` holds of the prompts' beginnings are not computed
+                again, and those that are computed are put into it.
             generation_config, logits_processor, stopping_criteria, kwargs: as in transformers. Keys and values of
                 earlier turns may be passed as `cache` or as `past_key_values`, in all releases of transformers.
 
@@ -147,12 +176,25 @@ class MCLlavaGenerationMixin(GenerationMixin):
         request = self._read_request(inputs, image_features, kwargs)
         if request.tokens_per_image:
             self._refuse_options(request.is_short, generation_config, kwargs)
-        new_ids, attention_mask = request.new_ids, request.attention_mask
+        if prefix_cache is not None:
+            self._refuse_with_prefixes(generation_config, kwargs)
+        new_ids, attention_mask, lengths, run_ends = (
+            request.new_ids,
+            request.attention_mask,
+            request.lengths,
+            request.run_ends,
+        )
         if request.is_short:
             new_ids, attention_mask = self._expand_prompt(request)
+            lengths, run_ends = self._read_prompts(new_ids, attention_mask)
         if new_ids is not None:
-            self._check_context(new_ids, attention_mask, request.tokens_per_image)
-        looked = self._pass_on_images(request, new_ids, attention_mask, generation_config, kwargs)
+            self._check_context(lengths, run_ends, request.tokens_per_image)
+        is_kept = prefix_cache is not None and new_ids is not None
+        looked = self._pass_on_images(
+            request, new_ids, attention_mask, generation_config, kwargs, feature_cache, as_features=is_kept
+        )
+        if is_kept:
+            prompts, repeats = self._load_prefixes(prefix_cache, new_ids, attention_mask, generation_config, kwargs)
         if attention_mask is not None:
             kwargs["attention_mask"] = attention_mask
             prompt_length = 0 if request.input_ids is None else request.input_ids.shape[1]
@@ -160,7 +202,8 @@ class MCLlavaGenerationMixin(GenerationMixin):
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(prompt_length, room)])
             # Assisted decoding accepts several tokens between two checks of a criterion.
             max_new_tokens = self._option("max_new_tokens", generation_config, kwargs)
-            if max_new_tokens is not None and max_new_tokens > (most := int(room.max())):
+            most = self.config.text_config.max_position_embeddings - min(lengths)
+            if max_new_tokens is not None and max_new_tokens > most:
                 kwargs["max_new_tokens"] = most
         output = super().generate(
             request.input_ids,
@@ -169,12 +212,39 @@ class MCLlavaGenerationMixin(GenerationMixin):
             stopping_criteria,
             **kwargs,
         )
+        if is_kept:
+            sequences = output.sequences if isinstance(output, ModelOutput) else output
+            new = sequences[:, 0 if request.input_ids is None else request.input_ids.shape[1] :]
+            # Beams move between rows: only their prompts are known to be alike.
+            new_embeds = self.get_input_embeddings()(new) if repeats == 1 else None
+            prefix_cache.keep(prompts, kwargs[CACHE], new_embeds, repeats)
         if isinstance(output, ModelOutput):
             if CACHE != "cache":
                 output.cache = output.get(CACHE)
             if looked is not None:
                 output.zoomed_images = self.zoomed_images(looked)
         return output
+
+    def encode_prefix(self, prefix_cache: PrefixCache | None = None, **inputs) -> PrefixCache:
+        """
+        Compute prompts without answering them, for other prompts that begin alike:
+
+            kept = model.encode_prefix(**processor("What is it?", picture))
+            model.generate(**processor("Where is it?", picture), prefix_cache=kept)
+
+        Args:
+            prefix_cache: where their keys and values go, by default a new `PrefixCache`.
+            inputs: the prompts and their images, as `generate` takes them.
+
+        Returns:
+            The cache.
+
+        Raises:
+            ValueError: as `generate` does.
+        """
+        kept = PrefixCache() if prefix_cache is None else prefix_cache
+        self.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, prefix_cache=kept)
+        return kept
 
     def _read_request(self, input_ids: torch.LongTensor | None, image_features, kwargs: dict) -> GenerationRequest:
         """Collect the arguments, and remove from `kwargs` those that transformers must not get under their names."""
@@ -188,15 +258,16 @@ class MCLlavaGenerationMixin(GenerationMixin):
         if kwargs.get("zoom_options") is not None and (encoded or cache is not None):
             other = "image features" if encoded else "a cache"
             raise ValueError(f"zoom can't be combined with {other}: call the processor with zoom=0")
-        if kwargs.get("pixel_values") is not None:
+        has_pixels = kwargs.get("pixel_values") is not None
+        if has_pixels:
             if encoded:
                 raise ValueError("pass either pixel_values or image features, not both")
-            tokens_per_image = count_image_tokens(kwargs.get("crop_num_tokens"), kwargs.get("image_grid_thw"))
+            check_counts(kwargs.get("crop_num_tokens"), kwargs.get("image_grid_thw"))
 
         embeds, attention_mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         new_ids = input_ids
         if embeds is not None:
-            if tokens_per_image:
+            if tokens_per_image or has_pixels:
                 raise ValueError("images need input_ids, not inputs_embeds: their places are found by <image>'s id")
             new_ids = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             if attention_mask is None:
@@ -207,7 +278,12 @@ class MCLlavaGenerationMixin(GenerationMixin):
             # A cache holds the images of earlier turns: only ids that are not in it have places to fill.
             if cache is not None and attention_mask.shape == input_ids.shape:
                 new_ids = input_ids[:, int(cache.get_seq_length()) :]
-        places = 0 if embeds is not None or new_ids is None else int((new_ids == self.config.image_token_id).sum())
+        lengths, run_ends, counts = [], [], []
+        if new_ids is not None:
+            lengths, run_ends, *counts = self._read_prompts(new_ids, attention_mask, kwargs)
+        if counts:
+            tokens_per_image = sum_per_image(*counts)
+        places = sum(count_places(run_ends))
         if places and not tokens_per_image:
             raise ValueError(f"the prompt has {places} <image> tokens but got no images: pass them, or remove <image>")
         if tokens_per_image and not places and cache is not None:
@@ -215,35 +291,103 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 "the cache holds the images of earlier turns, and the new input_ids have no <image> token: pass "
                 "input_ids and attention_mask with the cache, without images"
             )
-        return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, places)
+        return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, lengths, run_ends)
+
+    def _read_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, images: dict | None = None):
+        """
+        All that is to be known of prompts, and of images in pixels, before anything is computed: the lengths of rows,
+        `find_run_ends`, and of images the numbers of tokens and of crops. One read of the device.
+        """
+        tensors = [attention_mask.sum(-1), self.model.find_run_ends(input_ids)]
+        if images and images.get("pixel_values") is not None:
+            tensors += [images["crop_num_tokens"], images["image_grid_thw"][:, 0]]
+        return read_integers(*tensors)
 
     def _mask_padding(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """The attention mask of prompts that came without one: int64[batch, length], 0 for padding."""
         pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
         return (input_ids != pad_token_id).long()
 
-    def _pass_on_images(self, request: GenerationRequest, new_ids, attention_mask, generation_config, kwargs: dict):
+    def _pass_on_images(
+        self,
+        request: GenerationRequest,
+        new_ids,
+        attention_mask,
+        generation_config,
+        kwargs: dict,
+        feature_cache,
+        as_features: bool,
+    ):
         """
-        Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the views of
+        Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the looks of
         guided zoom, or None without it.
+
+        Args:
+            as_features: encode pixels here rather than in the model's forward pass.
         """
         zoom = {name: value for name in ZOOM_FIELDS if (value := kwargs.pop(name, None)) is not None}
         if zoom:
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
-            views = self.look(new_ids, attention_mask, {**images, **zoom})
-            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=self.features(views))}
-            return views
+            looked = self.look(new_ids, attention_mask, {**images, **zoom}, feature_cache)
+            kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=looked.features)}
+            return looked
+        if feature_cache is not None and kwargs.get("pixel_values") is not None:
+            raise ValueError(
+                "a feature cache knows crops by their picture, and pixel_values without zoom come without it: pass "
+                "feature_cache and the model to the processor, or call it with zoom"
+            )
         if request.is_short:
             # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
             kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, request.encoded["image"].pooler_output)
         elif request.encoded:
             kwargs["mm_encoder_outputs"] = request.encoded
-        elif request.tokens_per_image and any(
-            self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
+        elif request.tokens_per_image and (
+            as_features
+            or any(
+                self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
+            )
         ):
             # The sequences' states and attentions are wanted: those of the tower take a second pass and much memory.
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
+
+    def _load_prefixes(self, prefix_cache, new_ids, attention_mask, generation_config, kwargs: dict):
+        """
+        Put the prompts' embeddings and what is known of them into `kwargs`. Returns the prompts, and how many rows
+        each will have.
+        """
+        encoded = kwargs.pop("mm_encoder_outputs", None)
+        if kwargs.get("inputs_embeds") is None:
+            # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
+            kwargs["inputs_embeds"] = (
+                self.model.fill_places(new_ids, encoded["image"].pooler_output)
+                if encoded
+                else self.get_input_embeddings()(new_ids)
+            )
+        cache, prompts = prefix_cache.load(self, kwargs["inputs_embeds"], attention_mask)
+        names = ("num_beams", "num_return_sequences")
+        repeats = max(self._option(name, generation_config, kwargs) or 1 for name in names)
+        if repeats > 1:
+            cache.batch_repeat_interleave(repeats)
+        kwargs[CACHE] = cache
+        return prompts, repeats
+
+    def _refuse_with_prefixes(self, generation_config, kwargs: dict):
+        """Raise a ValueError for what can't be combined with a prefix cache."""
+        refuse_prefixes(self)
+        refused = [
+            name
+            for name in NOT_WITH_PREFIXES
+            if isinstance(kwargs.get(name), torch.Tensor) or self._option(name, generation_config, kwargs) is not None
+        ]
+        if kwargs.get(CACHE) is not None and CACHE not in refused:  # an empty one is false
+            refused.append(CACHE)
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        given = [kwargs.get("use_cache"), *(config.use_cache for config in configs)]
+        if next((value for value in given if value is not None), None) is False:
+            refused.append("use_cache=False")
+        if refused:
+            raise ValueError(f"prefix_cache can't be combined with {', '.join(refused)}: leave one of them out")
 
     def _option(self, name: str, generation_config, kwargs: dict):
         """What `generate` will take for an option: that of the call, or of a configuration; None if there is none."""
@@ -282,13 +426,12 @@ class MCLlavaGenerationMixin(GenerationMixin):
             <pad>  a  <image>  b        a  <image> <image> <image>  b
               c    d  <image>  e        c     d    <image> <image>  e
         """
-        counts = iter(request.tokens_per_image)
-        rows = []
-        for ids, kept in zip(request.input_ids, request.attention_mask.bool()):
-            ids = ids[kept]
-            repeats = [next(counts) if place else 1 for place in (ids == self.config.image_token_id).tolist()]
-            rows.append(ids.repeat_interleave(torch.tensor(repeats, device=ids.device)))
-        return self._pad_prompts(rows)
+        ids, kept = request.input_ids, request.attention_mask.bool()
+        counts = torch.tensor(request.tokens_per_image, device=ids.device)
+        repeats = kept.long().masked_scatter(kept & (ids == self.config.image_token_id), counts)
+        (lengths,) = read_integers(repeats.sum(-1))
+        ids = ids.flatten().repeat_interleave(repeats.flatten(), output_size=sum(lengths))
+        return self._pad_prompts(list(ids.split(lengths)))
 
     def _pad_prompts(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Ids and mask of prompts of several lengths, padded on the left: int64[batch, length] each."""
@@ -299,15 +442,16 @@ class MCLlavaGenerationMixin(GenerationMixin):
             pad_sequence(masks, batch_first=True, padding_side="left"),
         )
 
-    def _check_context(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, tokens_per_image: list[int]):
+    def _check_context(self, lengths: list[int], run_ends: list[list[int]], tokens_per_image: list[int]):
         """Raise a ValueError if images don't match the `<image>` tokens, or a row has no room for an answer."""
-        image_tokens = [0] * len(input_ids)
+        image_tokens = [0] * len(lengths)
         if tokens_per_image:
-            image_tokens = self.model.get_placeholder_mask(input_ids, tokens_per_image).sum(-1).tolist()
+            check_places(run_ends, tokens_per_image)
+            image_tokens = count_places(run_ends)
         limit = self.config.text_config.max_position_embeddings
         ends = list(accumulate(tokens_per_image))
         start, fitting = 0, []
-        for length, in_row in zip(attention_mask.sum(-1).tolist(), image_tokens):
+        for length, in_row in zip(lengths, image_tokens):
             images = sum(start < end <= start + in_row for end in ends)
             start += in_row
             if length >= limit:
@@ -315,7 +459,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         if fitting:
             remedy = f"pass num_tokens={min(fitting)} or less" if min(fitting) > 0 else "shorten the text"
             raise ValueError(
-                f"the prompt has {int(attention_mask.sum(-1).max())} tokens, the context {limit} "
+                f"the prompt has {max(lengths)} tokens, the context {limit} "
                 f"(max_position_embeddings), which leaves no room for an answer: {remedy}"
             )
 
@@ -325,6 +469,7 @@ __all__ = [
     "CACHE_NAMES",
     "ContextEnd",
     "GenerationRequest",
+    "NOT_WITH_PREFIXES",
     "MCLlavaGenerationMixin",
     "SuppressToken",
     "one_cache",

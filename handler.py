@@ -16,6 +16,7 @@ repository.
 import base64
 import io
 import reprlib
+import sys
 import time
 import uuid
 
@@ -95,12 +96,14 @@ MAX_IMAGES = 16
 MAX_PIXELS = 100_000_000  # of all images together
 MAX_IMAGE_BYTES = 32 * 2**20  # of each
 MAX_BYTES = 64 * 2**20  # of all images together
-CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 256 * 2**20  # of encoded crops
+PREFIX_BYTES = 2**30  # of keys and values
 
 
 class EndpointHandler:
     """
-    Loads a model folder and answers requests, on an accelerator if there is one.
+    Loads a model folder and answers requests, on an accelerator if there is one, in the precision that `choose_dtype`
+    says, which is printed.
 
     Args:
         path: the model folder.
@@ -110,9 +113,14 @@ class EndpointHandler:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-        options = {"trust_remote_code": True, "dtype": "auto", "use_safetensors": True}
+        dtype = get_class_from_dynamic_module("precision_mc_llava.choose_dtype", path)(device)
+        options = {"trust_remote_code": True, "dtype": dtype, "use_safetensors": True}
         self.model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device).eval()
+        print(f"computing in {str(self.model.dtype).removeprefix('torch.')} on {device}", file=sys.stderr, flush=True)
         self.cache = get_class_from_dynamic_module("encoded_images_mc_llava.FeatureCache", path)(CACHE_BYTES)
+        prefixes = get_class_from_dynamic_module("prefix_cache_mc_llava.PrefixCache", path)
+        can_keep = get_class_from_dynamic_module("prefix_cache_mc_llava.can_keep_prefixes", path)
+        self.prefixes = prefixes(PREFIX_BYTES) if can_keep(self.model) else None
         self.load_image, self.open_image = (
             get_class_from_dynamic_module(f"image_loading_mc_llava.{name}", path)
             for name in ("load_image", "open_image")
@@ -357,6 +365,8 @@ class EndpointHandler:
         options = self._check_options(parameters)
         knobs = {name: options.pop(name) for name in KNOBS if name in options}
         stops = options.pop("stop")
+        # A seed promises the same answer. What was kept may differ from what is computed by a rounding error.
+        prefixes = self.prefixes if options.get("seed") is None else None
         sampling = LogitsProcessorList()
         if options.pop("do_sample", "temperature" in options):
             sampling = self._sampling(options)
@@ -377,6 +387,7 @@ class EndpointHandler:
         output = self.model.generate(
             **inputs,
             image_features=[image.features for image in encoded],
+            prefix_cache=prefixes,
             **{"max_new_tokens": MAX_NEW_TOKENS, **options},
             do_sample=False,
             num_beams=1,
@@ -414,7 +425,7 @@ class EndpointHandler:
             )
         if images and knobs.get("zoom", self.processor.image_processor.zoom):
             inputs = self.processor(prompt, [images], **knobs).to(self.model.device)
-            looked = self.model.zoom(**inputs)
+            looked = self.model.zoom(**inputs, feature_cache=self.cache)
             return looked.unbind(), looked.looked_at
         return self.cache.encode(self.model, self.processor.image_processor, images, plans=plans), None
 

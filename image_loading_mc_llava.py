@@ -134,7 +134,7 @@ def _read_open(file, name: str) -> io.BytesIO:
 
 def _decode(file, name: str) -> Image.Image:
     with file:
-        return _to_rgb(open_image(file, name), name)
+        return _to_rgb(open_image(file, name), name, is_ours=True)
 
 
 def open_image(file, name: str) -> Image.Image:
@@ -185,11 +185,11 @@ def _explain(file) -> str:
     return "save it as PNG or JPEG"
 
 
-def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str, is_ours: bool = False) -> Image.Image:
     check_size(*image.size, name)
     try:
         check_work(image)
-        return image_to_rgb(image)
+        return image_to_rgb(image, is_ours)
     except MemoryError:
         raise
     except Exception as error:  # truncated files fail only here, and each of Pillow's decoders has its own errors

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image, ImageChops
 BAND_PIXELS = 2**19
 DEPTHS = (8, 10, 12, 14, 16)  # bits of grey that cameras, X-ray detectors and microscopes give
 MAX_PROFILE_BYTES = 2**22  # of an ICC profile; those of printers have about 2 MB
+ONE_FRAME = ("JPEG", "PNG", "BMP", "PPM")  # formats of RGB files that show one picture, but for animated PNGs
 PROFILE_SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
 PROFILE_CLASSES = (b"scnr", b"mntr", b"prtr", b"spac")
 SAME_COLOR = 2  # of 255: a profile that moves no color further counts as sRGB
@@ -26,24 +27,43 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+SIDEWAYS = [UPRIGHT[orientation] for orientation in (5, 6, 7, 8)]  # they make columns of rows
+FROM_THE_END = [UPRIGHT[orientation] for orientation in (3, 4, 6, 7)]  # they put the last row, or column, first
 # The rows from one number to another: [rows, width] or [rows, width, channels], or an image of them.
 Rows = Callable[[int, int], np.ndarray]
 Band = Callable[[int, int], Image.Image]
 
 
-def image_to_rgb(image: Image.Image) -> Image.Image:
+def image_to_rgb(image: Image.Image, is_ours: bool = False) -> Image.Image:
     """
     An image as RGB, upright, in sRGB and on white: itself if it is that already and no file's, otherwise a new image
     without `info`, so that nothing is applied to it twice.
+
+    Args:
+        is_ours: nobody else has the image.
     """
     _drop_broken_exif(image)
     image.load()
     upright, profile = find_orientation(image), find_profile(image)
-    is_plain = type(image) is Image.Image and image.mode == "RGB" and not image.has_transparency_data
-    if is_plain and upright is None and profile is None:
+    if image.mode != "RGB" or image.has_transparency_data or profile is not None:
+        return _paint(image.size, _bands_of(image), profile, upright)
+    if upright is not None:
+        picture = image.transpose(upright)
+        picture.info = {}
+        return picture
+    if type(image) is Image.Image:
         return image
-    picture = _paint(image.size, _bands_of(image), profile)
-    return picture if upright is None else picture.transpose(upright)
+    # Pillow decodes the next frame of a file into the memory of the last one.
+    has_one_frame = image.format in ONE_FRAME and not getattr(image, "is_animated", False)
+    return _share(image if is_ours or has_one_frame else image.copy())
+
+
+def _share(image: Image.Image) -> Image.Image:
+    """A plain image with the pixels of a file's: they are copied once either of them is changed."""
+    picture = image._new(image.im)  # as Pillow's `copy` ends
+    picture.info = {}
+    picture.readonly = image.readonly = 1
+    return picture
 
 
 def array_to_rgb(read: Rows, size: tuple[int, int], name: str) -> Image.Image:
@@ -140,8 +160,16 @@ def _spans(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
     return ((top, min(top + rows, height)) for top in range(0, height, rows))
 
 
-def _paint(size: tuple[int, int], band: Band, profile: Callable | None = None) -> Image.Image:
-    picture = Image.new("RGB", size)
+def _paint(
+    size: tuple[int, int], band: Band, profile: Callable | None = None, upright: Image.Transpose | None = None
+) -> Image.Image:
+    """
+    The picture of all bands, turned upright one by one: turned as a whole, it would be in memory twice.
+
+    Args:
+        size: of the picture as it is read.
+    """
+    picture = Image.new("RGB", size[::-1] if upright in SIDEWAYS else size)
     for top, bottom in _spans(size):
         part = band(top, bottom)
         if part.mode == "La":
@@ -152,7 +180,11 @@ def _paint(size: tuple[int, int], band: Band, profile: Callable | None = None) -
             part = profile(part)
         if part.mode == "RGBA":
             part = Image.alpha_composite(Image.new("RGBA", part.size, "white"), part)
-        picture.paste(part.convert("RGB"), (0, top))
+        part = part.convert("RGB")
+        start = size[1] - bottom if upright in FROM_THE_END else top
+        picture.paste(
+            part if upright is None else part.transpose(upright), (start, 0) if upright in SIDEWAYS else (0, start)
+        )
     return picture
 
 

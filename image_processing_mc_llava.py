@@ -4,11 +4,14 @@ import math
 import operator
 import shutil
 import sys
+from collections.abc import Sequence
 from importlib import import_module
+from itertools import accumulate
 from numbers import Real
 from pathlib import Path
 
 import numpy as np
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from transformers.dynamic_module_utils import get_relative_import_files
@@ -25,6 +28,7 @@ from .crops_mc_llava import (
     PATCH_SIZE,
     SIDE,
     Crop,
+    center_of,
     check_knob,
     check_plans,
     make_plans,
@@ -32,35 +36,11 @@ from .crops_mc_llava import (
     refuse_unknown,
 )
 from .image_loading_mc_llava import MAX_IMAGE_SIDE, flatten_images, load_image
+from .resizing_mc_llava import can_cut_on, cut_each, cut_on_device
 from .zoom_plan_mc_llava import count_closer, plan_scouts
 
 
 logger = logging.get_logger(__name__)
-
-
-def cut_crops(
-    picture: Image.Image,
-    boxes: list[tuple[int, int, int, int]],
-    side: int,
-    resample: int = PILImageResampling.BICUBIC,
-) -> np.ndarray:
-    """
-    Cut crops out of a picture and resize each to a square, whatever its aspect ratio.
-
-    Args:
-        picture: an RGB image, as `load_image` returns it.
-        boxes: left, top, right, bottom of each crop in pixels of the picture.
-        side: side of the squares in pixels.
-        resample: one of Pillow's filters. Pillow antialiases when it shrinks a crop.
-
-    Returns:
-        uint8[crops, side, side, 3].
-    """
-    pixels = np.empty((len(boxes), side, side, 3), dtype=np.uint8)
-    for crop, box in zip(pixels, boxes):
-        # Cut first: with `resize(box=...)` the filter would read pixels beyond the crop's edge.
-        crop[:] = np.asarray(picture.crop(box).resize((side, side), resample))
-    return pixels
 
 
 # What a call returns of the images, for the model. The last field, of text, is the processor's.
@@ -80,6 +60,64 @@ FIXED_OPTIONS = {
 CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
 # The code that a folder of an image processor and a tokenizer needs to load as a processor.
 PROCESSOR_FILE = Path(__file__).with_name("processing_mc_llava.py")
+
+
+def _cut_images(
+    images: list[Image.Image], plans: list[list[Crop]], side: int, resample: int, table: np.ndarray
+) -> np.ndarray:
+    """float32[crops, 3, side, side]: the values in `table`, float32[3, 256], of the bytes of all crops."""
+    values = np.empty((sum(map(len, plans)), 3, side, side), dtype=np.float32)
+    start = 0
+    for image, plan in zip(images, plans):
+
+        def write(index: int, crop: Image.Image, start: int = start):
+            _look_up(np.asarray(crop), table, values[start + index])
+
+        cut_each(image, [crop.box for crop in plan], side, resample, write)
+        start += len(plan)
+    return values
+
+
+def _cut_tensors(
+    pictures: list[torch.Tensor], plans: list[list[Crop]], side: int, table: torch.Tensor
+) -> torch.Tensor:
+    """The same on a device: of pictures uint8[height, width, 3], with the bicubic filter."""
+    values = table.new_empty((sum(map(len, plans)), 3, side, side))
+    starts = accumulate(map(len, plans), initial=0)
+    for picture, plan, start in zip(pictures, plans, starts):
+        crops = cut_on_device(picture, [crop.box for crop in plan], side)
+        for part, out in zip(crops.split(16), values[start : start + len(plan)].split(16)):  # bounds the indices
+            out.copy_(look_up_bytes(part, table))
+    return values
+
+
+def look_up_bytes(crops: Sequence[torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+    """float32[crops, 3, side, side]: what `values`, float32[3, 256], has for the bytes of uint8[side, side, 3]."""
+    side = crops[0].shape[0]
+    if values.device.type == "cpu":
+        found = np.empty((len(crops), 3, side, side), dtype=np.float32)
+        for crop, out in zip(crops, found):
+            _look_up(crop.numpy(), values.numpy(), out)
+        return torch.from_numpy(found)
+    found = values.new_empty((len(crops), 3, side, side))
+    crops = crops if isinstance(crops, torch.Tensor) else torch.stack(crops)
+    for channel in range(3):
+        looked_up = values[channel].index_select(0, crops[..., channel].flatten().int())
+        found[:, channel] = looked_up.view(-1, side, side)
+    return found
+
+
+def _look_up(crop: np.ndarray, values: np.ndarray, out: np.ndarray):
+    """Writes what `look_up_bytes` gives for one crop."""
+    for channel in range(3):  # without the mode, `take` checks each byte and buffers what it writes
+        np.take(values[channel], crop[..., channel], out=out[channel], mode="clip")
+
+
+def _concatenate(pictures: list) -> np.ndarray | torch.Tensor:
+    """uint8[bytes]: the pixels of images, or of tensors on their device, one after another."""
+    if isinstance(pictures[0], torch.Tensor):
+        return torch.cat([picture.flatten() for picture in pictures])
+    return np.concatenate([np.asarray(image).reshape(-1) for image in pictures])
 
 
 def is_number(value) -> bool:
@@ -111,16 +149,17 @@ def check_numbers(options: dict):
         check_size(options["size"])
 
 
-def check_size(size):
-    """Raise a ValueError unless a size, in any of transformers' forms, is that of a square."""
+def check_size(size) -> int:
+    """The side of a size in any of transformers' forms. Raises a ValueError unless it is that of a square."""
     if isinstance(size, (list, tuple)):
         sides = list(size)
     else:
         sides = [size.get("height"), size.get("width")] if hasattr(size, "get") else [size, size]
     if len(sides) != 2 or sides[0] is None or sides[0] != sides[1]:
         raise ValueError(f"size must have equal height and width, got {size}: the vision tower reads squares")
-    if check_knob("size", sides[0], 1) > MAX_IMAGE_SIDE:
-        raise ValueError(f"size must be at most {MAX_IMAGE_SIDE}, got {sides[0]}")
+    if (side := check_knob("size", sides[0], 1)) > MAX_IMAGE_SIDE:
+        raise ValueError(f"size must be at most {MAX_IMAGE_SIDE}, got {side}")
+    return side
 
 
 class MCLlavaImageProcessorKwargs(ImagesKwargs, total=False):
@@ -147,7 +186,8 @@ class MCLlavaImageProcessor(PilBackend):
     depend on whether torchvision is installed.
 
     A call takes anything that `load_image` reads, or a (nested) list of it, and the options of
-    `MCLlavaImageProcessorKwargs`. It returns, for all crops of all images in order:
+    `MCLlavaImageProcessorKwargs`. With a `device`, as transformers' image processors take it, pictures are sent there
+    once and cut there, with the same pixels. It returns, for all crops of all images in order:
 
     - `pixel_values`, float32 [crops, 3, side, side];
     - `crop_boxes`, int64 [crops, 4]: left, top, right and bottom of each crop in pixels of its picture after the EXIF
@@ -290,13 +330,12 @@ class MCLlavaImageProcessor(PilBackend):
         patch_size: int,
         return_tensors,
         plans: list | None = None,
+        device: str | torch.device | None = None,
         **kwargs,
     ) -> BatchFeature:
         if not images:
             raise ValueError("got an empty list of images: pass at least one")
-        check_numbers(
-            {"size": size, "image_mean": image_mean, "image_std": image_std, "rescale_factor": rescale_factor}
-        )
+        check_numbers({"size": size})
         side = size.height
         sizes = [image.size for image in images]
         is_zooming = zoom > 0 and plans is None
@@ -305,21 +344,25 @@ class MCLlavaImageProcessor(PilBackend):
         else:
             plans = make_plans(sizes, plans, max_crops, num_tokens, side, patch_size)
 
-        table = self._look_up_table(do_rescale, rescale_factor, do_normalize, image_mean, image_std)
-        if None in (do_rescale, do_normalize) or not np.isfinite(table).all() or not np.ptp(table, axis=1).all():
-            raise ValueError(
-                f"do_rescale={do_rescale}, rescale_factor={rescale_factor}, do_normalize={do_normalize}, image_mean="
-                f"{image_mean}, image_std={image_std} make no pixels of bytes: take the published processor's"
-            )
-        pixel_values = np.empty((sum(map(len, plans)), 3, side, side), dtype=np.float32)
-        boxes, coords = [], []
-        for image, plan in zip(images, plans):
-            cut = cut_crops(image, [crop.box for crop in plan], side, resample)
-            for pixels, (left, top, right, bottom) in zip(cut, (crop.box for crop in plan)):
-                for channel in range(3):
-                    np.take(table[channel], pixels[..., channel], out=pixel_values[len(boxes), channel])
-                boxes.append((left, top, right, bottom))
-                coords.append(((left + right) / 2 / image.width, (top + bottom) / 2 / image.height))
+        table = self.values_of_bytes(
+            {
+                "do_rescale": do_rescale,
+                "rescale_factor": rescale_factor,
+                "do_normalize": do_normalize,
+                "image_mean": image_mean,
+                "image_std": image_std,
+            }
+        )
+        device = torch.device("cpu" if device is None else device)
+        if device.type != "cpu" and return_tensors != "pt":
+            raise ValueError(f'tensors on {device} need return_tensors="pt", got {return_tensors!r}')
+        if can_cut_on(device, resample):
+            images = [torch.from_numpy(np.array(image)).to(device) for image in images]
+            pixel_values = _cut_tensors(images, plans, side, torch.from_numpy(table).to(device))
+        else:
+            pixel_values = _cut_images(images, plans, side, resample, table)
+        boxes = [crop.box for plan in plans for crop in plan]
+        coords = [center_of(crop.box, *size) for size, plan in zip(sizes, plans) for crop in plan]
         data = {
             "pixel_values": pixel_values,
             "crop_boxes": np.array(boxes, dtype=np.int64),
@@ -334,21 +377,41 @@ class MCLlavaImageProcessor(PilBackend):
                 for width, height in sizes
             ]
             data["zoom_options"] = np.array(rows, dtype=np.int64)
-            data["zoom_pictures"] = np.concatenate([np.asarray(image).reshape(-1) for image in images])
+            data["zoom_pictures"] = _concatenate(images)
             data["zoom_values"] = np.ascontiguousarray(table)
-        return BatchFeature(data, tensor_type=return_tensors)
+        inputs = BatchFeature(data, tensor_type=return_tensors)
+        if device.type != "cpu":  # what remains is small
+            inputs["pixel_values"] = inputs["pixel_values"].to(device)
+        return inputs
 
-    def _look_up_table(self, do_rescale: bool, rescale_factor: float, do_normalize: bool, mean, std) -> np.ndarray:
+    def values_of_bytes(self, options: dict) -> np.ndarray:
         """
-        float32[3, 256]: the rescaled and normalised value of each byte in each channel. These depend on nothing else,
-        so they are computed once and looked up for each pixel.
+        float32[3, 256]: the rescaled and normalised value of each byte of a picture in each channel, in a call with
+        these options. It depends on nothing else, so it is computed once and looked up for each pixel.
+
+        Raises:
+            ValueError: if the bytes would become no pixels, but NaN or all the same.
         """
+        names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
+        options = {name: options.get(name, getattr(self, name)) for name in names}
+        check_numbers(options)
         table = np.broadcast_to(np.arange(256, dtype=np.uint8), (3, 1, 256))
-        if do_rescale:
-            table = self.rescale(table, rescale_factor)
-        if do_normalize:
-            table = self.normalize(table, mean, std)
-        return table.astype(np.float32).reshape(3, 256)
+        if options["do_rescale"]:
+            table = self.rescale(table, options["rescale_factor"])
+        if options["do_normalize"]:
+            table = self.normalize(table, options["image_mean"], options["image_std"])
+        table = table.astype(np.float32).reshape(3, 256)
+        is_unset = None in (options["do_rescale"], options["do_normalize"])
+        if is_unset or not np.isfinite(table).all() or not np.ptp(table, axis=1).all():
+            given = ", ".join(f"{name}={value}" for name, value in options.items())
+            raise ValueError(f"{given} make no pixels of bytes: take the published processor's")
+        return table
+
+    def plans_of(self, sizes: list[tuple[int, int]], options: dict) -> list[list[Crop]]:
+        """The crops of images of these sizes (width, height) in a call with these options, without zoom."""
+        names = ("max_crops", "num_tokens", "size", "patch_size")
+        max_crops, num_tokens, size, patch_size = (options.get(name, getattr(self, name)) for name in names)
+        return make_plans(sizes, options.get("plans"), max_crops, num_tokens, check_size(size), patch_size)
 
     def plan(
         self,
@@ -381,4 +444,4 @@ MCLlavaImageProcessor.register_for_auto_class()
 if __package__:
     setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
-__all__ = ["IMAGE_FIELDS", "ZOOM_FIELDS", "MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs", "cut_crops"]
+__all__ = ["IMAGE_FIELDS", "ZOOM_FIELDS", "MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs"]

@@ -277,7 +277,8 @@ class MCLlavaProcessor(ProcessorMixin):
                 encoded = feature_cache.encode(model, self.image_processor, images, **options)
                 inputs["image_features"] = [one.features for one in encoded]
                 return inputs
-            image_inputs = self.image_processor(images, **{**options, "return_tensors": "pt"})
+            options = {**options, "device": options.get("device") or device, "return_tensors": "pt"}
+            image_inputs = self.image_processor(images, **options)
             with torch.no_grad():
                 inputs["image_features"] = model.get_image_features(
                     **image_inputs.to(device), return_dict=True
@@ -307,7 +308,7 @@ class MCLlavaProcessor(ProcessorMixin):
                 neither text nor an image, if an option is unknown, or if there are tools or documents and the template
                 does not render them.
         """
-        template = self._find_template(chat_template)
+        template = self.find_template(chat_template)
         conversations, is_batched = self._read_conversations(conversation, template)
         # transformers warns about flat processor options and, up to 5.20, lets them replace `processor_kwargs`.
         known = self._known_kwargs()
@@ -331,7 +332,7 @@ class MCLlavaProcessor(ProcessorMixin):
             return output
         return [Prompt(prompt) for prompt in output] if is_batched else Prompt(output)
 
-    def _find_template(self, chat_template: str | None) -> str:
+    def find_template(self, chat_template: str | None = None) -> str:
         """The template of a call: a template, or the name of one of the processor's."""
         if chat_template is not None and not isinstance(chat_template, str):
             raise ValueError(f"chat_template must be a template or the name of one, got {chat_template!r:.100}")

@@ -1,6 +1,9 @@
-"""Pillow's resizing in tensors: cut crops out of a picture on the device where it is, with the same pixels."""
+"""Cut crops out of a picture and resize them: with Pillow, or in tensors on any device with the same pixels."""
 
 import math
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 
 import numpy as np
@@ -10,17 +13,124 @@ from PIL import Image
 from .crops_mc_llava import Box
 
 
-# Pillow's Resample.c computes in integers: a pass multiplies bytes with coefficients of 22 bits after the point, and
-# rounds to bytes. Sums stay below 2^53, so that matrices of float64 compute the same integers.
+# Pillow's Resample.c computes in 32-bit integers: a pass multiplies bytes with coefficients of 22 bits after the
+# point, and rounds to bytes. Bicubic coefficients sum to less than 1.3 in absolute value, so that no sum overflows.
 PRECISION = 22
 SUPPORT = 2.0  # of the bicubic filter, in pixels of the smaller picture
+MOST_THREADS = 8  # more only wait for each other's memory
+
+
+def cut_crops(
+    picture: Image.Image, boxes: list[Box], side: int, resample: int = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """
+    Cut crops out of a picture and resize each to a square, whatever its aspect ratio.
+
+    Args:
+        picture: an RGB image, as `load_image` returns it.
+        boxes: left, top, right, bottom of each crop in pixels of the picture.
+        side: side of the squares in pixels.
+        resample: one of Pillow's filters. Pillow antialiases when it shrinks a crop.
+
+    Returns:
+        uint8[crops, side, side, 3].
+    """
+    pixels = np.empty((len(boxes), side, side, 3), dtype=np.uint8)
+
+    def keep(index: int, crop: Image.Image):
+        pixels[index] = np.asarray(crop)
+
+    cut_each(picture, boxes, side, resample, keep)
+    return pixels
+
+
+def cut_each(
+    picture: Image.Image, boxes: list[Box], side: int, resample: int, use: Callable[[int, Image.Image], None]
+):
+    """
+    Calls `use` with the number of each box and its crop, a square of `side` pixels, in any order and from several
+    threads. What is cut out in all threads together has at most twice the picture's pixels.
+    """
+    runs = _find_runs(boxes, side, resample)
+
+    def cut(run: list[int]):
+        left, top, right, bottom = _hull(boxes, run)
+        # Cut first: with `resize(box=...)` the filter would read pixels beyond the crop's edge.
+        is_all = (left, top, right, bottom) == (0, 0, *picture.size)
+        piece = picture if is_all else picture.crop((left, top, right, bottom))
+        if len(run) == 1:
+            return use(run[0], piece.resize((side, side), resample))
+        piece = piece.resize((side, bottom - top), resample)
+        for index in run:
+            crop = piece.crop((0, boxes[index][1] - top, side, boxes[index][3] - top))
+            use(index, crop.resize((side, side), resample))
+
+    areas = [_area(hull) for hull in (_hull(boxes, run) for run in runs) if hull != (0, 0, *picture.size)]
+    threads = min(count_threads(), len(runs), 2 * picture.width * picture.height // max(areas, default=1))
+    if threads == 1:
+        for run in runs:
+            cut(run)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            for _ in pool.map(cut, runs):  # raises what a thread raised
+                pass
+
+
+def count_threads() -> int:
+    """
+    The threads that a call may use: torch's number, which is 1 in a DataLoader's workers. Another process that was
+    started by Python is one of many, too.
+    """
+    return 1 if multiprocessing.parent_process() is not None else min(torch.get_num_threads(), MOST_THREADS)
+
+
+def _find_runs(boxes: list[Box], side: int, resample: int) -> list[list[int]]:
+    """
+    The numbers of the boxes in groups. Those of a group are one column of overlapping boxes, and Pillow resizes their
+    rows before their columns, so that they share that pass. All others are alone.
+    """
+    runs, open_runs = [], {}
+    for index in sorted(range(len(boxes)), key=lambda index: boxes[index][1]):
+        left, top, right, bottom = boxes[index]
+        run = open_runs.get((left, right))
+        if run is not None and top < max(boxes[other][3] for other in run) and _rows_first(boxes[index], side):
+            run.append(index)
+            continue
+        runs.append([index])
+        if resample != Image.Resampling.NEAREST and _rows_first(boxes[index], side):  # NEAREST has no passes
+            open_runs[left, right] = runs[-1]
+    return runs
+
+
+def _hull(boxes: list[Box], run: list[int]) -> Box:
+    lefts, tops, rights, bottoms = zip(*(boxes[index] for index in run))
+    return min(lefts), min(tops), max(rights), max(bottoms)
+
+
+def _area(box: Box) -> int:
+    left, top, right, bottom = box
+    return (right - left) * (bottom - top)
+
+
+def can_cut_on(device: torch.device, resample: int) -> bool:
+    """Whether `cut_on_device` is for this device and filter. On a CPU, `cut_crops` is faster."""
+    return device.type not in ("cpu", "meta") and resample == Image.Resampling.BICUBIC
+
+
+def cut_to(
+    device: torch.device, picture: Image.Image, boxes: list[Box], side: int, resample: int = Image.Resampling.BICUBIC
+) -> torch.Tensor:
+    """As `cut_crops`, with the crops on a device: uint8[crops, side, side, 3]."""
+    if can_cut_on(device, resample):
+        return cut_on_device(torch.from_numpy(np.array(picture)).to(device), boxes, side)
+    return torch.from_numpy(cut_crops(picture, boxes, side, resample)).to(device)
 
 
 def cut_on_device(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.Tensor:
     """
-    Cut crops out of a picture and resize each to a square with Pillow's bicubic filter.
+    Cut crops out of a picture and resize each to a square with Pillow's bicubic filter, in integers.
 
-    It equals `cut_crops` bit for bit. On a CPU, `cut_crops` is faster.
+    It equals `cut_crops` bit for bit, and what it needs in addition is bounded by a column of the picture.
 
     Args:
         picture: uint8[height, width, 3].
@@ -30,59 +140,79 @@ def cut_on_device(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.T
     Returns:
         uint8[crops, side, side, 3].
     """
-    crops = []
-    for left, top, right, bottom in boxes:
-        pixels = picture[top:bottom, left:right]
-        tall_first = _pillow_chooses() and _is_tall(right - left, bottom - top, side)
-        crops.append(_resize(pixels, (0, 1) if tall_first else (1, 0), side))
-    return torch.stack(crops)
+    crops = picture.new_empty((len(boxes), side, side, 3))
+    for run in _find_runs(boxes, side, Image.Resampling.BICUBIC):
+        left, top, right, bottom = _hull(boxes, run)
+        piece = picture[top:bottom, left:right]
+        if len(run) == 1:
+            for axis in (1, 0) if _rows_first(boxes[run[0]], side) else (0, 1):
+                piece = _resize_axis(piece, axis, side)
+            crops[run[0]] = piece
+            continue
+        piece = _resize_axis(piece, 1, side)
+        heights = {bottom - top for _, top, _, bottom in (boxes[index] for index in run)}
+        for height in heights:
+            same = [index for index in run if boxes[index][3] - boxes[index][1] == height]
+            resized = _resize_axis(piece, 0, side, [boxes[index][1] - top for index in same], height)
+            for index, crop in zip(same, resized.split(side)):
+                crops[index] = crop
+    return crops
 
 
-def _is_tall(width: int, height: int, side: int) -> bool:
-    """Whether a Pillow that chooses resizes the columns of a crop before its rows: found by comparing pixels."""
-    return height > max(side, 2 * width - side)
+def _rows_first(box: Box, side: int) -> bool:
+    """Whether Pillow resizes the rows of a crop before its columns. Where it chooses: found by comparing pixels."""
+    left, top, right, bottom = box
+    return not _pillow_chooses() or bottom - top <= max(side, 2 * (right - left) - side)
 
 
 @cache
 def _pillow_chooses() -> bool:
     """Whether the installed Pillow chooses the order of the two passes (13.0 does) or resizes rows first."""
-    tall = np.random.default_rng(0).integers(0, 2, (64, 16, 3), dtype=np.uint8) * 255
-    found = np.asarray(Image.fromarray(tall).resize((24, 24), Image.Resampling.BICUBIC))
-    return bool((found == _resize(torch.from_numpy(tall), (0, 1), 24).numpy()).all())
+    pixels = np.random.default_rng(0).integers(0, 2, (64, 16, 3), dtype=np.uint8) * 255
+    tall, bicubic = Image.fromarray(pixels), Image.Resampling.BICUBIC
+    rows_last = tall.resize((16, 24), bicubic).resize((24, 24), bicubic)
+    return tall.resize((24, 24), bicubic).tobytes() == rows_last.tobytes()
 
 
-def _resize(pixels: torch.Tensor, axes: tuple[int, int], side: int) -> torch.Tensor:
-    """Resize uint8[height, width, 3] to a square, one axis after the other."""
-    for axis in axes:
-        if pixels.shape[axis] != side:
-            pixels = _resize_axis(pixels, axis, side)
-    return pixels
+def _resize_axis(pixels: torch.Tensor, axis: int, side: int, starts: list[int] = (0,), length=None) -> torch.Tensor:
+    """
+    Resize spans of one axis of uint8[height, width, channels] to `side` each, and concatenate them.
 
-
-def _resize_axis(pixels: torch.Tensor, axis: int, side: int) -> torch.Tensor:
-    """Resize one axis of uint8[height, width, channels] to `side`."""
-    weights = _weights(pixels.shape[axis], side).to(pixels.device)
-    sums = torch.tensordot(weights, pixels.double(), dims=([1], [axis])) + 2 ** (PRECISION - 1)
-    resized = (sums / 2**PRECISION).floor().clamp(0, 255).to(torch.uint8)
-    return resized.movedim(0, axis)
+    Args:
+        starts: where each span of `length` begins; by default there is one, the entire axis.
+    """
+    length = length or pixels.shape[axis]
+    starts = torch.tensor(starts, dtype=torch.int32, device=pixels.device)
+    places, weights = _taps(length, side, pixels.device)
+    shape = [-1 if other == axis else 1 for other in range(3)]
+    sums = 2 ** (PRECISION - 1)
+    for place, weight in zip(places, weights):
+        spans = (starts[:, None] + place).flatten()
+        sums = sums + pixels.index_select(axis, spans) * weight.repeat(len(starts)).view(shape)
+    return (sums >> PRECISION).clamp_(0, 255).to(torch.uint8)
 
 
 @lru_cache(maxsize=64)
-def _weights(length: int, side: int) -> torch.Tensor:
-    """The coefficients of Pillow's `precompute_coeffs` as integers in float64[side, length]."""
+def _taps(length: int, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The coefficients of Pillow's `precompute_coeffs`, int32[taps, side], and the places of the pixels that they
+    multiply. The edges, which have fewer, multiply any by 0.
+    """
     scale = length / side
     stretch = max(scale, 1.0)  # the filter grows with what it shrinks, which is antialiasing
-    weights = np.zeros((side, length))
+    rows = []
     for index in range(side):
         center = (index + 0.5) * scale
         first = max(0, int(center - SUPPORT * stretch + 0.5))
         last = min(length, int(center + SUPPORT * stretch + 0.5))
         taps = [_bicubic((place - center + 0.5) * (1 / stretch)) for place in range(first, last)]
         total = sum(taps)
-        for place, tap in enumerate(taps, first):
-            share = tap * (1 / total) * 2**PRECISION
-            weights[index, place] = math.trunc(share + (0.5 if share >= 0 else -0.5))
-    return torch.from_numpy(weights)
+        shares = [tap * (1 / total) * 2**PRECISION for tap in taps]
+        rows.append((first, [math.trunc(share + (0.5 if share >= 0 else -0.5)) for share in shares]))
+    most = max(len(shares) for _, shares in rows)
+    weights = [shares + [0] * (most - len(shares)) for _, shares in rows]
+    places = [[min(first + tap, length - 1) for tap in range(most)] for first, _ in rows]
+    return tuple(torch.tensor(each, dtype=torch.int32, device=device).T.contiguous() for each in (places, weights))
 
 
 def _bicubic(x: float) -> float:
@@ -95,4 +225,4 @@ def _bicubic(x: float) -> float:
     return 0.0
 
 
-__all__ = ["cut_on_device"]
+__all__ = ["can_cut_on", "cut_crops", "cut_each", "cut_on_device", "cut_to"]

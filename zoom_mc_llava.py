@@ -11,22 +11,34 @@ Every round's prompt has the same ids: the visual tokens are shared out among mo
 """
 
 import math
+from bisect import bisect_left
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from PIL import Image
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
-from .crops_mc_llava import Box, Crop
-from .encoded_images_mc_llava import EncodedImages, count_image_tokens
+from .crops_mc_llava import Box, Crop, center_of
+from .encoded_images_mc_llava import (
+    EncodedImages,
+    FeatureCache,
+    check_counts,
+    describe_encoder,
+    picture_key,
+    read_integers,
+    sum_per_image,
+)
 from .generation_mc_llava import CACHE
-from .image_processing_mc_llava import ZOOM_FIELDS, cut_crops
-from .resizing_mc_llava import cut_on_device
+from .image_processing_mc_llava import ZOOM_FIELDS
+from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
 from .zoom_plan_mc_llava import look_closer, pays, share_evenly, split_budget
 
 
 logger = logging.get_logger(__name__)
+READ_FIELDS = ("crop_num_tokens", "image_grid_thw", "crop_boxes", "zoom_options")  # of integers
 
 
 @dataclass(frozen=True)
@@ -56,6 +68,15 @@ class ZoomedImages(EncodedImages):
 
 
 @dataclass
+class Looks:
+    """What was looked at in the pictures of a call."""
+
+    views: list["View"]
+    features: list[torch.Tensor]  # one float[tokens, hidden] per view
+    weights_hash: str | None = None  # of `hash_encoder`, once it was needed
+
+
+@dataclass
 class View:
     """What is known of one picture while it is looked at."""
 
@@ -69,6 +90,7 @@ class View:
     patches: list[torch.Tensor]  # for each crop, float[most tokens that are needed of it, vision_hidden]
     crop_rounds: list[int]
     relevance: list[float]
+    key: tuple | None = None  # of the picture in a `FeatureCache`
     covered: set[Box] = field(default_factory=set)
 
     @property
@@ -84,7 +106,7 @@ class View:
     @property
     def coords(self) -> list[tuple[float, float]]:
         height, width, _ = self.pixels.shape
-        return [((left + right) / 2 / width, (top + bottom) / 2 / height) for left, top, right, bottom in self.boxes]
+        return [center_of(box, width, height) for box in self.boxes]
 
 
 class MCLlavaZoomMixin:
@@ -95,6 +117,7 @@ class MCLlavaZoomMixin:
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
+        feature_cache: FeatureCache | None = None,
         **images,
     ) -> ZoomedImages:
         """
@@ -107,6 +130,7 @@ class MCLlavaZoomMixin:
         Args:
             input_ids, attention_mask: int[batch, length], prompts with one `<image>` per visual token, padded on the
                 left.
+            feature_cache: crops that it holds are not encoded again, and those that are encoded are put into it.
             images: the other fields that the processor returned with `zoom` of at least 1.
 
         Raises:
@@ -114,13 +138,14 @@ class MCLlavaZoomMixin:
         """
         if attention_mask is None:
             attention_mask = self._mask_padding(input_ids)
-        tokens = count_image_tokens(images.get("crop_num_tokens"), images.get("image_grid_thw"))
-        self._check_context(input_ids, attention_mask, tokens)
-        return self.zoomed_images(self.look(input_ids, attention_mask, images))
+        check_counts(images.get("crop_num_tokens"), images.get("image_grid_thw"))
+        lengths, run_ends, *counts = self._read_prompts(input_ids, attention_mask, images)
+        self._check_context(lengths, run_ends, sum_per_image(*counts))
+        return self.zoomed_images(self.look(input_ids, attention_mask, images, feature_cache))
 
-    def zoomed_images(self, views: list[View]) -> ZoomedImages:
+    def zoomed_images(self, looks: Looks) -> ZoomedImages:
         """What `look` found, as encoded images."""
-        features = torch.cat(self.features(views))
+        views, features = looks.views, torch.cat(looks.features)
         crops = [crop for view in views for crop in view.plan]
         fields = {
             "crop_boxes": [crop.box for crop in crops],
@@ -132,43 +157,68 @@ class MCLlavaZoomMixin:
         }
         tensors = {name: torch.tensor(values, device=features.device) for name, values in fields.items()}
         try:
-            weights_hash = self.hash_encoder()
+            weights_hash = looks.weights_hash or self.hash_encoder()
         except ValueError:  # offloaded to disk; the answer must not be lost for it
             weights_hash = "unknown"
         return ZoomedImages(features, **tensors, weights_hash=weights_hash)
 
-    def look(self, input_ids, attention_mask, images: dict) -> list[View]:
+    def look(self, input_ids, attention_mask, images: dict, feature_cache: FeatureCache | None = None) -> Looks:
         """All rounds before the answer."""
         if missing := [name for name in ZOOM_FIELDS if images.get(name) is None]:
             raise ValueError(f"{', '.join(missing)} are missing: call the processor with zoom=1 or more")
-        if not attention_mask[:, -1].all():
+        # With the relevance of each round, all that is read from the device.
+        ids, kept, *fields = read_integers(
+            input_ids, attention_mask, *(images[name] for name in READ_FIELDS), images["zoom_general_ids"]
+        )
+        if not all(row[-1] for row in kept):
             raise ValueError("zoom asks with the last token of each prompt: pad the prompts on the left")
-        views = self._first_views(input_ids, images)
+        views, weights_hash = self._first_views(ids, images, *fields[:-1]), None
+        general = [self._ask_in_general(*row, fields[-1]) for row in zip(ids, kept)]
+        if feature_cache is not None:
+            try:
+                weights_hash = self._name_pictures(views, images["zoom_values"])
+            except ValueError:  # offloaded to disk: nothing tells whether the weights have changed
+                feature_cache = None
+        scouts = images["pixel_values"]
+        self._encode(
+            views,
+            [view.boxes for view in views],
+            lambda chosen: scouts if len(chosen) == len(scouts) else scouts[sorted(chosen)],
+            feature_cache,
+        )
         for number in range(1, 1 + max(view.rounds for view in views)):
             active = [view for view in views if view.rounds >= number]
             rows = sorted({view.row for view in active})
             seen = [view for view in views if view.row in rows]
-            self._ask(input_ids[rows], attention_mask[rows], seen, images["zoom_general_ids"])
-            self._look_closer(active, number, images["zoom_values"])
-        return views
+            self._ask(input_ids[rows], attention_mask[rows], seen, [general[row] for row in rows])
+            self._look_closer(active, number, images["zoom_values"], feature_cache)
+        return Looks(views, self.features(views), weights_hash)
 
-    def _first_views(self, input_ids, images: dict) -> list[View]:
-        """The views of the image processor's crops."""
-        num_tokens, options = images["crop_num_tokens"], images["zoom_options"].tolist()
-        crops_per_image = images["image_grid_thw"][:, 0].tolist()
-        tokens = count_image_tokens(num_tokens, images["image_grid_thw"])
-        row_ends = self.model.get_placeholder_mask(input_ids, tokens).sum(-1).cumsum(0)
-        ends = torch.tensor(tokens, device=row_ends.device).cumsum(0)
-        rows = torch.searchsorted(row_ends, ends).tolist()
-        patches = self.model.encode_tokens(images["pixel_values"], num_tokens).split(num_tokens.tolist())
-        boxes = [tuple(box) for box in images["crop_boxes"].tolist()]
-        plans = [Crop(box, count) for box, count in zip(boxes, num_tokens.tolist())]
+    def _name_pictures(self, views: list[View], values: torch.Tensor) -> str:
+        """Set the keys of the views' pictures. Returns the hash of the weights that encode them."""
+        made_by, values = describe_encoder(self), values.float().cpu().numpy().tobytes()
+        for view in views:
+            height, width, _ = view.pixels.shape
+            pixels = view.pixels.cpu().numpy().tobytes()
+            view.key = picture_key(pixels, (width, height), view.resample, values, made_by)
+        return made_by[0]
+
+    def _first_views(self, ids: list, images: dict, num_tokens: list, grid: list, boxes: list, options: list):
+        """The views of the image processor's crops. `READ_FIELDS` and the ids come as lists."""
+        crops_per_image = [crops for crops, _, _ in grid]
+        tokens = sum_per_image(num_tokens, crops_per_image)
+        row_ends = list(accumulate(row.count(self.config.image_token_id) for row in ids))
+        rows = [bisect_left(row_ends, end) for end in accumulate(tokens)]
+        boxes = [tuple(box) for box in boxes]
+        plans = [Crop(box, count) for box, count in zip(boxes, num_tokens)]
         starts = [sum(crops_per_image[:index]) for index in range(len(crops_per_image))]
         sizes = [boxes[start][2:] for start in starts]
         bytes_of_pictures = sum(3 * height * width for _, _, height, width, _ in options)
         if sizes != [(row[3], row[2]) for row in options] or bytes_of_pictures != len(images["zoom_pictures"]):
             raise ValueError("zoom_options and zoom_pictures don't fit the crops: pass what the processor returned")
-        views, start, byte = [], 0, 0
+        pictures, views, start, byte = images["zoom_pictures"], [], 0, 0
+        if not all(can_cut_on(pictures.device, resample) for *_, resample in options):
+            pictures = pictures.cpu()
         for crops, row, budget, (zoom, max_crops, height, width, resample) in zip(
             crops_per_image, rows, tokens, options
         ):
@@ -176,14 +226,14 @@ class MCLlavaZoomMixin:
             rounds, _, regions, per_region = split_budget(min(max_crops, budget - 1), zoom)
             views.append(
                 View(
-                    pixels=images["zoom_pictures"][byte : byte + size].view(height, width, 3),
+                    pixels=pictures[byte : byte + size].view(height, width, 3),
                     resample=resample,
                     row=row,
                     rounds=rounds if crops > 1 else 0,
                     regions=regions,
                     per_region=per_region,
                     plan=plans[start:end],
-                    patches=list(patches[start:end]),
+                    patches=[],
                     crop_rounds=[0] * crops,
                     relevance=[float("nan")] * crops,
                 )
@@ -191,7 +241,7 @@ class MCLlavaZoomMixin:
             start, byte = end, byte + size
         return views
 
-    def _look_closer(self, views: list[View], number: int, values: torch.Tensor):
+    def _look_closer(self, views: list[View], number: int, values: torch.Tensor, feature_cache: FeatureCache | None):
         """Encode the crops of round `number`, of all pictures at once."""
         side = self.config.vision_config.image_size
         added = [
@@ -207,13 +257,43 @@ class MCLlavaZoomMixin:
                 view.rounds = number  # a closer look would show nothing more
         if not any(added):
             return
-        cut = torch.cat([_cut(view, boxes, side) for view, boxes in zip(views, added) if boxes])
-        pixels = torch.stack([values[channel][cut[..., channel].long()] for channel in range(3)], dim=1)
-        counts = [view.plan[0].num_tokens for view, boxes in zip(views, added) for _ in boxes]
-        tokens = self.model.encode_tokens(pixels, torch.tensor(counts, device=cut.device)).split(counts)
-        for view, boxes in zip(views, added):
-            view.patches += tokens[: len(boxes)]
-            tokens = tokens[len(boxes) :]
+
+        def pixels(chosen: set[int]) -> torch.Tensor:
+            parts, start = [], 0
+            for view, boxes in zip(views, added):
+                if own := [box for index, box in enumerate(boxes, start) if index in chosen]:
+                    parts.append(_cut(view, own, side))
+                start += len(boxes)
+            cut = torch.cat(parts).to(values.device)
+            return torch.stack([values[channel][cut[..., channel].long()] for channel in range(3)], dim=1)
+
+        self._encode(views, added, pixels, feature_cache)
+
+    def _encode(
+        self,
+        views: list[View],
+        added: list[list[Box]],
+        pixels: Callable[[set[int]], torch.Tensor],
+        feature_cache: FeatureCache | None,
+    ):
+        """
+        Encode the crops that a round has added to the views, of all pictures at once.
+
+        Args:
+            pixels: given numbers of crops, counted over all views, returns theirs: float[crops, 3, side, side].
+        """
+        new = [(view, crop) for view, boxes in zip(views, added) for crop in view.plan[len(view.plan) - len(boxes) :]]
+        counts = [crop.num_tokens for _, crop in new]
+        if feature_cache is None:
+            crops = pixels(set(range(len(new))))
+            tokens = self.model.encode_tokens(crops, torch.tensor(counts, device=crops.device), counts).split(counts)
+        else:
+            keys = [(view.key, crop.box) for view, crop in new]
+            tokens = feature_cache.look_up(
+                keys, counts, lambda missing: self.model.encode_each([pixels(set(missing))])
+            )
+        for (view, _), kept in zip(new, tokens):
+            view.patches.append(kept)
 
     def features(self, views: list[View]) -> list[torch.Tensor]:
         """One float[tokens, hidden] per view: the last patches of each crop, with its place, projected."""
@@ -226,7 +306,7 @@ class MCLlavaZoomMixin:
             features.append(self.model.multi_modal_projector(placed))
         return features
 
-    def _ask(self, input_ids, attention_mask, views: list[View], general_ids):
+    def _ask(self, input_ids, attention_mask, views: list[View], general: list[list[int]]):
         """Set each view's relevance: what the prompt's last token attends to."""
         features, heads = self.features(views), relevant_heads(self.config)
         counts = [crop.num_tokens for view in views for crop in view.plan]
@@ -238,11 +318,12 @@ class MCLlavaZoomMixin:
         found = per_crop(input_ids, attention_mask)
         if not self.config.zoom_heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
             warn_unmeasured(self.config.name_or_path)
-            usual = per_crop(*self._ask_in_general(input_ids, attention_mask, general_ids))
+            rows = [torch.tensor(ids, device=input_ids.device) for ids in general]
+            usual = per_crop(*self._pad_prompts(rows))
             found = found / usual.clamp(min=1e-6)
-        if not found.isfinite().all():
-            raise ValueError("the model's attention is not finite: load it in another dtype, or pass zoom=0")
         found = found.tolist()
+        if not all(map(math.isfinite, found)):
+            raise ValueError("the model's attention is not finite: load it in another dtype, or pass zoom=0")
         for view in views:
             view.relevance, found = found[: len(view.boxes)], found[len(view.boxes) :]
 
@@ -250,27 +331,26 @@ class MCLlavaZoomMixin:
         self, input_ids, attention_mask, features: list[torch.Tensor], heads: list[tuple[int, int]]
     ) -> torch.Tensor:
         """Attention of the prompts' last tokens to the visual tokens of all images: float32[heads, tokens]."""
-        embeds = self.model.embed_prompt(input_ids, features)
+        embeds = self.model.fill_places(input_ids, features)
         found = last_attention(self.model.language_model, embeds, attention_mask, heads)
-        return found.transpose(0, 1)[:, input_ids == self.config.image_token_id]
+        # The places of <image>, in order. How many there are is known: a boolean index would read it.
+        others = (input_ids != self.config.image_token_id).flatten().byte()
+        places = others.argsort(stable=True)[: sum(map(len, features))]
+        return found.transpose(0, 1).flatten(1)[:, places.to(found.device)]
 
-    def _ask_in_general(self, input_ids, attention_mask, general_ids):
-        """The prompts up to their last `<image>`, followed by a general question; padded on the left."""
-        rows = []
-        for ids, kept in zip(input_ids, attention_mask.bool()):
-            ids = ids[kept]
-            end = int((ids == self.config.image_token_id).nonzero()[-1]) + 1
-            rows.append(torch.cat([ids[:end], general_ids.to(ids.device)]))
-        return self._pad_prompts(rows)
+    def _ask_in_general(self, ids: list[int], kept: list[int], general_ids: list[int]) -> list[int]:
+        """A prompt up to its last `<image>`, followed by a general question; without padding."""
+        ids = [id for id, is_kept in zip(ids, kept) if is_kept]
+        end = max((place for place, id in enumerate(ids, 1) if id == self.config.image_token_id), default=0)
+        return ids[:end] + general_ids
 
 
 def _cut(view: View, boxes: list[Box], side: int) -> torch.Tensor:
     """uint8[crops, side, side, 3] on the picture's device."""
-    device = view.pixels.device
-    if device.type in ("cuda", "xpu") and view.resample == Image.Resampling.BICUBIC:  # others lack float64
+    if can_cut_on(view.pixels.device, view.resample):
         return cut_on_device(view.pixels, boxes, side)
-    picture = Image.fromarray(view.pixels.cpu().numpy())
-    return torch.from_numpy(cut_crops(picture, boxes, side, view.resample)).to(device)
+    picture = Image.fromarray(view.pixels.numpy())
+    return torch.from_numpy(cut_crops(picture, boxes, side, view.resample))
 
 
 def relevant_heads(config) -> list[tuple[int, int]]:

@@ -100,11 +100,11 @@ class Demo:
     def _measure_speed(self) -> float:
         """FLOPs per second, as `estimate` counts them, measured with one question about a grey picture."""
         grey = Image.new("RGB", (64, 64), "grey")
-        conversation = ask_about([grey], "What is it?")
-        self.engine.answer([conversation], max_new_tokens=1)  # warms up
+        conversation, options = ask_about([grey], "What is it?"), {"max_new_tokens": 1, "prefix_cache": None}
+        self.engine.answer([conversation], **options)  # warms up
         self.engine.feature_cache = FeatureCache()
         start = time.perf_counter()
-        (reply,) = self.engine.answer([conversation], max_new_tokens=1)
+        (reply,) = self.engine.answer([conversation], **options)
         seconds = time.perf_counter() - start
         cost = self.cost(reply.crops, reply.image_tokens)
         return (cost.tower_flops + cost.prefill_flops) / seconds

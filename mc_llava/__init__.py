@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from ..image_loading_mc_llava import *  # noqa: F403
     from ..image_processing_mc_llava import *  # noqa: F403
     from ..modeling_mc_llava import *  # noqa: F403
+    from ..precision_mc_llava import *  # noqa: F403
+    from ..prefix_cache_mc_llava import *  # noqa: F403
     from ..processing_mc_llava import *  # noqa: F403
     from ..resizing_mc_llava import *  # noqa: F403
     from ..zoom_mc_llava import *  # noqa: F403
@@ -37,11 +39,13 @@ ROOT_FILES = (
     "image_pixels_mc_llava",
     "image_loading_mc_llava",
     "configuration_mc_llava",
+    "resizing_mc_llava",
     "image_processing_mc_llava",
+    "precision_mc_llava",
     "encoded_images_mc_llava",
     "processing_mc_llava",
+    "prefix_cache_mc_llava",
     "generation_mc_llava",
-    "resizing_mc_llava",
     "zoom_mc_llava",
     "modeling_mc_llava",
 )

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -27,10 +28,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from . import FORMATS, check_knob, load_image
-from .engine import GREEDY, Engine, answer_all, ask_about, fill_knobs
+from .ahead import Ahead
+from .engine import GREEDY, Engine, answer_all, ask_about, count_bytes, fill_knobs
 from .folders import find_model
 from .journal import append, check_utf8, difference, hash_file, lock, parse, replacing, resume, to_line, versions
-from .loading import find_device, identify, identify_code, load_model, load_processor
+from .loading import find_device, identify, identify_code, load_model, load_processor, resolve_dtype
 
 
 COLUMNS = ("id", "question", "image", "images")
@@ -92,6 +94,7 @@ class Parquet:
         except (ArrowException, ValueError, OverflowError) as error:
             raise ValueError(f"cannot read {path} as parquet: {error}") from error
         self.group = self.table = None  # the one that was read last
+        self.lock = Lock()  # of both
 
     @cached_property
     def digest(self) -> str:  # only the run asks for it, its workers need not read the whole file
@@ -105,6 +108,10 @@ class Parquet:
         return self.file.metadata.num_rows
 
     def __getitem__(self, index: int) -> dict:
+        with self.lock:
+            return self._read(index)
+
+    def _read(self, index: int) -> dict:
         group = bisect_right(self.ends, index)
         if group != self.group:
             try:
@@ -296,7 +303,14 @@ class Job:
 
 
 class Worker:
-    """A model that answers a job's rows. Raises ValueError if their digest is not the given one."""
+    """
+    A model that answers a job's rows. While it works on a batch, threads prepare the next one.
+
+    Raises:
+        ValueError: if the rows' digest is not the given one.
+    """
+
+    READS_AHEAD = True
 
     def __init__(self, job: Job, digest: str | None = None):
         self.job, self.rows = job, open_rows(job.source)
@@ -305,17 +319,39 @@ class Worker:
         processor = load_processor(job.model, job.revision)
         model = load_model(job.model, job.dtype, job.device, job.revision, job.quantize)
         knobs = {"max_crops": job.max_crops, "num_tokens": job.num_tokens, "zoom": job.zoom}
-        self.engine = Engine(model, processor, batch_size=job.batch_size, max_new_tokens=job.max_new_tokens, **knobs)
+        options = {"batch_size": job.batch_size, "max_new_tokens": job.max_new_tokens, **knobs}
+        self.ahead = None  # the first row of the next batch, and what prepares it
+        self.engine = Engine(model, processor, prefix_bytes=0, **options)  # so that it resumes with the same answers
 
     def answer_batch(self, start: int) -> list[dict]:
         """Records of the batch that starts at a row, in the order of the rows. A failed row's record has the error."""
         begin = time.perf_counter()
-        read = [self.read(index) for index in range(start, min(start + self.job.batch_size, len(self.rows)))]
-        asked = [row for row in read if "error" not in row[0]]
-        answered = answer_all(self._answer_rows, asked, lambda row, reason: {**row[0], "error": reason})
+        rows = self._begin(start) if self.ahead is None or self.ahead[0] != start else self.ahead[1]
+        try:
+            read = rows.results()
+            if self.READS_AHEAD and (following := start + self.job.batch_size) < len(self.rows):
+                self.ahead = (following, rows := self._begin(following))
+            asked = [row for row in read if "error" not in row[0]]
+            answered = answer_all(self._answer_rows, asked, lambda row, reason: {**row[0], "error": reason})
+        except BaseException:  # Ctrl-C, too
+            rows.stop()
+            raise
         records = {record["row"]: record for record in answered}
         seconds = round((time.perf_counter() - begin) / len(read), 4)
         return [{**records.get(record["row"], record), "seconds": seconds} for record, _ in read]
+
+    def _begin(self, start: int) -> Ahead:
+        """Begins to prepare the batch that starts at a row."""
+        indices = list(range(start, min(start + self.job.batch_size, len(self.rows))))
+        return Ahead(self.prepare, indices, lambda row: count_bytes(row[1]))
+
+    def prepare(self, index: int) -> tuple[dict, list]:
+        """What `read` gives, with all done to the images that needs no model."""
+        record, images = self.read(index)
+        try:
+            return record, self.engine.prepare(images)
+        except ValueError as error:
+            return {**record, "error": str(error)}, []
 
     def read(self, index: int) -> tuple[dict, list[Image.Image]]:
         """The first fields of a row's record, and the row's images."""
@@ -358,6 +394,8 @@ class Worker:
 
 class RayWorker(Worker):
     """A worker as Ray Data calls it: with columns of numbers, for columns that Arrow need not understand."""
+
+    READS_AHEAD = False  # Ray decides who answers the next batch
 
     def __call__(self, batch: dict) -> dict:
         return {"records": [json.dumps(self.answer_batch(int(start))) for start in batch["start"]]}
@@ -454,11 +492,14 @@ def _run(
     origin = output.with_name(output.name + ".origin")
     if output.exists() and not origin.exists():
         raise ValueError(f"{output} already exists: choose another output")
-    commit = identify(job.model, job.revision)
+    commit, dtype = identify(job.model, job.revision), job.dtype
+    if not use_ray or job.device:  # on an unknown device, each of Ray's workers chooses
+        dtype = str(resolve_dtype(job.model, dtype, job.device, job.revision)).removeprefix("torch.")
     settings = {
         **asdict(job),
         **fill_knobs(load_processor(job.model, job.revision), job.max_crops, job.num_tokens, job.zoom),
         "revision": commit,
+        "dtype": dtype,
         "device": job.device if use_ray else find_device(job.device),  # Ray's workers may have others
         "rows": len(rows),
         "digest": rows.digest,
@@ -479,7 +520,7 @@ def _run(
     starts = range(done, total, job.batch_size)
     digest = None if isinstance(rows, Parquet) else rows.digest  # of a parquet file, computed once
     if use_ray:
-        batches = answer_with_ray(job, starts, workers, digest)
+        batches = answer_with_ray(replace(job, dtype=dtype), starts, workers, digest)
     else:
         batches = map(Worker(job, digest).answer_batch, starts) if starts else ()
     with tqdm(total=total, initial=done, unit="row", desc=output.name) as progress:

@@ -42,7 +42,13 @@ Zoom = Annotated[
     typer.Option(help="Rounds of looking closer where the question points; by default as the model was saved.", min=0),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default an accelerator if there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; auto keeps the checkpoint's.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="Precision of the weights; auto takes bfloat16 on a CPU that computes in it, float32 on others, and the "
+        "checkpoint's on an accelerator."
+    ),
+]
 QuantizeOption = Annotated[Quantize | None, typer.Option(help="Store the language model's weights in fewer bits.")]
 BatchSize = Annotated[int, typer.Option(help="How many questions to ask at once.", min=1)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
@@ -90,7 +96,7 @@ def ask(
     for source, image, plan, more in zip(sources, images, plans, closer):
         say(f"{source}: {image.width} x {image.height} pixels, {describe(plan, more)}")
     network = load_model(model, dtype, device, quantize=quantize)
-    engine = Engine(network, processor, max_new_tokens=max_new_tokens, **knobs)
+    engine = Engine(network, processor, max_new_tokens=max_new_tokens, prefix_bytes=0, **knobs)
 
     start = time.perf_counter()
     streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -104,6 +110,7 @@ def ask(
         answer = {
             "answer": reply.text,
             "model": model,
+            "dtype": str(network.dtype).removeprefix("torch."),
             "crops": reply.crops,
             "image_tokens": reply.image_tokens,
             "prompt_tokens": reply.prompt_tokens,
@@ -129,8 +136,8 @@ def chat(
     """
     Talk about a picture: one question per line. An empty line ends the chat.
 
-    The picture is encoded once, or with --zoom looked at anew for each question. Earlier turns are remembered; /new
-    forgets them.
+    The picture is encoded once, or with --zoom looked at anew for each question. Earlier turns are remembered, and
+    not computed again; /new forgets them.
     """
     from transformers import TextStreamer
 
@@ -212,9 +219,10 @@ def estimate(
     """Print what a question about a picture costs. Loads no weights."""
     import torch
 
-    from . import MCLlavaConfig, MCLlavaImageProcessor, count_closer
+    from . import MCLlavaConfig, MCLlavaImageProcessor, choose_dtype, count_closer
     from .estimate import estimate as estimate_cost
     from .folders import find_model
+    from .loading import find_device
 
     if model is None:
         processor, config = MCLlavaImageProcessor(), MCLlavaConfig(dtype="float16")
@@ -225,7 +233,8 @@ def estimate(
     knobs = {name: getattr(processor, name) if value is None else value for name, value in knobs.items()}
     picture = read_image(image)
     plan = processor.plan(*picture.size, **knobs)
-    precision = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    precision = choose_dtype(find_device()) if dtype == "auto" else getattr(torch, dtype)
+    precision = config.dtype or torch.float32 if precision == "auto" else precision
     tokens = sum(crop.num_tokens for crop in plan)
     looks, closer = count_closer(*picture.size, side=processor.size["height"], **knobs)
     cost = estimate_cost(config, len(plan) + closer, tokens, text_tokens, max_new_tokens, precision, looks)
@@ -341,7 +350,7 @@ def evaluate_tasks(
         if not (output / f"{name}.json").exists():
             TASKS[name].read(sources.get(name, TASKS[name].data))
     network, processor, commit = load(model, revision, dtype, device, quantize)
-    engine = Engine(network, processor, max_crops, num_tokens, batch_size, max_new_tokens, zoom)
+    engine = Engine(network, processor, max_crops, num_tokens, batch_size, max_new_tokens, zoom, prefix_bytes=0)
     failed = asked = 0
     for name in names:
         found = evaluate(name, engine, output, model=model, revision=commit, data=sources.get(name), limit=limit)

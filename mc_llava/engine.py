@@ -1,5 +1,5 @@
 """
-Conversations in, replies out: a model, its processor, a feature cache and the two knobs.
+Conversations in, replies out: a model, its processor, two caches and the three knobs.
 
 The engine knows nothing of files, tasks or wire formats. The command line, the Space, batches and evaluation all ask
 through it; a new way to serve the model starts here.
@@ -12,18 +12,24 @@ from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from . import (
+    NOT_WITH_PREFIXES,
     EncodedImages,
     FeatureCache,
     MCLlavaForConditionalGeneration,
     MCLlavaProcessor,
+    PrefixCache,
+    can_keep_prefixes,
     check_knob,
     check_weights,
     input_device,
     is_encoded,
+    is_prepared,
+    load_image,
     to_plain,
 )
 
@@ -79,7 +85,8 @@ class Likelihood(NamedTuple):
 
 class Engine:
     """
-    A model that answers questions about images, many at a time. Images that recur are encoded once.
+    A model that answers questions about images, many at a time. Crops that recur are encoded once, and what prompts
+    have in common from their beginning on, such as a picture or earlier turns, is computed once.
 
     A conversation is a list of messages with `role` and `content`. An image part is `{"type": "image", "image": ...}`
     with whatever `load_image` reads, or with an `EncodedImages` of one image.
@@ -89,6 +96,8 @@ class Engine:
             for each question, except for those that are encoded already.
         batch_size: rows of a forward pass.
         max_new_tokens: upper bound of a reply's tokens.
+        prefix_bytes: upper bound of the keys and values that are kept, see `PrefixCache`. With 0, none are, and a
+            reply in bfloat16 or float16 does not depend on those before it by a rounding error.
 
     Raises:
         ValueError: if a number is out of range.
@@ -103,8 +112,11 @@ class Engine:
         batch_size: int = 8,
         max_new_tokens: int = 200,
         zoom: int | None = None,
+        prefix_bytes: int = 2**30,
     ):
         self.model, self.processor, self.feature_cache = model.eval(), processor, FeatureCache()
+        is_kept = check_knob("prefix_bytes", prefix_bytes, 0) and can_keep_prefixes(model)
+        self.prefix_cache = PrefixCache(prefix_bytes) if is_kept else None
         self.knobs = fill_knobs(processor, max_crops, num_tokens, zoom)
         self.batch_size = check_knob("batch_size", batch_size, 1)
         self.max_new_tokens = check_knob("max_new_tokens", max_new_tokens, 1)
@@ -124,6 +136,18 @@ class Engine:
         if plans is not None:
             options = {"num_tokens": self.knobs["num_tokens"], **knobs, "plans": plans}
         return self.feature_cache.encode(self.model, self.processor.image_processor, images, **options)
+
+    def prepare(self, images: list) -> list:
+        """
+        Do what `encode` does without the model, see `FeatureCache.prepare`. The results go into conversations in place
+        of the images, or to `encode`. With zoom, images are only loaded: the question decides about their crops.
+
+        Raises:
+            ValueError: as `encode` does.
+        """
+        if self.knobs["zoom"]:
+            return [load_image(image) for image in images]
+        return self.feature_cache.prepare(self.model, self.processor.image_processor, images, **self.knobs)
 
     def check(self, conversation: list[dict]):
         """
@@ -168,7 +192,7 @@ class Engine:
             **inputs,
             image_features=[image.features for image in chain(*images)],
             streamer=streamer,
-            **{"max_new_tokens": self.max_new_tokens, **options},
+            **{"max_new_tokens": self.max_new_tokens, "prefix_cache": self._prefixes_for(options), **options},
         )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
@@ -177,6 +201,10 @@ class Engine:
             Reply(text.strip(), encoded, length, *self._end_of(ids))
             for text, encoded, length, ids in zip(texts, images, lengths, new_tokens.tolist())
         ]
+
+    def _prefixes_for(self, options: dict) -> PrefixCache | None:
+        is_refused = set(NOT_WITH_PREFIXES) & set(options) or options.get("use_cache") is False
+        return None if is_refused else self.prefix_cache
 
     def _end_of(self, new_ids: list[int]) -> tuple[int, str]:
         """How many tokens a row's answer has, the end of its turn included, and why it ended. Padding follows."""
@@ -317,7 +345,8 @@ class Engine:
             return_dict=True,
             processor_kwargs={**self.knobs, **knobs, "padding": True, "return_tensors": "pt"},
         )
-        return self.model.zoom(**inputs.to(input_device(self.model))).unbind()
+        inputs = inputs.to(input_device(self.model))
+        return self.model.zoom(**inputs, feature_cache=self.feature_cache).unbind()
 
     def _write_prompt(self, conversation: list[dict], add_generation_prompt: bool) -> str:
         """The prompt of a conversation about encoded images, with one `<image>` per visual token."""
@@ -329,6 +358,13 @@ class Engine:
         return first + "".join(
             image_token * len(image.features) + text for image, text in zip(images, rest, strict=True)
         )
+
+
+def count_bytes(images: list) -> int:
+    """The memory that `Engine.prepare` has taken for images: Pillow takes four bytes a pixel."""
+    pictures = [image for image in images if isinstance(image, Image.Image)]
+    prepared = [image for image in images if is_prepared(image)]
+    return sum(4 * picture.width * picture.height for picture in pictures) + sum(image.nbytes for image in prepared)
 
 
 def map_image_parts(conversation: list[dict], function: Callable[[dict], dict]) -> list[dict]:

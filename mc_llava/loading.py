@@ -1,13 +1,20 @@
 """Loads a model by its name, and identifies the weights and code that its results depend on."""
 
 import hashlib
+import json
+import os
+import re
+import sys
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from huggingface_hub import cached_assets_path
 from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
+from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype
 from .folders import INDEX, WEIGHTS, find_model, list_weights
 from .journal import hash_file
 
@@ -35,9 +42,29 @@ def find_device(name: str | None = None) -> str:
     return name or devices[0]
 
 
+def resolve_dtype(
+    path: str, dtype: str | torch.dtype = "auto", device: str | None = None, revision: str | None = None
+) -> torch.dtype | str:
+    """
+    The dtype that `load_model` loads for the same arguments; "auto" if only the weights of an accelerator tell.
+
+    Raises:
+        ValueError: if there is no such dtype or device.
+    """
+    if dtype == "auto":
+        chosen = choose_dtype(find_device(device))
+        if chosen == "auto":
+            chosen = MCLlavaConfig.from_pretrained(find_model(path), revision=revision or "main").dtype or chosen
+        return chosen
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    return found
+
+
 def load_model(
     path: str,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     revision: str | None = None,
     quantize: str | None = None,
@@ -47,7 +74,8 @@ def load_model(
 
     Args:
         path: a folder, a Hub id or "tiny".
-        dtype: "auto" keeps the checkpoint's.
+        dtype: "auto" is what `choose_dtype` says, which is printed: on a CPU bfloat16 or float32, on an accelerator
+            the checkpoint's.
         device: by default an accelerator if there is one.
         revision: branch, tag or commit of a Hub id.
         quantize: one of `QUANTIZED`, for the weights of the language model's layers.
@@ -59,16 +87,17 @@ def load_model(
     path, device = find_model(path), find_device(device)
     if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):  # what else may be missing, transformers says
         list_weights(Path(path))
-    options = {"dtype": dtype, "use_safetensors": True, "revision": revision or "main", "output_loading_info": True}
+    chosen = resolve_dtype(path, dtype, device, revision)
+    if dtype == "auto":
+        name = "the precision of its weights" if chosen == "auto" else str(chosen).removeprefix("torch.")
+        print(f"computing in {name} on {device}; dtype sets another precision", file=sys.stderr, flush=True)
+    options = {"dtype": chosen, "use_safetensors": True, "revision": revision or "main", "output_loading_info": True}
     if quantize is None:
         model, report = MCLlavaForConditionalGeneration.from_pretrained(path, **options)
         check_loaded(path, report)
         return model.to(device).eval()
-    if dtype == "auto":
-        saved = MCLlavaConfig.from_pretrained(path, revision=options["revision"]).dtype
-        options["dtype"] = saved or torch.float32
-    else:
-        options["dtype"] = getattr(torch, dtype)
+    if chosen == "auto":
+        options["dtype"] = torch.float32
     options |= {"quantization_config": quantization(quantize, options["dtype"]), "device_map": device}
     try:
         model, report = MCLlavaForConditionalGeneration.from_pretrained(path, **options)
@@ -116,11 +145,58 @@ def identify(path: str, revision: str | None = None) -> str:
     if not Path(path).is_dir():
         config = MCLlavaConfig.from_pretrained(path, revision=revision or "main")
         return getattr(config, "_commit_hash", None) or "unknown"
+    files = sorted(file for suffix in LOADED for file in Path(path).glob(suffix))
+    return known_digest(Path(path).resolve(), files)
+
+
+def known_digest(folder: Path, files: list[Path]) -> str:
+    """
+    A digest of a folder's files. They are read only if the user's cache doesn't know them as they are: reading the 3B
+    model takes as long as many answers.
+    """
+    state, cache = stamps(files), identity_file(folder)
+    if found := read_identity(cache, state):
+        return found
     digest = hashlib.sha256()
-    for file in sorted(file for suffix in LOADED for file in Path(path).glob(suffix)):
+    for file in files:
         digest.update(file.name.encode())
         hash_file(digest, file)
-    return f"sha256:{digest.hexdigest()}"
+    found = f"sha256:{digest.hexdigest()}"
+    if cache is not None and stamps(files) == state:  # nothing was written meanwhile
+        draft = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}")
+        with suppress(OSError):  # a full or read-only disk
+            try:
+                draft.write_text(json.dumps({"files": state, "digest": found}))
+                os.replace(draft, cache)  # two runs may write it at once: a reader sees the one or the other
+            finally:
+                draft.unlink(missing_ok=True)
+    return found
+
+
+def identity_file(folder: Path) -> Path | None:
+    """Where a folder's identity is kept, below `HF_HOME`; None if nothing can be written there."""
+    name = hashlib.sha256(os.fsencode(folder)).hexdigest()[:32]
+    try:
+        return cached_assets_path("mc-llava", namespace="identities") / f"{name}.json"
+    except (OSError, ValueError):
+        return None
+
+
+def read_identity(cache: Path | None, state: list[list]) -> str | None:
+    try:
+        kept = json.loads(cache.read_bytes()) if cache is not None else None
+    except (OSError, ValueError, RecursionError):  # there is none, or it is damaged
+        return None
+    if not isinstance(kept, dict) or kept.get("files") != state:
+        return None
+    digest = kept.get("digest")
+    return digest if isinstance(digest, str) and re.fullmatch("sha256:[0-9a-f]{64}", digest) else None
+
+
+def stamps(files: list[Path]) -> list[list]:
+    """What tells changed files without reading them: no tool sets the time of the last change of status back."""
+    found = [(file.name, file.stat()) for file in files]
+    return [[name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino, at.st_dev] for name, at in found]
 
 
 def identify_code(*names: str) -> str:

@@ -36,8 +36,9 @@ from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 from tqdm import tqdm
 from transformers import TrainerCallback
+from transformers.utils.chat_template_utils import render_jinja_template
 
-from . import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
+from . import Crop, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
 from .folders import find_model
 from .journal import check_utf8, replacing, storing, to_line, to_text
 from .loading import load_model, load_processor
@@ -367,53 +368,66 @@ class Collator:
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         rng = random.Random(f"{self.recipe.seed} {[row['id'] for row in rows]}")
-        encoded = [
-            self.encode(row, rng.randint(*self.recipe.max_crops), rng.randint(*self.recipe.num_tokens)) for row in rows
+        knobs = [(rng.randint(*self.recipe.max_crops), rng.randint(*self.recipe.num_tokens)) for _ in rows]
+        pictures = [None if row["image"] is None else load_image(Path(row["image"])) for row in rows]
+        plans = [
+            None if picture is None else self.processor.image_processor.plan(*picture.size, *bounds, zoom=0)
+            for picture, bounds in zip(pictures, knobs)
         ]
-        if not any("pixel_values" in row for row in encoded):
+        encoded = [self.encode(row["messages"], plan) for row, plan in zip(rows, plans)]
+        if not any(plans):
+            pictures, plans = [Image.new("RGB", (1, 1))], [[Crop((0, 0, 1, 1), 1)]]
             encoded.append(self.blank_row())
         pad_token_id = self.processor.tokenizer.pad_token_id
         batch = {
             name: nn.utils.rnn.pad_sequence([row[name] for row in encoded], batch_first=True, padding_value=padding)
             for name, padding in (("input_ids", pad_token_id), ("attention_mask", 0), ("labels", -100))
         }
-        for name in self.processor.image_processor.model_input_names:
-            if fields := [row[name] for row in encoded if name in row]:
-                batch[name] = torch.cat(fields)
-        return batch
+        images = [picture for picture in pictures if picture is not None]
+        return batch | dict(
+            self.processor.image_processor(images, plans=list(filter(None, plans)), return_tensors="pt")
+        )
 
     def blank_row(self) -> dict[str, torch.Tensor]:
-        """One blank `<image>` without labels."""
-        blank = Image.new("RGB", (1, 1))
-        inputs = self.processor(text=self.processor.image_token, images=blank, num_tokens=1, zoom=0)
-        inputs = {
-            name: inputs[name][0] if name in ("input_ids", "attention_mask") else inputs[name] for name in inputs
-        }
-        return {**inputs, "labels": torch.full_like(inputs["input_ids"], -100)}
+        """One `<image>` without labels."""
+        inputs = self.processor.tokenizer(self.processor.image_token, return_tensors="pt")
+        ids = inputs["input_ids"][0]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
 
-    def encode(self, row: dict, max_crops: int, num_tokens: int) -> dict[str, torch.Tensor]:
-        messages, knobs = row["messages"], {}
-        if row["image"] is not None:
-            knobs = {"max_crops": max_crops, "num_tokens": num_tokens, "zoom": 0}
+    def encode(self, messages: list[dict], plan: list[Crop] | None) -> dict[str, torch.Tensor]:
+        """The tokens of a row, with as many `<image>` as the plan of its picture gives."""
+        if plan is not None:
             first = next(index for index, message in enumerate(messages) if message["role"] == "user")
-            parts = [
-                {"type": "image", "image": load_image(Path(row["image"]))},
-                {"type": "text", "text": messages[first]["content"]},
-            ]
+            parts = [{"type": "image"}, {"type": "text", "text": messages[first]["content"]}]
             messages = [*messages[:first], {"role": "user", "content": parts}, *messages[first + 1 :]]
-        inputs = self.processor.apply_chat_template(
-            messages,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
+        ids, spoken = self.tokenize(messages)
+        is_image = ids == self.processor.image_token_id
+        if int(is_image.sum()) != (plan is not None):
+            raise ValueError(
+                f"a row has {int(is_image.sum())} {IMAGE} for {int(plan is not None)} images: {messages!r:.200}"
+            )
+        counts = torch.ones_like(ids).masked_fill(is_image, sum(crop.num_tokens for crop in plan or []))
+        ids, spoken = (each.repeat_interleave(counts)[: self.context] for each in (ids, spoken))
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.where(spoken, -100)}
+
+    def tokenize(self, messages: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        The ids of a conversation with a single token for its picture, int64[length], and which of them the template
+        marks as the assistant's, bool[length]. transformers looks for these among all tokens of a picture, in Python.
+        """
+        prompt, tokenizer = self.processor.apply_chat_template(messages), self.processor.tokenizer
+        _, (spans,) = render_jinja_template(
+            [messages],
+            chat_template=self.processor.find_template(),
             return_assistant_tokens_mask=True,
-            processor_kwargs=knobs,
+            **tokenizer.special_tokens_map,
         )
-        spoken = torch.as_tensor(inputs.pop("assistant_masks")).bool()
-        inputs["labels"] = inputs["input_ids"].where(spoken, -100)
-        for name in ("input_ids", "attention_mask", "labels"):
-            inputs[name] = inputs[name][0, : self.context]
-        return inputs
+        inputs = tokenizer(prompt, return_offsets_mapping=True, return_tensors="pt")
+        starts, ends = inputs["offset_mapping"][0].T
+        spoken = torch.zeros_like(starts, dtype=torch.bool)
+        for start, end in spans:
+            spoken |= (starts < end) & (ends > start)
+        return inputs["input_ids"][0], spoken
 
 
 # Training

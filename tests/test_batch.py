@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -488,7 +489,7 @@ class TestStartedAgain:
         read, digest_of = [], batch.digest_of
         monkeypatch.setattr(batch, "digest_of", lambda path: read.append(path.name) or digest_of(path))
         run(asked, output)
-        assert read == ["2.png", "3.png"]
+        assert sorted(read) == ["2.png", "3.png"]
 
     @pytest.mark.parametrize("killed", ["before the output", "after the output", "at the end"])
     def test_all_was_written(self, folder, converted, whole, tmp_path, monkeypatch, killed):
@@ -595,6 +596,68 @@ def test_a_row_that_kills_its_worker_ends_the_run(folder, converted, monkeypatch
     monkeypatch.setenv("RAY_ADDRESS", "local")
     with pytest.raises(RuntimeError, match="Ray's workers failed"):
         list(batch.answer_with_ray(job(folder, converted), range(0, 15, 3)))
+
+
+class TestReadingAhead:
+    def test_the_next_batch_is_prepared_while_this_one_is_answered(self, folder, converted, monkeypatch):
+        worker = batch.Worker(job(folder, converted))
+        begun, read, answer = threading.Event(), worker.read, worker.engine.answer
+        rows = []
+
+        def note(index):
+            rows.append(index)
+            if index == 3:
+                begun.set()
+            return read(index)
+
+        def wait(conversations, **options):
+            assert begun.wait(10), "nothing of the next batch is read"
+            return answer(conversations, **options)
+
+        monkeypatch.setattr(worker, "read", note)
+        monkeypatch.setattr(worker.engine, "answer", wait)
+        for start in (0, 3, 6):
+            assert [record["row"] for record in worker.answer_batch(start)] == [start, start + 1, start + 2]
+        worker.ahead[1].results()
+        assert sorted(rows) == list(range(12)), "each row is read once"
+        assert [record["row"] for record in worker.answer_batch(3)] == [3, 4, 5], "in any order"
+
+    def test_ctrl_c_ends_it(self, folder, converted, monkeypatch):
+        worker = batch.Worker(job(folder, converted))
+        slow, read = threading.Event(), worker.read
+
+        def wait(index):
+            if index >= 3:
+                slow.wait(10)
+            return read(index)
+
+        def interrupt(conversations, **options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(worker, "read", wait)
+        monkeypatch.setattr(worker.engine, "answer", interrupt)
+        threads = threading.active_count()
+        with pytest.raises(KeyboardInterrupt):
+            worker.answer_batch(0)
+        slow.set()
+        deadline = time.monotonic() + 10
+        while threading.active_count() > threads and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert threading.active_count() == threads
+
+    def test_a_machine_that_fails_in_a_thread_ends_the_run(self, folder, converted, monkeypatch):
+        worker = batch.Worker(job(folder, converted))
+        read = worker.read
+
+        def fail(index):
+            if index == 4:
+                raise OSError("the disk is gone")
+            return read(index)
+
+        monkeypatch.setattr(worker, "read", fail)
+        assert len(worker.answer_batch(0)) == 3
+        with pytest.raises(OSError, match="the disk is gone"):
+            worker.answer_batch(3)
 
 
 def test_a_pipe_is_no_input(tmp_path):

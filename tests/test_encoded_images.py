@@ -3,19 +3,29 @@
 import copy
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
-from helpers import picture, prompt, small_model
+from helpers import CountReads, picture, prompt, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-from mc_llava import EncodedImages, FeatureCache, MCLlavaImageProcessor, MCLlavaProcessor, hash_tensors
+from mc_llava import (
+    EncodedImages,
+    FeatureCache,
+    MCLlavaForConditionalGeneration,
+    MCLlavaImageProcessor,
+    MCLlavaProcessor,
+    encoded_images_mc_llava,
+    hash_tensors,
+)
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(300, 300, seed=3)]
+PATCHES, ROW = 15, 32 * 4  # that a crop of the small model may give; the bytes of one
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
@@ -35,6 +45,17 @@ def inputs(processor):
 @pytest.fixture(scope="module")
 def encoded(model, inputs) -> EncodedImages:
     return model.encode_images(**inputs)
+
+
+@pytest.fixture
+def passes(model):
+    """How many crops passed the vision tower."""
+    crops = []
+    hook = model.model.vision_tower.encoder.register_forward_hook(
+        lambda module, arguments, output: crops.append(len(output.last_hidden_state))
+    )
+    yield crops
+    hook.remove()
 
 
 class TestAsking:
@@ -167,6 +188,119 @@ class TestWeights:
         assert len(hashes) == len(variants) + 3
 
 
+def plain_sum(tensor: torch.Tensor) -> int:
+    """What `hash_tensors` sums for a tensor, written down word by word."""
+    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    words = [int.from_bytes(octets[start : start + 8], "little") for start in range(0, len(octets), 8)]
+    total = 0
+    for place, word in enumerate(words):
+        key = (2 * place + 1) * 0x5851F42D4C957F2D % 2**64
+        mixed = (word ^ key) * 0x5851F42D4C957F2D % 2**64
+        signed = mixed - 2**64 * (mixed >= 2**63)
+        total += ((signed >> 32) % 2**64 ^ mixed) * key
+    return (total + 2**63) % 2**64 - 2**63
+
+
+def fused_step(model):
+    """It changes weights without counting a version."""
+    weight = model.model.vision_tower.encoder.layers[0].mlp.fc1.weight
+    weight.grad = torch.full_like(weight, 0.1)
+    torch.optim.AdamW([weight], lr=1e-3, fused=True).step()
+
+
+def edit_data(model):
+    model.model.coord_embed[2].bias.data[5] += 1e-5
+
+
+def edit_in_numpy(model):
+    model.model.multi_modal_projector.linear_1.weight.detach().numpy()[3, 4] *= 1.001
+
+
+class TestHash:
+    """`hash_encoder` and `hash_tensors`: cached features on users' disks carry their value."""
+
+    def test_it_is_what_it_was(self):
+        """Computed by the code before the words were summed in blocks."""
+        generator = torch.Generator().manual_seed(0)
+        tensors = [
+            torch.randn(size, generator=generator).to(dtype)
+            for size in ((), (3,), (5, 7), (2, 3, 4), (300, 301), (300, 301))
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+        ]
+        tensors += [tensors[8].T, tensors[16][:, 1:], torch.zeros(0, 3), torch.tensor([True, False])]
+        assert hash_tensors(tensors) == "384efd63dc681d21a86e538472d61ef7986254a7e1a192072dd89712c8a6a983"
+
+    @given(
+        sizes=st.lists(st.integers(0, 90), min_size=1, max_size=6),
+        block=st.sampled_from([1, 2, 3, 8, 64]),
+        stack=st.sampled_from([1, 100, 10**9]),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_blocks_and_stacks_sum_the_same(self, sizes, block, stack):
+        tensors = [torch.randn(size, generator=torch.Generator().manual_seed(size)).half() for size in sizes]
+        octets = [tensor.view(torch.uint8) for tensor in tensors]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encoded_images_mc_llava, "BLOCK", block)
+            patch.setattr(encoded_images_mc_llava, "STACK_BYTES", stack)
+            expected = [plain_sum(tensor) for tensor in tensors]
+            for threads in (1, 3):
+                patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+                assert encoded_images_mc_llava.sum_in_blocks(octets) == expected
+            assert encoded_images_mc_llava.sum_stacked(octets) == expected
+
+    def test_a_tensor_that_starts_within_a_word(self):
+        whole = torch.arange(41, dtype=torch.int16)
+        assert hash_tensors([whole[1:]]) == hash_tensors([whole[1:].clone()]) != hash_tensors([whole[:-1]])
+
+    @pytest.mark.parametrize("change", [fused_step, edit_data, edit_in_numpy])
+    def test_a_change_that_no_version_counts_is_noticed(self, model, inputs, change):
+        changed = small_model()
+        encoded, version = changed.encode_images(**inputs), [tensor._version for tensor in changed.parameters()]
+        assert changed.hash_encoder() == model.hash_encoder()
+        change(changed)
+        assert [tensor._version for tensor in changed.parameters()] == version
+        assert changed.hash_encoder() != model.hash_encoder()
+        with pytest.raises(ValueError, match="other weights of vision tower.* encode them again"):
+            changed.generate(**text_of(inputs), image_features=encoded)
+
+    def test_adapters_that_are_merged_and_taken_out_again_are_noticed(self):
+        peft = pytest.importorskip("peft", reason='pip install "mc-llava[train]" to test adapters')
+        model = small_model()
+        plain = model.hash_encoder()
+        options = peft.LoraConfig(target_modules=["linear_1", "fc2"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, options)
+        apart = model.hash_encoder()
+        adapted.merge_adapter()
+        merged = model.hash_encoder()
+        adapted.unmerge_adapter()
+        assert len({plain, apart, merged}) == 3
+        # Subtracting what was added need not give the same bits: then the hash differs again.
+        names = [name for name, _ in model.named_parameters() if "base_layer.weight" in name]
+        assert names and (model.hash_encoder() == apart) == self.is_as_before(model, names)
+
+    @staticmethod
+    def is_as_before(model, names) -> bool:
+        fresh, weights = small_model().state_dict(), model.state_dict()
+        return all(torch.equal(weights[name], fresh[name.replace("base_layer.", "")]) for name in names)
+
+    def test_a_device_is_asked_once(self):
+        """The tower of the 3B has 27 layers. Their weights have few shapes, whose tensors are hashed together."""
+        config = small_config()
+        config.vision_config.num_hidden_layers = 27
+        model = MCLlavaForConditionalGeneration._from_config(config)
+        with CountReads() as on_cpu:
+            expected = model.hash_encoder()
+        assert len(on_cpu.reads) == 1
+        with torch.inference_mode():
+            assert model.hash_encoder() == expected
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encoded_images_mc_llava, "sum_in_blocks", encoded_images_mc_llava.sum_stacked)
+            with CountReads() as on_device:
+                assert model.hash_encoder() == expected
+        assert len(on_device.reads) == 1
+        assert len(on_device.kernels) <= 130
+
+
 class TestFiles:
     def test_saved_and_loaded(self, model, inputs, encoded, tmp_path):
         encoded.save(tmp_path / "encoded.safetensors")
@@ -259,8 +393,8 @@ class TestFeatureCache:
     @settings(max_examples=20, deadline=None)
     def test_cached_equals_uncached(self, model, processor, data):
         """Over random orders, sizes, knobs and evictions."""
-        kept = data.draw(st.integers(0, 4), label="images that fit")
-        cache = FeatureCache(max_bytes=kept * 20 * 48 * 4)
+        kept = data.draw(st.integers(0, 12), label="crops that fit")
+        cache = FeatureCache(max_bytes=kept * PATCHES * ROW)
         for _ in range(data.draw(st.integers(1, 8))):
             images = data.draw(st.lists(st.sampled_from(IMAGES), min_size=1, max_size=3))
             knobs = {"max_crops": data.draw(st.integers(0, 5)), "num_tokens": data.draw(st.integers(4, 20))}
@@ -270,7 +404,7 @@ class TestFeatureCache:
             assert torch.equal(cached["input_ids"], uncached["input_ids"])
             for ours, theirs in zip(cached["image_features"], uncached["image_features"], strict=True):
                 assert torch.allclose(ours, theirs, atol=1e-5)
-            assert cache.nbytes == sum(entry.features.nbytes for entry in cache._entries.values()) <= cache.max_bytes
+            assert cache.nbytes == sum(crop.patches.nbytes for crop in cache._crops.values()) <= cache.max_bytes
 
     def test_hits_and_what_makes_a_miss(self, processor):
         model, cache = small_model(), FeatureCache()
@@ -283,17 +417,65 @@ class TestFeatureCache:
         assert counts(IMAGES[1].copy()) == (1, 1)
         assert counts(IMAGES[1], max_crops=6, num_tokens=20) == (2, 1), "the saved knobs, written out"
         assert counts(IMAGES[1], max_crops=2) == (2, 2)
-        assert counts(IMAGES[1], num_tokens=19) == (2, 3)
+        assert counts(IMAGES[1], num_tokens=19) == (3, 2), "more or fewer tokens of the same crops"
         other = IMAGES[1].copy()
         other.putpixel((7, 7), (1, 2, 3))
-        assert counts(other) == (2, 4)
-        assert counts(IMAGES[1].transpose(0).transpose(0)) == (3, 4)
+        assert counts(other) == (3, 3)
+        assert counts(IMAGES[1].transpose(0).transpose(0)) == (4, 3)
+        assert counts(IMAGES[1], resample=Image.Resampling.NEAREST) == (4, 4)
+        assert counts(IMAGES[1], image_mean=[0.4, 0.5, 0.5]) == (4, 5)
+        assert counts(IMAGES[1], do_normalize=False) == (4, 6)
         with torch.no_grad():
             model.model.coord_embed[0].bias += 1
-        assert counts(IMAGES[1]) == (3, 5)
+        assert counts(IMAGES[1]) == (4, 7)
         model.bfloat16()
-        assert counts(IMAGES[1]) == (3, 6)
-        assert len(cache) == 6
+        assert counts(IMAGES[1]) == (4, 8)
+
+    @pytest.mark.parametrize(
+        "more", [{"max_crops": 6}, {"num_tokens": 30}, {"plans": [[(0, 0, 300, 300), (5, 5, 99, 99)]]}]
+    )
+    def test_only_new_crops_pass_the_tower(self, model, processor, passes, more):
+        first, second = {"max_crops": 4, "num_tokens": 20}, {"num_tokens": 20, **more}
+        if "plans" not in more:
+            second = {**first, **more}
+        cache = FeatureCache()
+        (known,) = cache.encode(model, processor.image_processor, [IMAGES[3]], **first)
+        assert passes == [len(known.crop_boxes)]
+        (found,) = cache.encode(model, processor.image_processor, [IMAGES[3]], **second)
+        boxes = {tuple(box) for box in found.crop_boxes.tolist()}
+        assert sum(passes[1:]) == len(boxes - {tuple(box) for box in known.crop_boxes.tolist()}) < len(boxes)
+        (alone,) = FeatureCache().encode(model, processor.image_processor, [IMAGES[3]], **second)
+        torch.testing.assert_close(found.features, alone.features, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.crop_coords, alone.crop_coords) and found.plans == alone.plans
+
+    def test_a_full_cache_keeps_what_was_asked_for(self, model, processor, passes):
+        """First the patches go that nobody asked for, those of the least recently used crops, and then crops."""
+        asked = {"max_crops": 0, "num_tokens": 5}
+        cache = FeatureCache(max_bytes=2 * (PATCHES + 5) * ROW)
+        for image in IMAGES:
+            cache.encode(model, processor.image_processor, [image], **asked)
+        sizes = [len(crop.patches) for crop in cache._crops.values()]
+        assert sizes == [5, 5, PATCHES, PATCHES] and cache.nbytes == cache.max_bytes
+        cache.encode(model, processor.image_processor, IMAGES, **asked)
+        assert passes == [1] * 4 and len(cache) == 4
+        cache.encode(model, processor.image_processor, IMAGES[:1], max_crops=0, num_tokens=6)
+        assert passes == [1] * 5, "it had been cut down to fewer"
+        for seed in range(20):
+            cache.encode(model, processor.image_processor, [picture(40, 30, seed=100 + seed)], **asked)
+            assert cache.nbytes <= cache.max_bytes
+        assert len(cache) == 2 * (PATCHES + 5) // 5
+
+    def test_a_call_that_another_model_would_need_is_refused(self, model, processor):
+        cache = FeatureCache()
+        cache.encode(model, processor.image_processor, IMAGES[:1])
+        for wrong in ({"patch_size": 7}, {"size": {"height": 70, "width": 70}}, {"size": 70}):
+            with pytest.raises(
+                ValueError, match="the image processor has .*, the model .*: use the processor of this"
+            ):
+                cache.encode(model, processor.image_processor, IMAGES[:1], **wrong)
+        for wrong in ({"nonsense": 3}, {"image_std": 0}, {"num_tokens": 0}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                cache.encode(model, processor.image_processor, IMAGES[:1], **wrong)
 
     def test_autocast_makes_a_miss(self, model, processor):
         cache = FeatureCache()
@@ -319,7 +501,7 @@ class TestFeatureCache:
         assert cache.misses == 2 and not torch.equal(first.features, second.features)
 
     def test_what_is_larger_than_the_cache_leaves_it_alone(self, model, processor):
-        cache = FeatureCache(max_bytes=10 * 48 * 4)  # of ten tokens
+        cache = FeatureCache(max_bytes=10 * ROW)
         counts = []
         for image, num_tokens in ((IMAGES[0], 10), (IMAGES[1], 11), (IMAGES[0], 10)):
             processor("What?", image, model, feature_cache=cache, num_tokens=num_tokens)
@@ -342,8 +524,7 @@ class TestFeatureCache:
             assert len(calls) == count
 
     def test_the_one_unused_for_longest_goes(self, model, processor):
-        processor("What?", IMAGES[0], model, feature_cache=(cache := FeatureCache()), num_tokens=10)
-        cache = FeatureCache(max_bytes=2 * cache.nbytes)
+        cache = FeatureCache(max_bytes=2 * 10 * ROW)
         for image, hits in ((0, 0), (1, 0), (0, 1), (2, 1), (0, 2), (1, 2)):
             processor("What?", picture(40, 40, seed=image), model, feature_cache=cache, num_tokens=10)
             assert cache.hits == hits and len(cache) <= 2
@@ -376,6 +557,14 @@ class TestFeatureCache:
         elif options["patch_size"] == 7:
             with pytest.raises(ValueError, match="use the processor of this model, with patch_size 14"):
                 model(**other("What?", IMAGES[0], num_tokens=60))
+
+    def test_arrays_with_channels_first(self, model, processor):
+        arrays = [np.asarray(image).transpose(2, 0, 1) for image in IMAGES[1:3]]
+        cache = FeatureCache()
+        expected = cache.encode(model, processor.image_processor, IMAGES[1:3])
+        found = cache.encode(model, processor.image_processor, arrays, input_data_format="channels_first")
+        assert (cache.hits, cache.misses) == (2, 2)
+        assert all(torch.equal(one.features, other.features) for one, other in zip(found, expected, strict=True))
 
     def test_in_messages(self, model, processor):
         cache = FeatureCache()

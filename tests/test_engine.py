@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import picture, small_model
+from helpers import SIDE, picture, small_model
 from transformers import AutoModel, AutoProcessor
 
-from mc_llava import EncodedImages
+from mc_llava import EncodedImages, FeatureCache, encoded_images_mc_llava
 from mc_llava.engine import GREEDY, Engine, ask_about
 
 
@@ -44,6 +44,61 @@ def test_replies_are_those_of_generate(engine, model, processor):
         assert [image.plans[0] for image in reply.images] == plans
         assert reply.crops == sum(map(len, plans))
         assert reply.image_tokens == sum(crop.num_tokens for plan in plans for crop in plan)
+
+
+def test_pictures_of_a_call_share_passes(model, processor, passes):
+    images = [picture(200, 120, seed) for seed in range(7)]  # of 4 crops each
+    together = Engine(model, processor, max_crops=4, num_tokens=18).encode(images)
+    assert passes == [16, 12]
+    passes.clear()
+    alone = Engine(model, processor, max_crops=4, num_tokens=18)
+    for image, encoded in zip(images, together):
+        torch.testing.assert_close(encoded.features, alone.encode([image])[0].features)
+    assert passes == [4] * 7
+
+
+class TestPreparedImages:
+    def test_they_stand_for_their_images(self, engine, passes):
+        asked = [([WIDE], "What is it?"), ([WIDE, SMALL], "What differs?"), ([WIDE], "And this?")]
+        expected = engine.answer([ask_about(*each) for each in asked], **GREEDY)
+        crops = sum(passes)
+        passes.clear()
+        other = Engine(engine.model, engine.processor, max_crops=4, num_tokens=18, max_new_tokens=6)
+        prepared = [(other.prepare(images), question) for images, question in asked]
+        replies = other.answer([ask_about(*each) for each in prepared], **GREEDY)
+        assert [reply.text for reply in replies] == [reply.text for reply in expected]
+        assert sum(passes) == crops, "each picture is encoded once"
+
+    def test_equal_pictures_are_cut_once_and_encoded_ones_not_at_all(self, engine, monkeypatch):
+        cut, cut_to = [], encoded_images_mc_llava.cut_to
+        monkeypatch.setattr(encoded_images_mc_llava, "cut_to", lambda *args: cut.append(len(args[2])) or cut_to(*args))
+        prepared = [engine.prepare([WIDE.copy()]) for _ in range(3)]
+        assert cut == [4] and prepared[0][0] is prepared[2][0]
+        engine.encode(prepared[0])
+        assert cut == [4]
+        del prepared
+        engine.encode(engine.prepare([WIDE]))
+        assert cut == [4]
+        engine.feature_cache = FeatureCache(0)
+        engine.encode(engine.prepare([WIDE]))
+        assert cut == [4, 4]
+
+    def test_crops_that_are_too_many_wait(self, engine, monkeypatch):
+        monkeypatch.setattr(encoded_images_mc_llava, "MOST_CUT_AHEAD", 3 * 3 * SIDE**2)
+        (image,) = engine.prepare([WIDE])
+        assert image.nbytes == 4 * 200 * 120
+        torch.testing.assert_close(engine.encode([image])[0].features, engine.encode([WIDE])[0].features)
+
+    def test_zoom_cuts_later(self, engine):
+        engine.knobs["zoom"] = 1
+        assert engine.prepare([WIDE]) == [WIDE]
+
+    def test_errors_are_those_of_encoding(self, engine):
+        with pytest.raises(ValueError, match="cannot read an image from NoneType"):
+            engine.prepare([None])
+        engine.knobs["num_tokens"] = 0
+        with pytest.raises(ValueError, match="num_tokens must be at least 1"):
+            engine.prepare([WIDE])
 
 
 def test_why_an_answer_ended(engine, model, processor, monkeypatch):

@@ -25,7 +25,7 @@ from filelock import FileLock
 from helpers import ROOT, picture, prompt
 from PIL import Image
 
-from mc_llava import MCLlavaForConditionalGeneration, cli, scenes
+from mc_llava import MCLlavaForConditionalGeneration, cli, loading, scenes
 from mc_llava.engine import Engine, ask_about
 from mc_llava.evaluation import running, tasks
 from mc_llava.evaluation.comparison import compare
@@ -144,6 +144,86 @@ def test_what_a_model_is_known_by(converted, tmp_path):
         path.write_text(path.read_text().replace(old, new, 1) + " ")
         known.add(identify(str(folder)))
     assert len(known) == 4 and all(one.startswith("sha256:") for one in known)
+
+
+SHARD = "model-00001-of-00002.safetensors"
+
+
+class TestIdentity:
+    """A model is read once for it, as long as no file has changed."""
+
+    @pytest.fixture
+    def folder(self, converted, tmp_path, monkeypatch) -> Path:
+        monkeypatch.setattr("huggingface_hub.utils._cache_assets.HF_ASSETS_CACHE", str(tmp_path / "cache"))
+        return shutil.copytree(converted, tmp_path / "model")
+
+    @pytest.fixture
+    def read(self, folder, monkeypatch) -> list[str]:
+        """The names of the files that are read."""
+        names, hash_file = [], loading.hash_file
+
+        def remember(digest, path):
+            names.append(path.name)
+            hash_file(digest, path)
+
+        monkeypatch.setattr(loading, "hash_file", remember)
+        return names
+
+    def test_it_is_read_once(self, folder, read, monkeypatch):
+        first = identify(str(folder))
+        assert SHARD in read
+        read.clear()
+        monkeypatch.chdir(folder.parent)
+        assert identify(str(folder)) == identify("model") == first and not read
+
+    @pytest.mark.parametrize("change", ["content", "times", "replaced", "added", "removed"])
+    def test_what_has_changed_is_read_again(self, folder, read, change):
+        first, path = identify(str(folder)), folder / SHARD
+        times, content = os.stat(path), bytearray(path.read_bytes())
+        content[-1] ^= 1
+        if change == "content":
+            path.write_bytes(content)
+        elif change == "times":  # set back
+            path.write_bytes(content)
+            os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        elif change == "replaced":
+            folder.joinpath("other").write_bytes(content)
+            os.utime(folder / "other", ns=(times.st_atime_ns, times.st_mtime_ns))
+            os.replace(folder / "other", path)
+        elif change == "added":
+            folder.joinpath("added.json").write_text("{}")
+        else:
+            folder.joinpath("generation_config.json").unlink()
+        read.clear()
+        assert identify(str(folder)) != first
+        assert SHARD in read
+
+    def test_a_file_that_is_written_meanwhile_is_not_kept(self, folder, read, monkeypatch):
+        remember = loading.hash_file
+
+        def write_after(digest, path):
+            remember(digest, path)
+            if path.name == SHARD:
+                path.write_bytes(path.read_bytes() + b" ")
+
+        monkeypatch.setattr(loading, "hash_file", write_after)
+        identify(str(folder))
+        monkeypatch.setattr(loading, "hash_file", remember)
+        read.clear()
+        identify(str(folder))
+        assert SHARD in read
+
+    @pytest.mark.parametrize("damage", [b"", b"[]", b'{"digest": 1}', b"[" * 10**5, None])
+    def test_a_cache_that_is_of_no_use(self, folder, read, tmp_path, damage):
+        first = identify(str(folder))
+        (cache,) = (tmp_path / "cache").rglob("*.json")
+        if damage is None:  # nothing can be written where it belongs
+            shutil.rmtree(tmp_path / "cache")
+            (tmp_path / "cache").write_text("a file")
+        else:
+            cache.write_bytes(damage)
+        read.clear()
+        assert identify(str(folder)) == first and SHARD in read
 
 
 def test_pickled_weights_are_not_loaded(converted, tmp_path):
@@ -525,16 +605,18 @@ class TestScenes:
         assert first["reply"] == reply_to(engine, first["prompt"], file_of(image, "PNG"))
 
     def test_an_image_is_encoded_once_for_all_its_questions(self, engine, tmp_path, monkeypatch):
-        encoded, encode = [], engine.model.get_image_features
+        encoded, encode = [], engine.model.model.encode_crops
 
-        def counted(*inputs, **options):
-            encoded.append(inputs)
-            return encode(*inputs, **options)
+        def counted(pixel_values, **options):
+            encoded.append(len(pixel_values))
+            return encode(pixel_values, **options)
 
-        monkeypatch.setattr(engine.model, "get_image_features", counted)
+        monkeypatch.setattr(engine.model.model, "encode_crops", counted)
         fresh = Engine(engine.model, engine.processor, **KNOBS, batch_size=3, max_new_tokens=1)
-        run("scenes", fresh, tmp_path, limit=12)
-        assert len(encoded) == 3, "of four questions each, in four batches"
+        records = run("scenes", fresh, tmp_path, limit=12)["questions"]
+        crops = {record["image"]: record["crops"] for record in records}
+        assert len(crops) == 3, "of four questions each, in four batches"
+        assert sum(encoded) == sum(crops.values())
 
     def test_right_replies_are_right(self):
         count, questions = TASKS["scenes"].read("")

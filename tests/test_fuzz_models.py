@@ -14,7 +14,13 @@ from helpers import picture
 from transformers import set_seed
 from transformers.generation import utils as generation_utils
 
-from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor
+from mc_llava import (
+    FeatureCache,
+    MCLlavaConfig,
+    MCLlavaForConditionalGeneration,
+    MCLlavaImageProcessor,
+    PrefixCache,
+)
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.fuzz]
@@ -115,6 +121,12 @@ def disagreements(seed: int) -> list[str]:
         "uncached": tokens(model, inputs, use_cache=False),
         "static cache": tokens(model, inputs, cache_implementation="static", disable_compile=True),
     }
+    kept = PrefixCache(max_bytes=rng.choice([0, 2**12, 2**14, 2**28]))
+    for times in ("once", "twice"):
+        found[f"keeping prefixes, {times}"] = tokens(model, inputs, prefix_cache=kept)
+    found["one by one, keeping prefixes"] = [
+        tokens(model, to_inputs([row], image_processor), prefix_cache=kept)[0] for row in rows
+    ]
     if hasattr(generation_utils, "_slice_mm_encoder_output"):  # transformers 5.23
         found["chunked prefill"] = tokens(model, inputs, prefill_chunk_size=rng.randint(1, 9))
     found_beams = {
@@ -127,6 +139,10 @@ def disagreements(seed: int) -> list[str]:
         found["features"] = tokens(model, {**text, "image_features": encoded})
         found["features, short prompts"] = tokens(model, {**short, "image_features": encoded.split()})
         found_beams["beams, features"] = tokens(model, {**text, "image_features": encoded}, num_beams=2)
+        found["short prompts, keeping prefixes"] = tokens(
+            model, {**short, "image_features": encoded.split(), "prefix_cache": kept}
+        )
+    found_beams["beams, keeping prefixes"] = tokens(model, inputs, num_beams=2, prefix_cache=kept)
     return [way for way, got in found.items() if got != expected] + [
         way for way, got in found_beams.items() if got != beams
     ]
@@ -160,6 +176,9 @@ def zoom_disagreements(seed: int) -> list[str]:
         assert max(looked.tokens_per_image) <= knobs["num_tokens"]
         texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         found["zoom, then generate"] = tokens(model, {**texts, "image_features": looked})
+        cache = FeatureCache(max_bytes=rng.choice([0, 2**10, 2**14, 2**28]))
+        found["crops that are kept"] = tokens(model, {**inputs, "feature_cache": cache})
+        found["crops that were kept"] = tokens(model, {**inputs, "feature_cache": cache})
     return [way for way, got in found.items() if got != batch]
 
 

@@ -175,7 +175,7 @@ class TestShapes:
 
     def test_knobs_and_the_cache(self, handler, trial):
         asked = {"question": trial.questions[0], "image": encoded(trial)}
-        knobs = {"max_crops": 1, "num_tokens": 30}
+        knobs = {"max_crops": 5, "num_tokens": 30}
         misses, hits = handler.cache.misses, handler.cache.hits
         for _ in range(2):
             reply = handler({"inputs": asked, "parameters": {**PARAMETERS, **knobs}})[0]["answer"]

@@ -21,7 +21,7 @@ import torch
 from helpers import ROOT, picture
 from PIL import Image, ImageCms, ImageFile, ImageOps, ImageSequence, TiffImagePlugin
 
-from mc_llava import MCLlavaImageProcessor, flatten_images, image_loading_mc_llava, load_image
+from mc_llava import MCLlavaImageProcessor, flatten_images, image_loading_mc_llava, image_pixels_mc_llava, load_image
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -403,6 +403,42 @@ def test_profiles_without_littlecms(monkeypatch):
 def test_the_result_says_nothing_that_was_applied():
     content = encode(picture(20, 10), exif=exif(6), icc_profile=icc_profile("RGB ", 2.2, P3))
     assert load_image(content).info == {}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_bands_are_turned_upright_one_by_one(monkeypatch, mode, orientation):
+    monkeypatch.setattr(image_pixels_mc_llava, "BAND_PIXELS", 40)  # bands of 5 rows, the last one of 3
+    image = picture(8, 13).convert(mode)
+    content = encode(image, "TIFF", exif=exif(orientation))
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+    assert same(content, upright)
+
+
+def test_a_picture_and_its_file_are_changed_apart(tmp_path):
+    """They share memory until one of them is."""
+    image = picture(20, 10)
+    image.save(tmp_path / "image.png")
+    for change, other in ((0, 1), (1, 0)):
+        with Image.open(tmp_path / "image.png") as file:
+            both = [file, load_image(file)]
+            assert type(both[1]) is Image.Image
+            both[change].paste("red", (0, 0, 5, 5))
+            assert both[change].tobytes() != image.tobytes() == both[other].tobytes()
+    file = Image.open(tmp_path / "image.png")
+    loaded = load_image(file)
+    file.close()
+    assert loaded.tobytes() == image.tobytes()
+
+
+def test_a_picture_stays_when_its_file_shows_another_frame():
+    for format in ("MPO", "TIFF", "PNG"):
+        content = encode(picture(20, 10, 1), format, save_all=True, append_images=[picture(20, 10, 2)])
+        with Image.open(io.BytesIO(content)) as file:
+            loaded = load_image(file)
+            before = loaded.tobytes()
+            file.seek(1)
+            assert load_image(file).tobytes() != before == loaded.tobytes()
 
 
 @pytest.mark.parametrize("channels_first", [False, True])

@@ -137,6 +137,37 @@ def test_loss_is_on_what_the_assistant_says(folder, recipe, data, said):
         assert "<image>\n" + row["messages"][0]["content"] + "<|im_end|>" in prompt
 
 
+@pytest.mark.parametrize("saved_zoom", [0, 2])
+def test_a_batch_is_what_the_processor_returns_for_its_rows(recipe, monkeypatch, saved_zoom):
+    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+    processor.image_processor.zoom = saved_zoom  # which training leaves out
+    rows, opened, open_image = check(recipe, processor).good[:3], [], Image.open
+    monkeypatch.setattr(Image, "open", lambda file, **options: opened.append(file) or open_image(file, **options))
+    recipe = replace(recipe, max_crops=(3, 3), num_tokens=(16, 16))
+    batch = Collator(processor, recipe, context=2048)(rows)
+    assert len(opened) == 3
+    pixels = []
+    for index, row in enumerate(rows):
+        question, *others = row["messages"]
+        parts = [{"type": "image", "image": row["image"]}, {"type": "text", "text": question["content"]}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": parts}, *others],
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"max_crops": 3, "num_tokens": 16, "zoom": 0},
+        )
+        ids, length = inputs["input_ids"][0], inputs["input_ids"].shape[1]
+        labels = ids.where(torch.as_tensor(inputs["assistant_masks"])[0].bool(), -100)
+        assert torch.equal(batch["input_ids"][index, :length], ids)
+        assert torch.equal(batch["labels"][index, :length], labels)
+        assert batch["attention_mask"][index].sum() == length
+        pixels.append(inputs["pixel_values"])
+    assert torch.equal(batch["pixel_values"], torch.cat(pixels))
+    assert set(batch) == set(inputs) - {"assistant_masks"} | {"labels"}
+
+
 def test_knobs_are_drawn_for_each_row_and_again_the_same(recipe):
     recipe = replace(recipe, max_crops=(0, 8), num_tokens=(16, 64))
     _, _, batch = collate(recipe, count=8)

@@ -4,10 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, picture, prompt, small_model
+from helpers import EXAMPLES, ROOT, CountReads, picture, prompt, small_model
 from PIL import Image
 
 from mc_llava import (
+    FeatureCache,
     MCLlavaForConditionalGeneration,
     MCLlavaProcessor,
     ZoomedImages,
@@ -73,6 +74,98 @@ def test_generate_looks_and_answers_as_zoom_and_generate_do(zooming, processor, 
     assert new_tokens(zooming, inputs, **options) == expected
 
 
+@pytest.fixture
+def passes(zooming):
+    """How many crops passed the vision tower."""
+    crops = []
+    hook = zooming.model.vision_tower.encoder.register_forward_hook(
+        lambda module, arguments, output: crops.append(len(output.last_hidden_state))
+    )
+    yield crops
+    hook.remove()
+
+
+def test_another_question_encodes_only_crops_that_are_new(zooming, processor, passes):
+    cache, seen = FeatureCache(), set()
+    questions = ("What is it?", "What is it?", "Where is the red sign?", "And the other one?")
+    for question in questions:
+        for knobs in (KNOBS, {**KNOBS, "num_tokens": 30}, {**KNOBS, "zoom": 1}):
+            inputs = processor([question, question], [IMAGES[:1], IMAGES[1:2]], **knobs)
+            expected = zooming.zoom(**inputs)
+            before = sum(passes)
+            looked = zooming.zoom(**inputs, feature_cache=cache)
+            boxes = {(image, *box) for image, plan in enumerate(looked.plans) for box, _ in plan}
+            assert sum(passes) - before == len(boxes - seen)
+            seen |= boxes
+            assert looked.plans == expected.plans and looked.weights_hash == expected.weights_hash
+            torch.testing.assert_close(looked.features, expected.features, rtol=1e-4, atol=1e-4)
+            assert new_tokens(zooming, inputs, feature_cache=cache) == new_tokens(zooming, inputs)
+    (whole, _) = cache.encode(zooming, processor.image_processor, IMAGES[:2], max_crops=0, num_tokens=15)
+    assert cache.misses and len(whole.features) == 15
+    before = sum(passes)
+    cache.encode(zooming, processor.image_processor, IMAGES[:2], max_crops=0, num_tokens=10)
+    assert sum(passes) == before, "the whole picture is a crop of every plan"
+
+
+def test_the_cache_tells_pictures_filters_and_weights_apart(processor):
+    model, cache = small_model(), FeatureCache()
+    other = IMAGES[0].copy()
+    other.putpixel((399, 299), (1, 2, 3))
+    for image, options in (
+        (IMAGES[0], {}),
+        (other, {}),
+        (IMAGES[0], {"resample": 0}),
+        (IMAGES[0], {"image_std": 0.4}),
+    ):
+        inputs = processor("What?", image, **KNOBS, **options)
+        expected = model.zoom(**inputs)
+        torch.testing.assert_close(model.zoom(**inputs, feature_cache=cache).features, expected.features)
+    misses = cache.misses
+    with torch.no_grad():
+        model.model.vision_tower.encoder.layers[0].mlp.fc1.weight *= 1.5
+    inputs = processor("What?", IMAGES[0], **KNOBS)
+    looked = model.zoom(**inputs, feature_cache=cache)
+    assert cache.misses > misses and looked.weights_hash == model.hash_encoder()
+    torch.testing.assert_close(looked.features, model.zoom(**inputs).features)
+
+
+def test_features_are_projected_and_weights_hashed_once(zooming, processor, monkeypatch):
+    projections, hashes, hash_encoder = [], [], zooming.hash_encoder
+    monkeypatch.setattr(zooming, "hash_encoder", lambda: hashes.append(1) or hash_encoder())
+    hook = zooming.model.multi_modal_projector.register_forward_hook(lambda *_: projections.append(1))
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    options = {**GREEDY, "return_dict_in_generate": True}
+    zooming.generate(**inputs, **options)
+    assert (len(projections), len(hashes)) == (3, 1), "one for each of two looks, and one for the answer"
+    zooming.generate(**inputs, **options, feature_cache=FeatureCache())
+    assert (len(projections), len(hashes)) == (6, 2)
+    zooming.generate(**inputs, **GREEDY)
+    assert (len(projections), len(hashes)) == (9, 2)
+    hook.remove()
+
+
+def test_a_feature_cache_without_zoom_goes_to_the_processor(zooming, processor):
+    with pytest.raises(ValueError, match="pass feature_cache and the model to the processor"):
+        zooming.generate(**processor("What?", IMAGES[0]), feature_cache=FeatureCache())
+
+
+@pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
+def test_the_device_is_read_once_more_a_round(zooming, processor, heads, monkeypatch):
+    monkeypatch.setattr(zooming.config, "zoom_heads", heads)
+    reads = {}
+    for texts, images in ((TEXTS[1], IMAGES[:1]), (TEXTS[:2], [IMAGES[:2], IMAGES[1:2]])):
+        for rounds in (1, 2):
+            inputs = processor(texts, images, **{**KNOBS, "zoom": rounds})
+            with CountReads() as counted:
+                looked = zooming.generate(**inputs, **GREEDY, return_dict_in_generate=True).zoomed_images
+            assert looked.crop_rounds.max() == rounds
+            # The features that were looked at are checked when they are returned.
+            counted = [read for read in counted.reads if not read.startswith("encoded_images_mc_llava")]
+            reads.setdefault(rounds, set()).add(len(counted))
+    assert [len(counts) for counts in reads.values()] == [1, 1]
+    assert reads[2] == {reads[1].pop() + 1}
+
+
 def contains(outer, inner) -> bool:
     return outer[0] <= inner[0] and outer[1] <= inner[1] and outer[2] >= inner[2] and outer[3] >= inner[3]
 
@@ -133,7 +226,7 @@ def test_a_crop_is_not_relevant_for_having_one_token_more(processor):
     grey, by_tokens = Image.new("RGB", (400, 300), "grey"), {3: [], 2: []}
     for seed in range(20):
         inputs = processor("What is it?", grey, zoom=1, max_crops=20, num_tokens=25)
-        views = (model := small_model(seed)).look(inputs["input_ids"], inputs["attention_mask"], inputs)
+        views = (model := small_model(seed)).look(inputs["input_ids"], inputs["attention_mask"], inputs).views
         scouts = inputs["crop_num_tokens"].tolist()
         for tokens, found in zip(scouts[1:], views[0].relevance[1:]):
             by_tokens[tokens].append(found)

@@ -57,7 +57,8 @@ class MCLlavaForLmmsEval(lmms):
         if device is None or self._world_size > 1:
             device = str(self.accelerator.device)
         model, processor, _ = load(pretrained, revision, dtype, device)
-        self.engine = Engine(model, processor, max_crops, num_tokens, int(batch_size), max_new_tokens=32, zoom=zoom)
+        options = {"max_crops": max_crops, "num_tokens": num_tokens, "zoom": zoom, "batch_size": int(batch_size)}
+        self.engine = Engine(model, processor, max_new_tokens=32, prefix_bytes=0, **options)
         self.device = model.device
 
     def generate_until(self, requests: list[Instance]) -> list[str]:

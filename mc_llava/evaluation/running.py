@@ -8,7 +8,8 @@ that an interrupted run ends in the same file as an uninterrupted one.
 import hashlib
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -17,7 +18,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import check_knob
-from ..engine import GREEDY, Engine, answer_all, ask_about
+from ..ahead import Ahead
+from ..engine import GREEDY, Engine, answer_all, ask_about, count_bytes
 from ..journal import append, check_settings, lock, resume, versions, write_json
 from ..loading import identify_code
 from .results import metric_names, read_results, summarize
@@ -109,15 +111,16 @@ def _evaluate(task: Task, engine: Engine, output: Path, settings: dict) -> dict:
     with tqdm(total=total, initial=len(records), unit="question", desc=task_name) as progress:
         check_questions(records, islice(questions, len(records)), unfinished)
         seen = {record["id"] for record in records}
-        while batch := list(islice(questions, engine.batch_size)):
-            for question in batch:
-                if question.id in seen:
-                    raise ValueError(f"the data {settings['data']} hold question {question.id} twice: remove one")
-                seen.add(question.id)
-            answered = answer_questions(engine, task, batch)
-            append(unfinished, answered)
-            records += answered
-            progress.update(len(batch))
+        with closing(batches_ahead(engine, questions)) as batches:
+            for batch, prepared in batches:
+                for question in batch:
+                    if question.id in seen:
+                        raise ValueError(f"the data {settings['data']} hold question {question.id} twice: remove one")
+                    seen.add(question.id)
+                answered = answer_questions(engine, task, batch, prepared.results())
+                append(unfinished, answered)
+                records += answered
+                progress.update(len(batch))
     if not records:
         raise ValueError(f"the data {settings['data']} hold no questions: pass others")
     results = {"settings": settings, **summarize(task, records), "questions": records}
@@ -148,23 +151,59 @@ def identify_question(question: Question) -> dict:
     }
 
 
-def answer_questions(engine: Engine, task: Task, questions: list[Question]) -> list[dict]:
-    """A record of each question, in their order. One that fails has its error and scores 0: see `answer_all`."""
+def batches_ahead(engine: Engine, questions: Iterator[Question]) -> Iterator[tuple[list[Question], Ahead]]:
+    """Batches of questions with their images, which threads prepare while the batch before is answered."""
+
+    def prepare(question: Question) -> list:
+        try:
+            return engine.prepare([question.image])
+        except ValueError:  # the question fails with it when it is asked
+            return [question.image]
+
+    def begin() -> tuple[list[Question], Ahead]:
+        batch = list(islice(questions, engine.batch_size))
+        return batch, Ahead(prepare, batch, count_bytes)
+
+    current, following, error = begin(), ([], None), None
+    while current[0]:
+        try:
+            following = begin()
+        except Exception as failure:  # of the data: the batch before is answered first
+            following, error = ([], None), failure
+        try:
+            yield current
+        except GeneratorExit:
+            for _, prepared in (current, following):
+                if prepared is not None:
+                    prepared.stop()
+            raise
+        if error is not None:
+            raise error
+        current = following
+
+
+def answer_questions(engine: Engine, task: Task, questions: list[Question], images: list[list]) -> list[dict]:
+    """
+    A record of each question, in their order. One that fails has its error and scores 0: see `answer_all`.
+
+    Args:
+        images: of each question, as the question has them or as `Engine.prepare` returns them.
+    """
     wrong = dict.fromkeys(metric_names(task), 0.0)
     start = time.perf_counter()
     records = answer_all(
         partial(_answer_together, engine, task),
-        questions,
-        lambda question, reason: {**identify_question(question), "failed": reason, "scores": wrong},
+        list(zip(questions, images)),
+        lambda asked, reason: {**identify_question(asked[0]), "failed": reason, "scores": wrong},
     )
     seconds = round((time.perf_counter() - start) / len(questions), 4)
     return [{**record, "seconds": seconds} for record in records]
 
 
-def _answer_together(engine: Engine, task: Task, questions: list[Question]) -> list[dict]:
-    conversations = [ask_about([question.image], question.prompt) for question in questions]
+def _answer_together(engine: Engine, task: Task, asked: list[tuple[Question, list]]) -> list[dict]:
+    conversations = [ask_about(images, question.prompt) for question, images in asked]
     records = []
-    for question, reply in zip(questions, engine.answer(conversations, **GREEDY)):
+    for (question, _), reply in zip(asked, engine.answer(conversations, **GREEDY)):
         record = {
             **identify_question(question),
             "reply": reply.text,

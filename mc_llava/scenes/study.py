@@ -73,7 +73,8 @@ class Study:
 
     def engine(self, setting: Setting) -> Engine:
         knobs = {"max_crops": setting.max_crops, "num_tokens": setting.num_tokens, "zoom": setting.zoom}
-        return Engine(self.model, self.processor, **knobs, batch_size=BATCH_SIZE, max_new_tokens=MAX_NEW_TOKENS)
+        options = {"batch_size": BATCH_SIZE, "max_new_tokens": MAX_NEW_TOKENS, "prefix_bytes": 0}
+        return Engine(self.model, self.processor, **knobs, **options)
 
     def ask(self, setting: Setting) -> list[dict]:
         """

@@ -1,0 +1,297 @@
+"""
+Keys and values of prompts, kept for the next prompt that begins alike: another question about the same picture, or the
+next turn of a conversation.
+
+    first prompt     system, <image> <image> ... <image> | What is on the table?
+    second prompt    system, <image> <image> ... <image> | What color is it?
+                     └─ kept: not computed again ──────┘
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+from threading import Lock
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+SAMPLE = 4096  # values of each weight that are looked at, spread evenly
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+
+
+@dataclass
+class Segment:
+    """
+    Keys and values of some tokens that follow each other in one prompt.
+
+    Args:
+        names: of the tokens, see `name_tokens`.
+        layers: keys and values of each layer, float[1, heads, tokens, head_dim].
+    """
+
+    names: list[bytes]
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in chain(*self.layers))
+
+
+@dataclass
+class Prompts:
+    """
+    The prompts of a call.
+
+    Args:
+        starts: where each row starts, after its padding.
+        names: of the tokens of each row.
+    """
+
+    starts: list[int]
+    names: list[list[bytes]]
+
+
+class PrefixCache:
+    """
+    Keeps keys and values of the most recently used prompts and answers; `generate` takes it as `prefix_cache`, and
+    computes each prompt from the first token on that no earlier one began with:
+
+        kept = PrefixCache()
+        for question in questions:
+            inputs = processor(question, picture).to(model.device)
+            model.generate(**inputs, prefix_cache=kept)
+
+    A token is known by the embeddings of all tokens up to it, those of images included, by the dtype and by the
+    language model's weights. What prompts share is kept once. Threads may share a cache.
+
+    Changed weights are noticed by torch's counters of changes and by `SAMPLE` values of each weight. After a change of
+    single values that torch can't see (through `.data`, or a NumPy view), call `clear`.
+
+    Args:
+        max_bytes: upper bound of the keys' and values' size in bytes. They stay on the device that computed them; the
+            least recently used ones are dropped first.
+
+    Attributes:
+        nbytes: size of the keys and values in the cache, in bytes.
+        reused: how many tokens were taken from the cache, over all calls.
+
+    Raises:
+        ValueError: if `max_bytes` is negative.
+    """
+
+    def __init__(self, max_bytes: int = 2**30):
+        if not max_bytes >= 0:  # of NaN, no comparison is true
+            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.nbytes = self.reused = 0
+        self._segments = OrderedDict()  # by their number, the least recently used first
+        self._tokens = {}  # name -> (number of the segment, place in it)
+        self._count = 0
+        self._lock = Lock()
+
+    def clear(self):
+        """Forget everything."""
+        with self._lock:
+            self._segments.clear()
+            self._tokens.clear()
+            self.nbytes = 0
+
+    def load(self, model, embeds: torch.Tensor, attention_mask: torch.Tensor) -> tuple[Cache, Prompts]:
+        """
+        The cache for prompts, filled as far as all rows are known: at most up to the last token, which is always
+        computed.
+
+        Args:
+            model: `MCLlavaForConditionalGeneration`.
+            embeds: float[batch, length, hidden], padded on the left.
+            attention_mask: int[batch, length], 0 for padding.
+        """
+        made_by = describe_language_model(model)
+        *counts, is_left = torch.cat(
+            [attention_mask.sum(-1), (attention_mask[:, 1:] >= attention_mask[:, :-1]).all().view(1)]
+        ).tolist()
+        if not is_left:
+            raise ValueError("a prefix cache needs prompts that are padded on the left: pad them there")
+        starts = [attention_mask.shape[1] - count for count in counts]
+        names = [name_tokens(made_by, row[start:]) for row, start in zip(embeds, starts)]
+        prompts = Prompts(starts, names)
+        cache = DynamicCache(config=model.config.get_text_config())
+        with self._lock:
+            found = [self._find(row) for row in names]
+        ends = [start + sum(stop - first for _, first, stop in runs) for start, runs in zip(starts, found)]
+        columns = min(*ends, embeds.shape[1] - 1)
+        if columns > min((start for start, runs in zip(starts, found) if runs), default=columns):
+            for index in range(len(next(iter(filter(None, found)))[0][0].layers)):
+                keys, values = (self._fill(found, starts, index, part, columns) for part in range(2))
+                # Not by `update`, which copies them. A layer grows by making new tensors.
+                layer = cache.layers[index]
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
+            with self._lock:
+                self.reused += sum(max(0, columns - start) for start in starts)
+        return cache, prompts
+
+    def keep(self, prompts: Prompts, cache: Cache, new_embeds: torch.Tensor | None = None, repeats: int = 1):
+        """
+        Keep what a call has computed.
+
+        Args:
+            cache: keys and values of the prompts and what follows them.
+            new_embeds: float[batch, new, hidden], of the tokens after the prompts.
+            repeats: how many rows of `cache` each prompt has, with its keys and values in all of them.
+        """
+        length = cache.get_seq_length()
+        for row, (start, names) in enumerate(zip(prompts.starts, prompts.names)):
+            if new_embeds is not None:
+                names = names + name_tokens(names[-1], new_embeds[row]) if names else []
+            names = names[: length - start]
+            layers = [(layer.keys[row * repeats], layer.values[row * repeats]) for layer in cache.layers]
+            self._put(names, start, layers)
+
+    def _find(self, names: list[bytes]) -> list[tuple[Segment, int, int]]:
+        """The longest run of known tokens from the first one on, as parts of segments: (segment, first, stop)."""
+        runs, numbers = [], []
+        for name in names:
+            number, place = self._tokens.get(name, (None, 0))
+            if number is None:
+                break
+            if numbers and numbers[-1] == number and runs[-1][2] == place:
+                runs[-1] = (*runs[-1][:2], place + 1)
+            else:
+                runs.append((self._segments[number], place, place + 1))
+                numbers.append(number)
+        for number in reversed(numbers):  # nothing can be used without what comes before it
+            self._segments.move_to_end(number)
+        return runs
+
+    @staticmethod
+    def _fill(found: list, starts: list[int], index: int, part: int, columns: int) -> torch.Tensor:
+        """Keys or values of a layer up to a column, zeros for padding: float[batch, heads, columns, head_dim]."""
+        some = next(iter(filter(None, found)))[0][0].layers[index][part]
+        rows = []
+        for start, runs in zip(starts, found):
+            parts = [some.new_zeros(*some.shape[:2], start, some.shape[3])] if start else []
+            parts += [segment.layers[index][part][:, :, first:stop] for segment, first, stop in runs]
+            rows.append((torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])[:, :, :columns])
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
+
+    def _put(self, names: list[bytes], start: int, layers: list[tuple[torch.Tensor, torch.Tensor]]):
+        """Keep the tokens of a prompt that are new. It starts at a column of float[heads, length, head_dim]."""
+        with self._lock:
+            known = sum(stop - first for _, first, stop in self._find(names))
+        bytes_per_token = sum(tensor[:, 0].numel() * tensor.itemsize for tensor in chain(*layers))
+        new = names[known : self.max_bytes // bytes_per_token]
+        if not new:
+            return
+        columns = slice(start + known, start + known + len(new))
+        segment = Segment(new, [tuple(part[None, :, columns].clone() for part in layer) for layer in layers])
+        with self._lock:
+            if runs := self._find(names):
+                self._split(*runs[-1])
+            self._add(segment)
+            self._find(names)  # what comes first in the prompt is dropped last
+            while self.nbytes > self.max_bytes:
+                self._drop(next(iter(self._segments)))
+
+    def _split(self, segment: Segment, first: int, stop: int):
+        """Part a segment where prompts part, so that what they share may outlive the rest."""
+        if stop == len(segment.names):
+            return
+        self._drop(self._tokens[segment.names[first]][0])
+        for columns in (slice(stop, None), slice(stop)):
+            parts = [tuple(part[:, :, columns].clone() for part in layer) for layer in segment.layers]
+            self._add(Segment(segment.names[columns], parts))
+
+    def _add(self, segment: Segment):
+        self._count += 1
+        self._segments[self._count] = segment
+        self.nbytes += segment.nbytes
+        self._tokens |= {name: (self._count, place) for place, name in enumerate(segment.names)}
+
+    def _drop(self, number: int):
+        segment = self._segments.pop(number)
+        self.nbytes -= segment.nbytes
+        for name in segment.names:
+            if self._tokens.get(name, (None, 0))[0] == number:
+                del self._tokens[name]
+
+
+def name_tokens(before: bytes, embeds: torch.Tensor) -> list[bytes]:
+    """
+    A name for each token of a text float[length, hidden]: a digest of all that its keys and values depend on, which
+    are the weights, the dtype, and the embeddings up to it.
+
+    Args:
+        before: the name of the token before them or, of a prompt's first, what `describe_language_model` returns.
+    """
+    names, name = [], before
+    for row in embeds.detach().contiguous().view(torch.uint8).cpu().numpy():
+        name = hashlib.sha256(name + row.tobytes()).digest()
+        names.append(name)
+    return names
+
+
+def describe_language_model(model) -> bytes:
+    """A digest of the language model's weights, as far as it can be had quickly, and of how it computes."""
+    device = model.device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    language_model, digest = model.model.language_model, hashlib.sha256()
+    digest.update(f"{autocast} {model.config.get_text_config().to_json_string()}".encode())
+    for module in language_model.modules():
+        if isinstance(getattr(module, "disable_adapters", None), bool):  # PEFT's; without adapters it is a method
+            state = module.disable_adapters, module.active_adapters, getattr(module, "scaling", None)
+            digest.update(str(state).encode())
+    samples = {}
+    for name, tensor in chain(language_model.named_parameters(), language_model.named_buffers()):
+        for part in plain_tensors(tensor):
+            changes = None if part.is_inference() else part._version
+            digest.update(f"{name} {part.dtype} {list(part.shape)} {part.data_ptr()} {changes}".encode())
+            flat = part.detach().reshape(-1)
+            sample = flat[:: max(1, len(flat) // SAMPLE) | 1]  # an odd step meets all columns
+            if not part.dtype.is_complex:
+                sample = sample.view(INTEGERS[part.itemsize])
+            samples.setdefault((sample.dtype, part.device), []).append(sample)
+    for parts in samples.values():
+        digest.update(torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes())
+    return digest.digest()
+
+
+def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """A tensor, or those that a quantized or distributed one is made of."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        yield tensor
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from plain_tensors(getattr(tensor, name))
+
+
+def refuse_prefixes(model):
+    """Raise a ValueError if a model's keys and values can't be kept."""
+    layers = DynamicCache(config=model.config.get_text_config()).layers
+    if kinds := sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}):
+        raise ValueError(
+            f"a prefix cache needs keys and values of all earlier tokens, the language model's layers keep "
+            f"{', '.join(kinds)}: leave prefix_cache out"
+        )
+    if any(parameter.is_meta for parameter in model.model.language_model.parameters()):
+        raise ValueError(
+            "the language model's weights are offloaded, and nothing tells whether they have changed: leave "
+            "prefix_cache out, or load the model to a device"
+        )
+
+
+def can_keep_prefixes(model) -> bool:
+    """Whether `generate` takes a `prefix_cache` with this model as it was loaded and saved."""
+    saved = model.generation_config
+    try:
+        refuse_prefixes(model)
+    except ValueError:
+        return False
+    return saved.use_cache is not False and saved.cache_implementation is None and not saved.prefill_chunk_size
+
+
+__all__ = ["PrefixCache", "can_keep_prefixes"]

@@ -1,0 +1,56 @@
+"""The benchmark command: rows in two trees by turns, and the table."""
+
+import argparse
+import json
+
+import benchmark
+import pytest
+
+
+LINE = {
+    "row": "preprocess",
+    "what": "A picture to tensors.",
+    "device": "a card",
+    "threads": 2,
+    "parts": {
+        "time (s)": {
+            "before": {"median": 0.5, "least": 0.4, "most": 0.6},
+            "after": {"median": 0.25, "least": 0.2, "most": 0.3},
+            "ratio": {"median": 0.5, "least": 0.45, "most": 0.55},
+        }
+    },
+}
+
+
+def test_trees_run_by_turns_and_pairs_are_compared(monkeypatch, tmp_path):
+    values = iter([4.0, 1.0, 10.0, 5.0, 8.0, 2.0])  # before, after, before, ...
+    asked = []
+
+    def measure(name, tree, folder, options):
+        asked.append(tree)
+        return {"values": {"time (s)": next(values)}, "device": "cpu", "torch": "2"}
+
+    monkeypatch.setattr(benchmark, "measure", measure)
+    options = argparse.Namespace(rounds=3, threads=1, against="HEAD", device=None)
+    record = benchmark.compare("preprocess", {"before": "old", "after": "new"}, options)
+    assert asked == ["old", "new"] * 3
+    found = record["parts"]["time (s)"]
+    assert [found[label]["median"] for label in ("before", "after", "ratio")] == [8, 2, 0.25]
+    assert (found["ratio"]["least"], found["ratio"]["most"]) == (0.25, 0.5)
+
+
+def test_the_newest_line_of_a_row_and_device_is_in_the_table(monkeypatch, tmp_path):
+    page, saved = tmp_path / "costs.md", tmp_path / "benchmark.jsonl"
+    page.write_text("Before.\n" + "\nold\n".join(benchmark.MARKERS) + "\nAfter.\n")
+    old = {**LINE, "what": "An older line."}
+    saved.write_text("".join(json.dumps(line) + "\n" for line in (old, LINE, {**LINE, "device": "a CPU"})))
+    monkeypatch.setattr(benchmark, "PAGE", page)
+    monkeypatch.setattr(benchmark, "SAVED", saved)
+    benchmark.write_table()
+    text = page.read_text()
+    assert text.startswith("Before.\n") and text.endswith("\nAfter.\n")
+    assert "old" not in text and text.count("A picture to tensors.") == 2
+    assert "| 0.5 | 0.25 | 0.5 (0.45 to 0.55) | a card, 2 threads |" in text
+    page.write_text("no markers")
+    with pytest.raises(SystemExit, match="lacks the markers"):
+        benchmark.write_table()

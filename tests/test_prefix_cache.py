@@ -1,0 +1,388 @@
+"""Keys and values of prompts' beginnings: what is not computed again, what makes it so, and what is refused."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from helpers import picture, small_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import TextIteratorStreamer
+
+from mc_llava import PrefixCache
+from mc_llava.engine import GREEDY, Engine, ask_about
+from mc_llava.prefix_cache_mc_llava import can_keep_prefixes
+
+
+IMAGES = [picture(200, 120), picture(150, 180, seed=1), picture(50, 40, seed=2)]
+KNOBS = {"max_crops": 6, "num_tokens": 50}
+OPTIONS = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+TOKEN_BYTES = 2 * 2 * 48 * 4  # layers, keys and values, hidden size, float32
+
+
+@pytest.fixture
+def computed(model):
+    """How many tokens of each row passed the language model, for each pass."""
+    lengths = []
+    hook = model.model.language_model.layers[0].register_forward_hook(
+        lambda module, arguments, output: lengths.append(arguments[0].shape[1])
+    )
+    yield lengths
+    hook.remove()
+
+
+def ask(model, inputs, **options) -> list:
+    output = model.generate(**inputs, **{**OPTIONS, **options})
+    return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_the_second_question_computes_only_what_is_new(model, processor, computed):
+    kept = PrefixCache()
+    first, second = (processor(question, IMAGES[0], **KNOBS) for question in ("What is it?", "Where is the dog?"))
+    expected = ask(model, first), ask(model, second)
+    computed.clear()
+    assert ask(model, first, prefix_cache=kept) == expected[0]
+    length = first["input_ids"].shape[1]
+    assert computed == [length, 1, 1, 1, 1, 1] and kept.reused == 0
+    computed.clear()
+    assert ask(model, second, prefix_cache=kept) == expected[1]
+    places = zip(first["input_ids"][0], second["input_ids"][0])
+    shared = next(place for place, (one, other) in enumerate(places) if one != other)
+    assert (computed[0], kept.reused) == (second["input_ids"].shape[1] - shared, shared) and shared > 50
+    computed.clear()
+    assert ask(model, second, prefix_cache=kept) == expected[1]
+    assert computed[0] == 1, "the last token gives the first logits"
+
+
+def test_prompts_that_are_not_answered(model, processor, computed):
+    first, second = (processor(question, IMAGES[0], **KNOBS) for question in ("What is it?", "Where is the dog?"))
+    kept = model.encode_prefix(**first)
+    assert kept.nbytes == first["input_ids"].shape[1] * TOKEN_BYTES
+    assert model.encode_prefix(kept, **processor("Why?", IMAGES[1], **KNOBS)) is kept
+    expected = ask(model, second)
+    computed.clear()
+    assert ask(model, second, prefix_cache=kept) == expected and computed[0] < 25
+
+
+def test_logits(model, processor):
+    kept = PrefixCache()
+    for question in ("What is it?", "Where is the dog?", "What is it?"):
+        inputs = processor(question, IMAGES[0], **KNOBS)
+        options = {**OPTIONS, "return_dict_in_generate": True, "output_logits": True}
+        expected, found = (model.generate(**inputs, **options, prefix_cache=cache) for cache in (None, kept))
+        torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.sequences, expected.sequences)
+
+
+def embeddings(model, inputs) -> dict:
+    """The short form's inputs as embeddings alone, which other code may have made."""
+    request = model._read_request(inputs["input_ids"], inputs["image_features"], {})
+    ids, mask = model._expand_prompt(request)
+    return {"inputs_embeds": model.model.embed_prompt(ids, inputs["image_features"]), "attention_mask": mask}
+
+
+WAYS = {
+    "pixels": lambda model, processor, *asked: processor(*asked, **KNOBS),
+    "features": lambda model, processor, *asked: features(model, processor(*asked, **KNOBS)),
+    "short form": lambda model, processor, *asked: processor(*asked, model, **KNOBS),
+    "embeddings": lambda model, processor, *asked: embeddings(model, processor(*asked, model, **KNOBS)),
+    "text": lambda model, processor, texts, images: processor([f"{'word ' * 12}{text}" for text in texts]),
+}
+
+
+def features(model, inputs) -> dict:
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    return {**text, "image_features": model.encode_images(**inputs)}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2, "top_k": 5}, {"no_repeat_ngram_size": 2}],
+    ids=str,
+)
+def test_every_way_to_ask_gives_the_same_tokens(model, processor, way, options):
+    """In batches of different lengths too, and whatever other prompts have left in the cache."""
+    kept = PrefixCache()
+    for texts, images in (
+        (["What is it?", "And this? Tell me more."], [IMAGES[0], IMAGES[1]]),
+        (["Is it blue?", "Where?"], [IMAGES[1], IMAGES[0]]),
+        (["What is it?"], [IMAGES[0]]),
+        (["Is it?", "Who is it, if anybody?", "Or that?"], [IMAGES[0], IMAGES[0], IMAGES[2]]),
+    ):
+        inputs = WAYS[way](model, processor, texts, images)
+        found = []
+        for cache in (None, kept, kept):
+            torch.manual_seed(0)
+            found.append(model.generate(**inputs, **{**OPTIONS, **options}, prefix_cache=cache).tolist())
+        assert found[0] == found[1] == found[2]
+    assert kept.reused > 300
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": None, "max_length": 79},
+        {"min_length": 80, "max_new_tokens": 20, "eos_token_id": list(range(0, 50000, 2))},
+        {"max_new_tokens": 500},
+        {"stop_strings": ["e", "a"], "max_new_tokens": 30},
+        {"bad_words_ids": [[5], [6, 7]], "suppress_tokens": list(range(20000))},
+    ],
+    ids=str,
+)
+def test_lengths_and_what_looks_at_the_prompt(model, processor, options):
+    kept = PrefixCache()
+    if "stop_strings" in options:
+        options = {**options, "tokenizer": processor.tokenizer}
+    for question in ("What is it?", "Where is it?", "What is it?"):
+        inputs = processor(question, IMAGES[0], **KNOBS)
+        assert ask(model, inputs, prefix_cache=kept, **options) == ask(model, inputs, **options)
+    assert kept.reused
+
+
+@given(st.data())
+@settings(max_examples=12, deadline=None)
+def test_random_prompts(processor, data):
+    """Cached equals uncached, and the bounds hold, whatever fits."""
+    model = small_model(data.draw(st.integers(0, 3)))
+    kept = PrefixCache(max_bytes=data.draw(st.sampled_from([0, 1, 40, 70, 100, 10_000])) * TOKEN_BYTES)
+    words = st.lists(st.sampled_from(["cat", "dog", "red", "blue"]), min_size=1, max_size=8).map(" ".join)
+    for _ in range(data.draw(st.integers(2, 5))):
+        texts = data.draw(st.lists(words, min_size=1, max_size=3))
+        images = [data.draw(st.lists(st.sampled_from(IMAGES), max_size=2)) for _ in texts]
+        inputs = processor(texts, images, max_crops=2, num_tokens=data.draw(st.integers(3, 30)))
+        options = {"num_beams": data.draw(st.integers(1, 2)), "eos_token_id": data.draw(st.sampled_from([None, 13]))}
+        assert ask(model, inputs, prefix_cache=kept, **options) == ask(model, inputs, **options)
+        segments = kept._segments.values()
+        assert kept.nbytes == sum(segment.nbytes for segment in segments) <= kept.max_bytes
+        assert set(kept._tokens) == {name for segment in segments for name in segment.names}
+
+
+def change_in_place(weight):
+    weight.mul_(1.1)
+
+
+def change_data(weight):
+    weight.data[:1] += 1
+
+
+def change_in_numpy(weight):
+    weight.detach().numpy()[:] += 0.1
+
+
+def step_fused(weight):
+    weight.grad = torch.ones_like(weight)
+    torch.optim.AdamW([weight], lr=0.01, fused=True).step()
+
+
+def swap(weight):
+    weight.data = weight.data * 1.1
+
+
+@pytest.mark.parametrize("change", [change_in_place, change_data, change_in_numpy, step_fused, swap])
+@pytest.mark.parametrize("name", ["layers.0.self_attn.k_proj.weight", "layers.1.mlp.fc1.bias", "embed_tokens.weight"])
+def test_other_weights(processor, change, name):
+    model, kept = small_model(), PrefixCache()
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    ask(model, inputs, prefix_cache=kept)
+    ask(model, inputs, prefix_cache=kept)
+    assert (reused := kept.reused) > 0
+    weight = model.model.language_model.get_parameter(name)
+    with torch.no_grad():
+        change(weight[:1000] if name.startswith("embed") and change in (change_in_numpy,) else weight)
+    assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
+    assert kept.reused == reused
+
+
+def test_another_dtype_and_another_model(processor):
+    model, kept = small_model(), PrefixCache()
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    for change in (
+        lambda: ask(model, inputs, prefix_cache=kept),
+        lambda: ask(small_model(1), inputs, prefix_cache=kept),
+        lambda: ask(model.bfloat16(), inputs, prefix_cache=kept),
+        lambda: autocast(model.float(), inputs, prefix_cache=kept),
+    ):
+        change()
+        assert kept.reused == 0
+    assert autocast(model, inputs, prefix_cache=kept) == autocast(model, inputs) and kept.reused > 0
+
+
+def autocast(model, inputs, **options) -> list:
+    with torch.autocast("cpu", torch.bfloat16):
+        return ask(model, inputs, **options)
+
+
+def test_adapters(processor):
+    peft = pytest.importorskip("peft")
+    model, kept = small_model(), PrefixCache()
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    torch.manual_seed(1)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+
+    def tokens(**options):
+        return adapted.generate(**inputs, **OPTIONS, **options).tolist()
+
+    def change_nothing():
+        pass
+
+    for change, is_known in (
+        (change_nothing, False),
+        (change_nothing, True),
+        (adapted.merge_adapter, False),
+        (adapted.unmerge_adapter, False),
+        (adapted.disable_adapter_layers, False),
+        (adapted.enable_adapter_layers, None),
+    ):
+        change()
+        reused = kept.reused
+        assert tokens(prefix_cache=kept) == tokens()
+        assert is_known is None or (kept.reused > reused) == is_known
+
+
+def test_another_picture_of_the_same_size_and_other_knobs(model, processor):
+    kept = PrefixCache()
+    for image, knobs in (
+        (IMAGES[0], KNOBS),
+        (picture(200, 120, seed=9), KNOBS),
+        (IMAGES[0], {**KNOBS, "num_tokens": 40}),
+    ):
+        inputs = processor("What is it?", image, **knobs)
+        assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
+    assert kept.reused == 2 * 4, "what comes before the picture"
+    inputs = processor("What is it?", IMAGES[0], **KNOBS, zoom=1)
+    for _ in range(2):
+        assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
+
+
+def test_what_is_used_last_stays(model, processor):
+    first = processor("What is it?", IMAGES[0], **KNOBS)
+    ask(model, first, prefix_cache=(kept := PrefixCache()))
+    tokens = kept.nbytes // TOKEN_BYTES
+    assert tokens == first["input_ids"].shape[1] + OPTIONS["max_new_tokens"] - 1
+    kept = PrefixCache(max_bytes=(tokens + 20) * TOKEN_BYTES)
+    for question in ("What is it?", f"Where {'are ' * 12}", "And where else, if not there?", "What is it?"):
+        reused = kept.reused
+        ask(model, processor(question, IMAGES[0], **KNOBS), prefix_cache=kept)
+    assert kept.reused - reused >= 55, "the picture is needed by all of them"
+    ask(model, processor("What is it?", IMAGES[1], **KNOBS), prefix_cache=kept)
+    reused = kept.reused
+    ask(model, first, prefix_cache=kept)
+    assert kept.reused == reused + 4, "the other picture's prompt took its place, but for the tokens that they share"
+    kept.clear()
+    assert kept.nbytes == 0 and not kept._tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cache_implementation": "static"},
+        {"cache_implementation": "quantized"},
+        {"use_cache": False},
+        {"prefill_chunk_size": 8},
+        {"output_attentions": True, "return_dict_in_generate": True},
+        {"output_hidden_states": True, "return_dict_in_generate": True},
+        {"prompt_lookup_num_tokens": 2},
+        {"position_ids": torch.arange(5)[None]},
+    ],
+    ids=str,
+)
+def test_what_cant_be_combined(model, processor, options):
+    with pytest.raises(ValueError, match=f"prefix_cache can't be combined with {next(iter(options))}.*: leave"):
+        model.generate(**processor("Hello"), **OPTIONS, **options, prefix_cache=PrefixCache())
+    config = copy.deepcopy(model.generation_config)
+    config.update(**{name: value for name, value in options.items() if name != "position_ids"})
+    if "position_ids" not in options:
+        with pytest.raises(ValueError, match="prefix_cache can't be combined with"):
+            model.generate(**processor("Hello"), generation_config=config, prefix_cache=PrefixCache())
+
+
+def test_another_cache_and_prompts_padded_on_the_right(model, processor):
+    cache = model(**processor("Hello")).cache
+    with pytest.raises(ValueError, match="can't be combined with (cache|past_key_values): leave"):
+        model.generate(**processor("Hello"), cache=cache, prefix_cache=PrefixCache())
+    inputs = processor(["Hello", "A longer question"])
+    right = {name: tensor.flip(1) for name, tensor in inputs.items()}
+    with pytest.raises(ValueError, match="padded on the left"):
+        model.generate(**right, prefix_cache=PrefixCache())
+    for max_bytes in (-1, float("nan")):
+        with pytest.raises(ValueError, match=f"max_bytes must be at least 0, got {max_bytes}"):
+            PrefixCache(max_bytes)
+
+
+def test_layers_with_a_sliding_window(processor):
+    model = small_model()
+    model.config.text_config.sliding_window = 8
+    with pytest.raises(ValueError, match="DynamicSlidingWindowLayer: leave prefix_cache out"):
+        model.generate(**processor("What is it?", IMAGES[0], **KNOBS), prefix_cache=PrefixCache())
+    assert Engine(model, processor).prefix_cache is None
+
+
+def test_offloaded_weights(model, processor, monkeypatch):
+    with torch.device("meta"):
+        layer = torch.nn.Linear(3, 3)
+    monkeypatch.setattr(model.model.language_model, "offloaded", layer, raising=False)
+    with pytest.raises(ValueError, match="weights are offloaded.*: leave prefix_cache out"):
+        model.generate(**processor("Hello"), prefix_cache=PrefixCache())
+    assert not can_keep_prefixes(model)
+
+
+def test_threads_and_streams(model, processor):
+    kept, questions = PrefixCache(), [f"What is {word}?" for word in ("it", "red", "that one", "there")]
+    inputs = [processor(question, IMAGES[index % 2], **KNOBS) for index, question in enumerate(questions)]
+    expected = [processor.decode(ask(model, one)[0]) for one in inputs]
+    streamers = [TextIteratorStreamer(processor.tokenizer, skip_prompt=True) for _ in range(3) for _ in inputs]
+    threads = [
+        threading.Thread(
+            target=model.generate, kwargs={**inputs[index % 4], **OPTIONS, "streamer": one, "prefix_cache": kept}
+        )
+        for index, one in enumerate(streamers)
+    ]
+    for thread in threads:
+        thread.start()
+    found = ["".join(streamer) for streamer in streamers]
+    for thread in threads:
+        thread.join()
+    assert [text.strip() for text in found] == [text.strip() for text in expected * 3]
+    assert kept.nbytes == sum(segment.nbytes for segment in kept._segments.values())
+
+
+class TestEngine:
+    def test_later_turns_compute_only_what_is_new(self, model, processor, computed):
+        engine, plain = (Engine(model, processor, 4, 50, max_new_tokens=4, prefix_bytes=size) for size in (2**30, 0))
+        assert plain.prefix_cache is None
+        turns = ask_about([IMAGES[0]], "What?")
+        for number in range(3):
+            computed.clear()
+            (reply,) = engine.answer([turns], **GREEDY)
+            passed = max(computed)
+            (expected,) = plain.answer([turns], **GREEDY)
+            assert reply.text == expected.text and reply.prompt_tokens == expected.prompt_tokens
+            assert (passed < 25) == (number > 0), passed
+            turns = [*turns, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "And?"}]
+        computed.clear()
+        engine.answer([ask_about([IMAGES[0]], "Why?")], **GREEDY)
+        assert max(computed) < 25, "a new conversation about the same picture"
+
+    def test_options_that_it_cant_be_combined_with(self, model, processor):
+        engine = Engine(model, processor, max_new_tokens=3)
+        (expected,) = engine.answer([ask_about([IMAGES[0]], "What?")], **GREEDY)
+        for options in ({"use_cache": False}, {"cache_implementation": "static", "disable_compile": True}):
+            (found,) = engine.answer([ask_about([IMAGES[0]], "What?")], **GREEDY, **options)
+            assert found.text == expected.text
+
+    def test_a_saved_option_that_it_cant_be_combined_with(self, model, processor, monkeypatch):
+        monkeypatch.setattr(model.generation_config, "use_cache", False)
+        engine = Engine(model, processor, max_new_tokens=3)
+        assert engine.prefix_cache is None and engine.answer([ask_about([IMAGES[0]], "What?")])
+
+    def test_with_zoom(self, model, processor):
+        engine, plain = (
+            Engine(model, processor, 20, 40, max_new_tokens=4, zoom=1, prefix_bytes=size) for size in (2**30, 0)
+        )
+        for question in ("What?", "What?", "Where is it?"):
+            asked = [ask_about([picture(400, 300)], question)]
+            assert engine.answer(asked, **GREEDY)[0].text == plain.answer(asked, **GREEDY)[0].text
+        assert engine.feature_cache.hits
