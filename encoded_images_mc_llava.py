@@ -6,7 +6,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, chain, islice, zip_longest
 from threading import Lock
 from weakref import WeakValueDictionary
 
@@ -23,6 +23,44 @@ from .image_processing_mc_llava import check_size, look_up_bytes
 from .resizing_mc_llava import cut_to
 
 
+# Of `hash_tensors`: an odd number; the 64-bit words that fit a core's cache; the bytes that are stacked on a device.
+MULTIPLIER = 0x5851F42D4C957F2D
+BLOCK = 2**15
+STACK_BYTES = 256 * 2**20
+
+
+def read_integers(*tensors: torch.Tensor) -> list[list]:
+    """The values of tensors of integers as (nested) lists. They are read at once: each read waits for the device."""
+    device = tensors[0].device
+    flat = torch.cat([tensor.reshape(-1).to(device, torch.int64) for tensor in tensors]).tolist()
+    ends = accumulate(tensor.numel() for tensor in tensors)
+    return [_nest(flat[end - tensor.numel() : end], tensor.shape) for tensor, end in zip(tensors, ends)]
+
+
+def _nest(values: list[int], shape: torch.Size) -> list:
+    if len(shape) == 1:
+        return values
+    step = shape[1:].numel()
+    return [_nest(values[row * step : (row + 1) * step], shape[1:]) for row in range(shape[0])]
+
+
+def check_counts(crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None):
+    """Raise a ValueError if one of the fields that tell the numbers of tokens and crops is missing."""
+    if crop_num_tokens is None or image_grid_thw is None:
+        raise ValueError("pixel_values need crop_num_tokens and image_grid_thw: pass all that the processor returned")
+
+
+def sum_per_image(crop_num_tokens: list[int], crops_per_image: list[int]) -> list[int]:
+    """The number of tokens of each image: see `count_image_tokens`, which reads these lists."""
+    if sum(crops_per_image) != len(crop_num_tokens):
+        raise ValueError(
+            f"image_grid_thw has {sum(crops_per_image)} crops, crop_num_tokens {len(crop_num_tokens)}: "
+            "pass what the processor returned"
+        )
+    counts = iter(crop_num_tokens)
+    return [sum(islice(counts, crops)) for crops in crops_per_image]  # no sum wraps around
+
+
 def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None) -> list[int]:
     """
     The number of tokens of each image: the sum over its crops.
@@ -33,15 +71,26 @@ def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw:
     Raises:
         ValueError: if one of them is None, or they disagree on the number of crops.
     """
-    if crop_num_tokens is None or image_grid_thw is None:
-        raise ValueError("pixel_values need crop_num_tokens and image_grid_thw: pass all that the processor returned")
-    crops_per_image = image_grid_thw[:, 0].tolist()
-    if sum(crops_per_image) != len(crop_num_tokens):
+    check_counts(crop_num_tokens, image_grid_thw)
+    return sum_per_image(*read_integers(crop_num_tokens, image_grid_thw[:, 0]))
+
+
+def count_places(run_ends: list[list[int]]) -> list[int]:
+    """The number of `<image>` tokens in each row, of what `find_run_ends` found."""
+    ends = list(accumulate((max(row, default=0) for row in run_ends), max))
+    return [end - start for start, end in zip([0, *ends], ends)]
+
+
+def check_places(run_ends: list[list[int]], tokens_per_image: list[int], is_chunk: bool = False):
+    """See `MCLlavaModel.get_placeholder_mask`."""
+    found = [end for row in run_ends for end in row if end]
+    image_ends = list(accumulate(tokens_per_image))
+    is_split = not (is_chunk and len(image_ends) == 1) and not set(found) <= set(image_ends)
+    if (found[-1] if found else 0) != image_ends[-1] or is_split:
         raise ValueError(
-            f"image_grid_thw has {sum(crops_per_image)} crops, crop_num_tokens {len(crop_num_tokens)}: "
-            "pass what the processor returned"
+            f"the rows have {count_places(run_ends)} <image> tokens, the images {tokens_per_image} tokens: "
+            "use the processor's input_ids with its images, unshortened"
         )
-    return [sum(crops.tolist()) for crops in crop_num_tokens.split(crops_per_image)]  # no sum wraps around
 
 
 @dataclass(frozen=True)
@@ -214,23 +263,99 @@ def hash_tensors(tensors) -> str:
     A hash of the bits, dtypes and shapes of tensors, the same on every device.
 
     Each tensor's 64-bit words are mixed with their positions and summed on the tensor's device: copying a vision tower
-    from a GPU for a hash on the CPU would take longer than encoding a picture.
+    from a GPU for a hash on the CPU would take longer than encoding a picture. The sums of a device are read at once.
 
     Raises:
         ValueError: if a tensor is on the meta device, as weights offloaded to disk are.
     """
-    odd = 0x5851F42D4C957F2D
+    tensors = [tensor.detach() for tensor in tensors]
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError("weights offloaded to disk can't be hashed: load the vision tower to a device")
+    places = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(place)
+    sums = {}
+    for device, found in places.items():
+        octets = [tensors[place].contiguous().reshape(-1).view(torch.uint8) for place in found]
+        sums |= zip(found, sum_in_blocks(octets) if device.type == "cpu" else sum_stacked(octets))
     digest = hashlib.sha256()
-    for tensor in tensors:
-        if tensor.is_meta:
-            raise ValueError("weights offloaded to disk can't be hashed: load the vision tower to a device")
-        octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        words = nn.functional.pad(octets, (0, -len(octets) % 8)).view(torch.int64)
-        keys = (2 * torch.arange(len(words), device=words.device) + 1) * odd  # int64 wraps around
-        mixed = (words ^ keys) * odd
-        mixed ^= mixed >> 32
-        digest.update(f"{tensor.dtype}{list(tensor.shape)}{(mixed * keys).sum().item()}".encode())
+    for place, tensor in enumerate(tensors):
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}{sums[place]}".encode())
     return digest.hexdigest()
+
+
+def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
+    """
+    The sum of each tensor's mixed words, for a processor: in blocks that stay in a core's cache. Each thread has
+    tensors of its own, because threads that share a block would wait for each other at every operator.
+    """
+    threads = min(torch.get_num_threads(), len(octets))
+    shares = [range(first, len(octets), threads) for first in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        sums = list(pool.map(_sum_share, [[octets[place] for place in share] for share in shares]))
+    found = dict(zip(chain(*shares), torch.cat(sums).tolist()))
+    return [found[place] for place in range(len(octets))]
+
+
+def _sum_share(octets: list[torch.Tensor]) -> torch.LongTensor:
+    """`sum_in_blocks` in one thread. The first blocks of all tensors come first, because they have the same keys."""
+    keys = _keys(BLOCK, "cpu")
+    buffers = torch.empty_like(keys), torch.empty_like(keys)  # new memory would take longer than what is done in it
+    step = (2 * BLOCK * MULTIPLIER + 2**63) % 2**64 - 2**63  # as int64
+    sums, order = [], []
+    for blocks in zip_longest(*(_to_words(tensor).split(BLOCK) for tensor in octets)):
+        for place, block in enumerate(blocks):
+            if block is not None:
+                own, *spare = (tensor[: len(block)] for tensor in (keys, *buffers))
+                sums.append(torch.dot(_mix(block, own, *spare), own))
+                order.append(place)
+        keys += step
+    return keys.new_zeros(len(octets)).index_add_(0, torch.tensor(order, device="cpu"), torch.stack(sums))
+
+
+def sum_stacked(octets: list[torch.Tensor]) -> list[int]:
+    """The sum of each tensor's mixed words, for a device that waits for commands: tensors of a size are stacked."""
+    sizes = {}
+    for place, tensor in enumerate(octets):
+        if len(tensor):
+            sizes.setdefault(len(tensor), []).append(place)
+    if not sizes:
+        return [0] * len(octets)
+    keys = _keys(-(-max(sizes) // 8), octets[0].device)
+    parts, order = [], []
+    for size, places in sizes.items():
+        at_once = max(1, STACK_BYTES // size)
+        for start in range(0, len(places), at_once):
+            chosen = places[start : start + at_once]
+            words = _to_words(torch.stack([octets[place] for place in chosen]))
+            own = keys[: words.shape[-1]]
+            parts.append((_mix(words, own) * own).sum(-1))
+            order += chosen
+    sums = dict(zip(order, torch.cat(parts).tolist()))
+    return [sums.get(place, 0) for place in range(len(octets))]
+
+
+def _to_words(octets: torch.Tensor) -> torch.Tensor:
+    """uint8[..., bytes] as int64[..., words], padded with zeros."""
+    if missing := -octets.shape[-1] % 8:
+        octets = nn.functional.pad(octets, (0, missing))
+    elif octets.storage_offset() % 8:  # a view must start at a word
+        octets = octets.clone()
+    return octets.view(torch.int64)
+
+
+def _keys(count: int, device: str | torch.device) -> torch.Tensor:
+    return (2 * torch.arange(count, device=device) + 1) * MULTIPLIER  # int64 wraps around
+
+
+def _mix(
+    words: torch.Tensor, keys: torch.Tensor, mixed: torch.Tensor | None = None, high: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Words that depend on all bits of each word and its key. `mixed` and `high` are memory to compute in."""
+    mixed = torch.bitwise_xor(words, keys, out=mixed)
+    mixed *= MULTIPLIER
+    mixed ^= torch.bitwise_right_shift(mixed, 32, out=high)
+    return mixed
 
 
 @dataclass
@@ -522,11 +647,16 @@ __all__ = [
     "EncodedImages",
     "FeatureCache",
     "PreparedImage",
+    "check_counts",
+    "check_places",
     "check_processor",
     "check_weights",
     "count_image_tokens",
+    "count_places",
     "hash_tensors",
     "input_device",
     "is_encoded",
     "is_prepared",
+    "read_integers",
+    "sum_per_image",
 ]

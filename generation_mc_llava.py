@@ -13,7 +13,7 @@ from transformers import GenerationMixin
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
-from .encoded_images_mc_llava import count_image_tokens
+from .encoded_images_mc_llava import check_counts, check_places, count_places, read_integers, sum_per_image
 from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
 from .prefix_cache_mc_llava import PrefixCache, refuse_prefixes
 
@@ -66,7 +66,8 @@ class GenerationRequest:
         attention_mask: int[batch, all], including tokens in a cache. None without a prompt.
         encoded: the encoded images in the form that transformers passes around, or None.
         tokens_per_image: the number of visual tokens of each image, whether passed as pixels or encoded.
-        places: the number of `<image>` tokens in `new_ids`.
+        lengths: the number of tokens of each row, without padding.
+        run_ends: where `new_ids` have `<image>` tokens, as `find_run_ends` says it.
     """
 
     input_ids: torch.LongTensor | None
@@ -74,7 +75,13 @@ class GenerationRequest:
     attention_mask: torch.Tensor | None
     encoded: dict[str, ModelOutput] | None
     tokens_per_image: list[int]
-    places: int
+    lengths: list[int]
+    run_ends: list[list[int]]
+
+    @property
+    def places(self) -> int:
+        """The number of `<image>` tokens in `new_ids`."""
+        return sum(count_places(self.run_ends))
 
     @property
     def is_short(self) -> bool:
@@ -171,11 +178,17 @@ class MCLlavaGenerationMixin(GenerationMixin):
             self._refuse_options(request.is_short, generation_config, kwargs)
         if prefix_cache is not None:
             self._refuse_with_prefixes(generation_config, kwargs)
-        new_ids, attention_mask = request.new_ids, request.attention_mask
+        new_ids, attention_mask, lengths, run_ends = (
+            request.new_ids,
+            request.attention_mask,
+            request.lengths,
+            request.run_ends,
+        )
         if request.is_short:
             new_ids, attention_mask = self._expand_prompt(request)
+            lengths, run_ends = self._read_prompts(new_ids, attention_mask)
         if new_ids is not None:
-            self._check_context(new_ids, attention_mask, request.tokens_per_image)
+            self._check_context(lengths, run_ends, request.tokens_per_image)
         is_kept = prefix_cache is not None and new_ids is not None
         looked = self._pass_on_images(
             request, new_ids, attention_mask, generation_config, kwargs, feature_cache, as_features=is_kept
@@ -189,7 +202,8 @@ class MCLlavaGenerationMixin(GenerationMixin):
             stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(prompt_length, room)])
             # Assisted decoding accepts several tokens between two checks of a criterion.
             max_new_tokens = self._option("max_new_tokens", generation_config, kwargs)
-            if max_new_tokens is not None and max_new_tokens > (most := int(room.max())):
+            most = self.config.text_config.max_position_embeddings - min(lengths)
+            if max_new_tokens is not None and max_new_tokens > most:
                 kwargs["max_new_tokens"] = most
         output = super().generate(
             request.input_ids,
@@ -244,15 +258,16 @@ class MCLlavaGenerationMixin(GenerationMixin):
         if kwargs.get("zoom_options") is not None and (encoded or cache is not None):
             other = "image features" if encoded else "a cache"
             raise ValueError(f"zoom can't be combined with {other}: call the processor with zoom=0")
-        if kwargs.get("pixel_values") is not None:
+        has_pixels = kwargs.get("pixel_values") is not None
+        if has_pixels:
             if encoded:
                 raise ValueError("pass either pixel_values or image features, not both")
-            tokens_per_image = count_image_tokens(kwargs.get("crop_num_tokens"), kwargs.get("image_grid_thw"))
+            check_counts(kwargs.get("crop_num_tokens"), kwargs.get("image_grid_thw"))
 
         embeds, attention_mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         new_ids = input_ids
         if embeds is not None:
-            if tokens_per_image:
+            if tokens_per_image or has_pixels:
                 raise ValueError("images need input_ids, not inputs_embeds: their places are found by <image>'s id")
             new_ids = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
             if attention_mask is None:
@@ -263,7 +278,12 @@ class MCLlavaGenerationMixin(GenerationMixin):
             # A cache holds the images of earlier turns: only ids that are not in it have places to fill.
             if cache is not None and attention_mask.shape == input_ids.shape:
                 new_ids = input_ids[:, int(cache.get_seq_length()) :]
-        places = 0 if embeds is not None or new_ids is None else int((new_ids == self.config.image_token_id).sum())
+        lengths, run_ends, counts = [], [], []
+        if new_ids is not None:
+            lengths, run_ends, *counts = self._read_prompts(new_ids, attention_mask, kwargs)
+        if counts:
+            tokens_per_image = sum_per_image(*counts)
+        places = sum(count_places(run_ends))
         if places and not tokens_per_image:
             raise ValueError(f"the prompt has {places} <image> tokens but got no images: pass them, or remove <image>")
         if tokens_per_image and not places and cache is not None:
@@ -271,7 +291,17 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 "the cache holds the images of earlier turns, and the new input_ids have no <image> token: pass "
                 "input_ids and attention_mask with the cache, without images"
             )
-        return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, places)
+        return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, lengths, run_ends)
+
+    def _read_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, images: dict | None = None):
+        """
+        All that is to be known of prompts, and of images in pixels, before anything is computed: the lengths of rows,
+        `find_run_ends`, and of images the numbers of tokens and of crops. One read of the device.
+        """
+        tensors = [attention_mask.sum(-1), self.model.find_run_ends(input_ids)]
+        if images and images.get("pixel_values") is not None:
+            tensors += [images["crop_num_tokens"], images["image_grid_thw"][:, 0]]
+        return read_integers(*tensors)
 
     def _mask_padding(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """The attention mask of prompts that came without one: int64[batch, length], 0 for padding."""
@@ -330,7 +360,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         if kwargs.get("inputs_embeds") is None:
             # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
             kwargs["inputs_embeds"] = (
-                self.model.embed_prompt(new_ids, encoded["image"].pooler_output)
+                self.model.fill_places(new_ids, encoded["image"].pooler_output)
                 if encoded
                 else self.get_input_embeddings()(new_ids)
             )
@@ -396,13 +426,12 @@ class MCLlavaGenerationMixin(GenerationMixin):
             <pad>  a  <image>  b        a  <image> <image> <image>  b
               c    d  <image>  e        c     d    <image> <image>  e
         """
-        counts = iter(request.tokens_per_image)
-        rows = []
-        for ids, kept in zip(request.input_ids, request.attention_mask.bool()):
-            ids = ids[kept]
-            repeats = [next(counts) if place else 1 for place in (ids == self.config.image_token_id).tolist()]
-            rows.append(ids.repeat_interleave(torch.tensor(repeats, device=ids.device)))
-        return self._pad_prompts(rows)
+        ids, kept = request.input_ids, request.attention_mask.bool()
+        counts = torch.tensor(request.tokens_per_image, device=ids.device)
+        repeats = kept.long().masked_scatter(kept & (ids == self.config.image_token_id), counts)
+        (lengths,) = read_integers(repeats.sum(-1))
+        ids = ids.flatten().repeat_interleave(repeats.flatten(), output_size=sum(lengths))
+        return self._pad_prompts(list(ids.split(lengths)))
 
     def _pad_prompts(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Ids and mask of prompts of several lengths, padded on the left: int64[batch, length] each."""
@@ -413,15 +442,16 @@ class MCLlavaGenerationMixin(GenerationMixin):
             pad_sequence(masks, batch_first=True, padding_side="left"),
         )
 
-    def _check_context(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, tokens_per_image: list[int]):
+    def _check_context(self, lengths: list[int], run_ends: list[list[int]], tokens_per_image: list[int]):
         """Raise a ValueError if images don't match the `<image>` tokens, or a row has no room for an answer."""
-        image_tokens = [0] * len(input_ids)
+        image_tokens = [0] * len(lengths)
         if tokens_per_image:
-            image_tokens = self.model.get_placeholder_mask(input_ids, tokens_per_image).sum(-1).tolist()
+            check_places(run_ends, tokens_per_image)
+            image_tokens = count_places(run_ends)
         limit = self.config.text_config.max_position_embeddings
         ends = list(accumulate(tokens_per_image))
         start, fitting = 0, []
-        for length, in_row in zip(attention_mask.sum(-1).tolist(), image_tokens):
+        for length, in_row in zip(lengths, image_tokens):
             images = sum(start < end <= start + in_row for end in ends)
             start += in_row
             if length >= limit:
@@ -429,7 +459,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         if fitting:
             remedy = f"pass num_tokens={min(fitting)} or less" if min(fitting) > 0 else "shorten the text"
             raise ValueError(
-                f"the prompt has {int(attention_mask.sum(-1).max())} tokens, the context {limit} "
+                f"the prompt has {max(lengths)} tokens, the context {limit} "
                 f"(max_position_embeddings), which leaves no room for an answer: {remedy}"
             )
 

@@ -16,6 +16,7 @@ repository.
 import base64
 import io
 import reprlib
+import sys
 import time
 import uuid
 
@@ -101,7 +102,8 @@ PREFIX_BYTES = 2**30  # of keys and values
 
 class EndpointHandler:
     """
-    Loads a model folder and answers requests, on an accelerator if there is one.
+    Loads a model folder and answers requests, on an accelerator if there is one, in the precision that `choose_dtype`
+    says, which is printed.
 
     Args:
         path: the model folder.
@@ -111,8 +113,10 @@ class EndpointHandler:
         accelerator = torch.accelerator.current_accelerator()
         device = "cpu" if accelerator is None else accelerator.type
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
-        options = {"trust_remote_code": True, "dtype": "auto", "use_safetensors": True}
+        dtype = get_class_from_dynamic_module("precision_mc_llava.choose_dtype", path)(device)
+        options = {"trust_remote_code": True, "dtype": dtype, "use_safetensors": True}
         self.model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device).eval()
+        print(f"computing in {str(self.model.dtype).removeprefix('torch.')} on {device}", file=sys.stderr, flush=True)
         self.cache = get_class_from_dynamic_module("encoded_images_mc_llava.FeatureCache", path)(CACHE_BYTES)
         prefixes = get_class_from_dynamic_module("prefix_cache_mc_llava.PrefixCache", path)
         can_keep = get_class_from_dynamic_module("prefix_cache_mc_llava.can_keep_prefixes", path)

@@ -12,13 +12,14 @@ import hashlib
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
-from itertools import accumulate
+from threading import RLock
 
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel, modeling_utils
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
@@ -33,11 +34,22 @@ from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_mc_llava import MCLlavaConfig
-from .encoded_images_mc_llava import EncodedImages, check_weights, count_image_tokens, hash_tensors, is_encoded
+from .encoded_images_mc_llava import (
+    EncodedImages,
+    check_counts,
+    check_places,
+    check_weights,
+    hash_tensors,
+    is_encoded,
+    read_integers,
+    sum_per_image,
+)
 from .generation_mc_llava import CACHE, CACHE_NAMES, MCLlavaGenerationMixin, one_cache
+from .precision_mc_llava import warn_of_float16
 from .zoom_mc_llava import MCLlavaZoomMixin, refuse_zoom
 
 
+_opening = RLock()  # one thread at a time replaces transformers' function, see `one_copy`
 # Crops that pass the vision tower at once. This bounds its memory, whatever max_crops is.
 CROPS_PER_PASS = 16
 # Names in the published checkpoint -> in the model. `save_pretrained` writes the published ones, `from_pretrained` and
@@ -141,6 +153,35 @@ def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return (copy.deepcopy(module) if has_4_bits else module).state_dict()
 
 
+@contextmanager
+def one_copy(dtype: torch.dtype | str | None):
+    """
+    Has `from_pretrained` read files whose weights have another dtype tensor by tensor.
+
+    It maps files into memory, where the pages of all tensors would stay beside their copies in `dtype` until the last
+    one is loaded. transformers reads files on Windows, for a similar reason, and has no option for it elsewhere.
+    """
+    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    wanted = names.get(getattr(torch, dtype, None) if isinstance(dtype, str) else dtype)
+    if wanted is None:  # the file's: mapped weights are read when they are used, and shared by processes
+        yield
+        return
+
+    def open_file(path, **options):
+        file = plain_open(path, **options)
+        if all(file.get_slice(name).get_dtype() == wanted for name in file.keys()):
+            return file
+        return plain_open(path, **{**options, "backend": "pread"})
+
+    with _opening:
+        plain_open = modeling_utils.safe_open
+        modeling_utils.safe_open = open_file
+        try:
+            yield
+        finally:
+            modeling_utils.safe_open = plain_open
+
+
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies
 
@@ -165,6 +206,12 @@ class MCLlavaPreTrainedModel(PreTrainedModel):
     def __init__(self, config: MCLlavaConfig):
         super().__init__(config)
         self.register_load_state_dict_pre_hook(rename_published)
+
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs):
+        """As in transformers. Weights that are loaded in another dtype than the file's are held once."""
+        with one_copy(kwargs.get("dtype", kwargs.get("torch_dtype"))):
+            return super().from_pretrained(*args, **kwargs)
 
 
 class MCLlavaModel(MCLlavaPreTrainedModel):
@@ -226,7 +273,9 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 of range.
         """
         refuse_zoom("get_image_features", kwargs)
-        tokens_per_image = count_image_tokens(crop_num_tokens, image_grid_thw)
+        check_counts(crop_num_tokens, image_grid_thw)
+        counts, crops_per_image = read_integers(crop_num_tokens, image_grid_thw[:, 0])
+        tokens_per_image = sum_per_image(counts, crops_per_image)
         if crop_coords is None or not len(pixel_values) == len(crop_coords) == len(crop_num_tokens):
             raise ValueError(
                 f"pixel_values, crop_coords and crop_num_tokens describe {len(pixel_values)}, "
@@ -236,7 +285,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         if not len(pixel_values):
             raise ValueError("there are no crops to encode: pass at least one image")
         patches = self.vision_tower.embeddings.num_patches
-        low, high = int(crop_num_tokens.min()), int(crop_num_tokens.max())
+        low, high = min(counts), max(counts)
         if low < 1 or high >= patches:
             raise ValueError(
                 f"crop_num_tokens must lie between 1 and {patches - 1} (patches of a crop, without the first), "
@@ -244,26 +293,40 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 f"{self.config.vision_config.patch_size}"
             )
 
-        hidden_states = self.encode_tokens(pixel_values, crop_num_tokens, **kwargs)
+        warn_of_float16(self.vision_tower.dtype, pixel_values.device)
+        hidden_states = self.encode_tokens(pixel_values, crop_num_tokens, counts, **kwargs)
         hidden_states = self.add_positions(hidden_states, crop_coords, crop_num_tokens)
         image_features = self.multi_modal_projector(hidden_states)
         recorded = {}
         if output_hidden_states or output_attentions:
-            passes = pixel_values.to(self.vision_tower.dtype).split(CROPS_PER_PASS)
-            recorded = self._record_tower(passes, bool(output_hidden_states), bool(output_attentions))
+            recorded = self._record_tower(
+                pixel_values.split(CROPS_PER_PASS), bool(output_hidden_states), bool(output_attentions)
+            )
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=list(image_features.split(tokens_per_image)), **recorded
         )
 
     def encode_tokens(
-        self, pixel_values: torch.Tensor, crop_num_tokens: torch.LongTensor, **kwargs: Unpack[TransformersKwargs]
+        self,
+        pixel_values: torch.Tensor,
+        crop_num_tokens: torch.LongTensor,
+        counts: list[int],
+        **kwargs: Unpack[TransformersKwargs],
     ) -> torch.Tensor:
-        """The tokens that are kept of crops, `CROPS_PER_PASS` at a time: float[tokens, vision_hidden]."""
+        """
+        The tokens that are kept of crops, `CROPS_PER_PASS` at a time: float[tokens, vision_hidden].
+
+        No pass waits for the one before it: `counts` are the values of `crop_num_tokens`, which the caller has read.
+        """
         # Parameters may be on several devices or on disk: data moves to the device of other data, not to theirs.
         passes = zip(pixel_values.split(CROPS_PER_PASS), crop_num_tokens.split(CROPS_PER_PASS))
-        dtype = self.vision_tower.dtype
+        dtype, starts = self.vision_tower.dtype, range(0, len(counts), CROPS_PER_PASS)
+        totals = [sum(counts[start : start + CROPS_PER_PASS]) for start in starts]
         return torch.cat(
-            [self.keep_last(self.encode_crops(pixels.to(dtype), **kwargs), kept) for pixels, kept in passes]
+            [
+                self.keep_last(self.encode_crops(pixels.to(dtype), **kwargs), kept, total)
+                for (pixels, kept), total in zip(passes, totals)
+            ]
         )
 
     def encode_each(self, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
@@ -311,11 +374,20 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         return self.vision_tower.encoder(inputs_embeds=embeddings, **kwargs).last_hidden_state
 
     @staticmethod
-    def keep_last(hidden_states: torch.Tensor, num_tokens: torch.LongTensor) -> torch.Tensor:
-        """Select the last `num_tokens[i]` patches of each crop i: float[crops, patches, ...] to float[tokens, ...]."""
-        patches = hidden_states.shape[1]
-        first_kept = patches - num_tokens.to(hidden_states.device)
-        return hidden_states[torch.arange(patches, device=hidden_states.device) >= first_kept[:, None]]
+    def keep_last(hidden_states: torch.Tensor, num_tokens: torch.LongTensor, total: int | None = None) -> torch.Tensor:
+        """
+        Select the last `num_tokens[i]` patches of each crop i: float[crops, patches, ...] to float[tokens, ...].
+
+        Args:
+            total: the sum of `num_tokens`. Without it, it is read, which waits for the device.
+        """
+        device, patches = hidden_states.device, hidden_states.shape[1]
+        num_tokens = num_tokens.to(device)
+        total = int(num_tokens.sum()) if total is None else total
+        ends = patches * torch.arange(1, 1 + len(num_tokens), device=device)
+        # From the place of a token among all that are kept to that among all patches.
+        shifts = (ends - num_tokens.cumsum(0)).repeat_interleave(num_tokens, output_size=total)
+        return hidden_states.flatten(0, 1)[torch.arange(total, device=device) + shifts]
 
     def _record_tower(self, passes: tuple[torch.Tensor, ...], hidden_states: bool, attentions: bool) -> dict:
         """
@@ -325,7 +397,10 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         """
         outputs = [
             self.vision_tower(
-                pixels, output_hidden_states=hidden_states, output_attentions=attentions, return_dict=True
+                pixels.to(self.vision_tower.dtype),
+                output_hidden_states=hidden_states,
+                output_attentions=attentions,
+                return_dict=True,
             )
             for pixels in passes
         ]
@@ -346,10 +421,15 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         Raises:
             ValueError: as `get_placeholder_mask` does.
         """
-        mask = self.get_placeholder_mask(input_ids, [len(features) for features in image_features], is_chunk)
+        self.get_placeholder_mask(input_ids, [len(features) for features in image_features], is_chunk)
+        return self.fill_places(input_ids, image_features)
+
+    def fill_places(self, input_ids: torch.LongTensor, image_features: list[torch.Tensor]) -> torch.Tensor:
+        """`embed_prompt` for a prompt whose places are known to match, which reads nothing from the device."""
         embeds = self.get_input_embeddings()(input_ids)
+        mask = (input_ids == self.config.image_token_id).to(embeds.device)
         features = torch.cat(list(image_features)).to(embeds.device, embeds.dtype)
-        return embeds.masked_scatter(mask.to(embeds.device).unsqueeze(-1), features)
+        return embeds.masked_scatter(mask.unsqueeze(-1), features)
 
     def get_placeholder_mask(
         self, input_ids: torch.LongTensor | None, tokens_per_image: list[int], is_chunk: bool = False
@@ -368,19 +448,18 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         """
         if input_ids is None:
             raise ValueError("images need input_ids: their places are found by the id of <image>")
+        (run_ends,) = read_integers(self.find_run_ends(input_ids))
+        check_places(run_ends, tokens_per_image, is_chunk)
+        return input_ids == self.config.image_token_id
+
+    def find_run_ends(self, input_ids: torch.LongTensor) -> torch.LongTensor:
+        """
+        At the last token of each run of `<image>`, how many there are up to it in all rows: int64[batch, length], 0
+        elsewhere. A run of two and one of three in two rows: [[0, 0, 2, 0], [0, 0, 0, 5]].
+        """
         mask = input_ids == self.config.image_token_id
-        follows = torch.cat(
-            [mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1
-        )  # whether the next one is a place, too
-        places = mask.flatten().cumsum(0)
-        run_ends, image_ends = places[(mask & ~follows).flatten()].tolist(), list(accumulate(tokens_per_image))
-        is_split = not (is_chunk and len(image_ends) == 1) and not set(run_ends) <= set(image_ends)
-        if (run_ends[-1] if run_ends else 0) != image_ends[-1] or is_split:
-            raise ValueError(
-                f"the rows have {mask.sum(-1).tolist()} <image> tokens, the images {tokens_per_image} tokens: "
-                "use the processor's input_ids with its images, unshortened"
-            )
-        return mask
+        follows = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+        return (mask & ~follows) * mask.flatten().cumsum(0).view_as(mask)
 
     @can_return_tuple
     def forward(
@@ -428,6 +507,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                     raise ValueError(f"the prompts have {places} <image> tokens but got no images: pass the images")
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
+        warn_of_float16(inputs_embeds.dtype, inputs_embeds.device)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,

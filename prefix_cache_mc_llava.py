@@ -47,13 +47,10 @@ class Prompts:
     The prompts of a call.
 
     Args:
-        made_by: what `describe_language_model` returned.
-        embeds, starts: float[batch, length, hidden], padded on the left, and where each row starts.
+        starts: where each row starts, after its padding.
         names: of the tokens of each row.
     """
 
-    made_by: bytes
-    embeds: torch.Tensor
     starts: list[int]
     names: list[list[bytes]]
 
@@ -121,7 +118,7 @@ class PrefixCache:
             raise ValueError("a prefix cache needs prompts that are padded on the left: pad them there")
         starts = [attention_mask.shape[1] - count for count in counts]
         names = [name_tokens(made_by, row[start:]) for row, start in zip(embeds, starts)]
-        prompts = Prompts(made_by, embeds, starts, names)
+        prompts = Prompts(starts, names)
         cache = DynamicCache(config=model.config.get_text_config())
         with self._lock:
             found = [self._find(row) for row in names]
@@ -130,7 +127,10 @@ class PrefixCache:
         if columns > min((start for start, runs in zip(starts, found) if runs), default=columns):
             for index in range(len(next(iter(filter(None, found)))[0][0].layers)):
                 keys, values = (self._fill(found, starts, index, part, columns) for part in range(2))
-                cache.update(keys, values, index)
+                # Not by `update`, which copies them. A layer grows by making new tensors.
+                layer = cache.layers[index]
+                layer.lazy_initialization(keys, values)
+                layer.keys, layer.values = keys, values
             with self._lock:
                 self.reused += sum(max(0, columns - start) for start in starts)
         return cache, prompts
@@ -147,8 +147,7 @@ class PrefixCache:
         length = cache.get_seq_length()
         for row, (start, names) in enumerate(zip(prompts.starts, prompts.names)):
             if new_embeds is not None:
-                embeds = torch.cat([prompts.embeds[row, start:], new_embeds[row]])[: length - start]
-                names = name_tokens(prompts.made_by, embeds)
+                names = names + name_tokens(names[-1], new_embeds[row]) if names else []
             names = names[: length - start]
             layers = [(layer.keys[row * repeats], layer.values[row * repeats]) for layer in cache.layers]
             self._put(names, start, layers)
@@ -175,10 +174,10 @@ class PrefixCache:
         some = next(iter(filter(None, found)))[0][0].layers[index][part]
         rows = []
         for start, runs in zip(starts, found):
-            parts = [some.new_zeros(*some.shape[:2], start, some.shape[3])]
+            parts = [some.new_zeros(*some.shape[:2], start, some.shape[3])] if start else []
             parts += [segment.layers[index][part][:, :, first:stop] for segment, first, stop in runs]
-            rows.append(torch.cat(parts, dim=2)[:, :, :columns])
-        return torch.cat(rows)
+            rows.append((torch.cat(parts, dim=2) if len(parts) > 1 else parts[0])[:, :, :columns])
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def _put(self, names: list[bytes], start: int, layers: list[tuple[torch.Tensor, torch.Tensor]]):
         """Keep the tokens of a prompt that are new. It starts at a column of float[heads, length, head_dim]."""
@@ -221,12 +220,15 @@ class PrefixCache:
                 del self._tokens[name]
 
 
-def name_tokens(made_by: bytes, embeds: torch.Tensor) -> list[bytes]:
+def name_tokens(before: bytes, embeds: torch.Tensor) -> list[bytes]:
     """
-    A name for each token of a prompt float[length, hidden]: a digest of all that its keys and values depend on, which
+    A name for each token of a text float[length, hidden]: a digest of all that its keys and values depend on, which
     are the weights, the dtype, and the embeddings up to it.
+
+    Args:
+        before: the name of the token before them or, of a prompt's first, what `describe_language_model` returns.
     """
-    names, name = [], made_by
+    names, name = [], before
     for row in embeds.detach().contiguous().view(torch.uint8).cpu().numpy():
         name = hashlib.sha256(name + row.tobytes()).digest()
         names.append(name)

@@ -2,7 +2,8 @@
 Guided zoom: look at the whole picture and a coarse grid, then more closely where the question points.
 
     round 0    whole picture, scouts              the image processor's crops
-    round 1    attention from the prompt's last token to each crop -> the most relevant crops, covered by smaller ones
+    round 1    attention from the prompt's last token to each crop -> the most relevant crops, covered by smaller ones;
+               no further rounds if most of it lies on the whole picture or on what was covered before: see `pays`
     ...
     answer     all crops of all rounds, in the same number of `<image>` tokens
 
@@ -10,8 +11,10 @@ Every round's prompt has the same ids: the visual tokens are shared out among mo
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from PIL import Image
@@ -19,14 +22,23 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from .crops_mc_llava import Box, Crop, center_of
-from .encoded_images_mc_llava import EncodedImages, FeatureCache, count_image_tokens, describe_encoder, picture_key
+from .encoded_images_mc_llava import (
+    EncodedImages,
+    FeatureCache,
+    check_counts,
+    describe_encoder,
+    picture_key,
+    read_integers,
+    sum_per_image,
+)
 from .generation_mc_llava import CACHE
 from .image_processing_mc_llava import ZOOM_FIELDS
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
-from .zoom_plan_mc_llava import look_closer, share_evenly, split_budget
+from .zoom_plan_mc_llava import look_closer, pays, share_evenly, split_budget
 
 
 logger = logging.get_logger(__name__)
+READ_FIELDS = ("crop_num_tokens", "image_grid_thw", "crop_boxes", "zoom_options")  # of integers
 
 
 @dataclass(frozen=True)
@@ -37,8 +49,8 @@ class ZoomedImages(EncodedImages):
     Args:
         crop_rounds: int64[crops], the round in which a crop was looked at: 0 for the whole picture and the scouts.
         crop_relevance: float32[crops], of the last round that asked about a crop: the share of attention that it got
-            from the measured heads or, without any, its attention relative to that under a general question. NaN in
-            the last round, which is followed by the answer.
+            from the measured heads or, without any, its attention relative to that under a general question. NaN if
+            only the answer followed.
     """
 
     crop_rounds: torch.LongTensor
@@ -126,8 +138,9 @@ class MCLlavaZoomMixin:
         """
         if attention_mask is None:
             attention_mask = self._mask_padding(input_ids)
-        tokens = count_image_tokens(images.get("crop_num_tokens"), images.get("image_grid_thw"))
-        self._check_context(input_ids, attention_mask, tokens)
+        check_counts(images.get("crop_num_tokens"), images.get("image_grid_thw"))
+        lengths, run_ends, *counts = self._read_prompts(input_ids, attention_mask, images)
+        self._check_context(lengths, run_ends, sum_per_image(*counts))
         return self.zoomed_images(self.look(input_ids, attention_mask, images, feature_cache))
 
     def zoomed_images(self, looks: Looks) -> ZoomedImages:
@@ -153,9 +166,14 @@ class MCLlavaZoomMixin:
         """All rounds before the answer."""
         if missing := [name for name in ZOOM_FIELDS if images.get(name) is None]:
             raise ValueError(f"{', '.join(missing)} are missing: call the processor with zoom=1 or more")
-        if not attention_mask[:, -1].all():
+        # With the relevance of each round, all that is read from the device.
+        ids, kept, *fields = read_integers(
+            input_ids, attention_mask, *(images[name] for name in READ_FIELDS), images["zoom_general_ids"]
+        )
+        if not all(row[-1] for row in kept):
             raise ValueError("zoom asks with the last token of each prompt: pad the prompts on the left")
-        views, weights_hash = self._first_views(input_ids, images), None
+        views, weights_hash = self._first_views(ids, images, *fields[:-1]), None
+        general = [self._ask_in_general(*row, fields[-1]) for row in zip(ids, kept)]
         if feature_cache is not None:
             try:
                 weights_hash = self._name_pictures(views, images["zoom_values"])
@@ -172,7 +190,7 @@ class MCLlavaZoomMixin:
             active = [view for view in views if view.rounds >= number]
             rows = sorted({view.row for view in active})
             seen = [view for view in views if view.row in rows]
-            self._ask(input_ids[rows], attention_mask[rows], seen, images["zoom_general_ids"])
+            self._ask(input_ids[rows], attention_mask[rows], seen, [general[row] for row in rows])
             self._look_closer(active, number, images["zoom_values"], feature_cache)
         return Looks(views, self.features(views), weights_hash)
 
@@ -185,22 +203,22 @@ class MCLlavaZoomMixin:
             view.key = picture_key(pixels, (width, height), view.resample, values, made_by)
         return made_by[0]
 
-    def _first_views(self, input_ids, images: dict) -> list[View]:
-        """The views of the image processor's crops."""
-        num_tokens, options = images["crop_num_tokens"], images["zoom_options"].tolist()
-        crops_per_image = images["image_grid_thw"][:, 0].tolist()
-        tokens = count_image_tokens(num_tokens, images["image_grid_thw"])
-        row_ends = self.model.get_placeholder_mask(input_ids, tokens).sum(-1).cumsum(0)
-        ends = torch.tensor(tokens, device=row_ends.device).cumsum(0)
-        rows = torch.searchsorted(row_ends, ends).tolist()
-        boxes = [tuple(box) for box in images["crop_boxes"].tolist()]
-        plans = [Crop(box, count) for box, count in zip(boxes, num_tokens.tolist())]
+    def _first_views(self, ids: list, images: dict, num_tokens: list, grid: list, boxes: list, options: list):
+        """The views of the image processor's crops. `READ_FIELDS` and the ids come as lists."""
+        crops_per_image = [crops for crops, _, _ in grid]
+        tokens = sum_per_image(num_tokens, crops_per_image)
+        row_ends = list(accumulate(row.count(self.config.image_token_id) for row in ids))
+        rows = [bisect_left(row_ends, end) for end in accumulate(tokens)]
+        boxes = [tuple(box) for box in boxes]
+        plans = [Crop(box, count) for box, count in zip(boxes, num_tokens)]
         starts = [sum(crops_per_image[:index]) for index in range(len(crops_per_image))]
         sizes = [boxes[start][2:] for start in starts]
         bytes_of_pictures = sum(3 * height * width for _, _, height, width, _ in options)
         if sizes != [(row[3], row[2]) for row in options] or bytes_of_pictures != len(images["zoom_pictures"]):
             raise ValueError("zoom_options and zoom_pictures don't fit the crops: pass what the processor returned")
-        views, start, byte = [], 0, 0
+        pictures, views, start, byte = images["zoom_pictures"], [], 0, 0
+        if not all(can_cut_on(pictures.device, resample) for *_, resample in options):
+            pictures = pictures.cpu()
         for crops, row, budget, (zoom, max_crops, height, width, resample) in zip(
             crops_per_image, rows, tokens, options
         ):
@@ -208,7 +226,7 @@ class MCLlavaZoomMixin:
             rounds, _, regions, per_region = split_budget(min(max_crops, budget - 1), zoom)
             views.append(
                 View(
-                    pixels=images["zoom_pictures"][byte : byte + size].view(height, width, 3),
+                    pixels=pictures[byte : byte + size].view(height, width, 3),
                     resample=resample,
                     row=row,
                     rounds=rounds if crops > 1 else 0,
@@ -228,13 +246,15 @@ class MCLlavaZoomMixin:
         side = self.config.vision_config.image_size
         added = [
             look_closer(view.boxes, view.relevance, view.covered, view.regions, view.per_region, side)
+            if pays(view.boxes, view.relevance, view.covered, side)
+            else []
             for view in views
         ]
         for view, boxes in zip(views, added):
             if boxes:
                 view.add(boxes, number)
             else:
-                view.rounds = number  # nothing is left to look at
+                view.rounds = number  # a closer look would show nothing more
         if not any(added):
             return
 
@@ -244,7 +264,7 @@ class MCLlavaZoomMixin:
                 if own := [box for index, box in enumerate(boxes, start) if index in chosen]:
                     parts.append(_cut(view, own, side))
                 start += len(boxes)
-            cut = torch.cat(parts)
+            cut = torch.cat(parts).to(values.device)
             return torch.stack([values[channel][cut[..., channel].long()] for channel in range(3)], dim=1)
 
         self._encode(views, added, pixels, feature_cache)
@@ -266,7 +286,7 @@ class MCLlavaZoomMixin:
         counts = [crop.num_tokens for _, crop in new]
         if feature_cache is None:
             crops = pixels(set(range(len(new))))
-            tokens = self.model.encode_tokens(crops, torch.tensor(counts, device=crops.device)).split(counts)
+            tokens = self.model.encode_tokens(crops, torch.tensor(counts, device=crops.device), counts).split(counts)
         else:
             keys = [(view.key, crop.box) for view, crop in new]
             tokens = feature_cache.look_up(
@@ -286,7 +306,7 @@ class MCLlavaZoomMixin:
             features.append(self.model.multi_modal_projector(placed))
         return features
 
-    def _ask(self, input_ids, attention_mask, views: list[View], general_ids):
+    def _ask(self, input_ids, attention_mask, views: list[View], general: list[list[int]]):
         """Set each view's relevance: what the prompt's last token attends to."""
         features, heads = self.features(views), relevant_heads(self.config)
         counts = [crop.num_tokens for view in views for crop in view.plan]
@@ -298,11 +318,12 @@ class MCLlavaZoomMixin:
         found = per_crop(input_ids, attention_mask)
         if not self.config.zoom_heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
             warn_unmeasured(self.config.name_or_path)
-            usual = per_crop(*self._ask_in_general(input_ids, attention_mask, general_ids))
+            rows = [torch.tensor(ids, device=input_ids.device) for ids in general]
+            usual = per_crop(*self._pad_prompts(rows))
             found = found / usual.clamp(min=1e-6)
-        if not found.isfinite().all():
-            raise ValueError("the model's attention is not finite: load it in another dtype, or pass zoom=0")
         found = found.tolist()
+        if not all(map(math.isfinite, found)):
+            raise ValueError("the model's attention is not finite: load it in another dtype, or pass zoom=0")
         for view in views:
             view.relevance, found = found[: len(view.boxes)], found[len(view.boxes) :]
 
@@ -310,27 +331,26 @@ class MCLlavaZoomMixin:
         self, input_ids, attention_mask, features: list[torch.Tensor], heads: list[tuple[int, int]]
     ) -> torch.Tensor:
         """Attention of the prompts' last tokens to the visual tokens of all images: float32[heads, tokens]."""
-        embeds = self.model.embed_prompt(input_ids, features)
+        embeds = self.model.fill_places(input_ids, features)
         found = last_attention(self.model.language_model, embeds, attention_mask, heads)
-        return found.transpose(0, 1)[:, input_ids == self.config.image_token_id]
+        # The places of <image>, in order. How many there are is known: a boolean index would read it.
+        others = (input_ids != self.config.image_token_id).flatten().byte()
+        places = others.argsort(stable=True)[: sum(map(len, features))]
+        return found.transpose(0, 1).flatten(1)[:, places.to(found.device)]
 
-    def _ask_in_general(self, input_ids, attention_mask, general_ids):
-        """The prompts up to their last `<image>`, followed by a general question; padded on the left."""
-        rows = []
-        for ids, kept in zip(input_ids, attention_mask.bool()):
-            ids = ids[kept]
-            end = int((ids == self.config.image_token_id).nonzero()[-1]) + 1
-            rows.append(torch.cat([ids[:end], general_ids.to(ids.device)]))
-        return self._pad_prompts(rows)
+    def _ask_in_general(self, ids: list[int], kept: list[int], general_ids: list[int]) -> list[int]:
+        """A prompt up to its last `<image>`, followed by a general question; without padding."""
+        ids = [id for id, is_kept in zip(ids, kept) if is_kept]
+        end = max((place for place, id in enumerate(ids, 1) if id == self.config.image_token_id), default=0)
+        return ids[:end] + general_ids
 
 
 def _cut(view: View, boxes: list[Box], side: int) -> torch.Tensor:
     """uint8[crops, side, side, 3] on the picture's device."""
-    device = view.pixels.device
-    if can_cut_on(device, view.resample):
+    if can_cut_on(view.pixels.device, view.resample):
         return cut_on_device(view.pixels, boxes, side)
-    picture = Image.fromarray(view.pixels.cpu().numpy())
-    return torch.from_numpy(cut_crops(picture, boxes, side, view.resample)).to(device)
+    picture = Image.fromarray(view.pixels.numpy())
+    return torch.from_numpy(cut_crops(picture, boxes, side, view.resample))
 
 
 def relevant_heads(config) -> list[tuple[int, int]]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..image_loading_mc_llava import *  # noqa: F403
     from ..image_processing_mc_llava import *  # noqa: F403
     from ..modeling_mc_llava import *  # noqa: F403
+    from ..precision_mc_llava import *  # noqa: F403
     from ..prefix_cache_mc_llava import *  # noqa: F403
     from ..processing_mc_llava import *  # noqa: F403
     from ..resizing_mc_llava import *  # noqa: F403
@@ -40,6 +41,7 @@ ROOT_FILES = (
     "configuration_mc_llava",
     "resizing_mc_llava",
     "image_processing_mc_llava",
+    "precision_mc_llava",
     "encoded_images_mc_llava",
     "processing_mc_llava",
     "prefix_cache_mc_llava",

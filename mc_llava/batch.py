@@ -32,7 +32,7 @@ from .ahead import Ahead
 from .engine import GREEDY, Engine, answer_all, ask_about, count_bytes, fill_knobs
 from .folders import find_model
 from .journal import append, check_utf8, difference, hash_file, lock, parse, replacing, resume, to_line, versions
-from .loading import find_device, identify, identify_code, load_model, load_processor
+from .loading import find_device, identify, identify_code, load_model, load_processor, resolve_dtype
 
 
 COLUMNS = ("id", "question", "image", "images")
@@ -492,11 +492,14 @@ def _run(
     origin = output.with_name(output.name + ".origin")
     if output.exists() and not origin.exists():
         raise ValueError(f"{output} already exists: choose another output")
-    commit, processor = identify(job.model, job.revision), load_processor(job.model, job.revision)
+    commit, dtype, processor = identify(job.model, job.revision), job.dtype, load_processor(job.model, job.revision)
+    if not use_ray or job.device:  # on an unknown device, each of Ray's workers chooses
+        dtype = str(resolve_dtype(job.model, dtype, job.device, job.revision)).removeprefix("torch.")
     settings = {
         **asdict(job),
         **fill_knobs(processor, job.max_crops, job.num_tokens, job.zoom),
         "revision": commit,
+        "dtype": dtype,
         "device": job.device if use_ray else find_device(job.device),  # Ray's workers may have others
         "rows": len(rows),
         "digest": rows.digest,
@@ -517,7 +520,7 @@ def _run(
     starts = range(done, total, job.batch_size)
     digest = None if isinstance(rows, Parquet) else rows.digest  # of a parquet file, computed once
     if use_ray:
-        batches = answer_with_ray(job, starts, workers, digest)
+        batches = answer_with_ray(replace(job, dtype=dtype), starts, workers, digest)
     else:
         batches = map(Worker(job, digest, processor).answer_batch, starts) if starts else ()
     with tqdm(total=total, initial=done, unit="row", desc=output.name) as progress:

@@ -42,7 +42,13 @@ Zoom = Annotated[
     typer.Option(help="Rounds of looking closer where the question points; by default as the model was saved.", min=0),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default an accelerator if there is one.")]
-DtypeOption = Annotated[Dtype, typer.Option(help="Precision of the weights; auto keeps the checkpoint's.")]
+DtypeOption = Annotated[
+    Dtype,
+    typer.Option(
+        help="Precision of the weights; auto takes bfloat16 on a CPU that computes in it, float32 on others, and the "
+        "checkpoint's on an accelerator."
+    ),
+]
 QuantizeOption = Annotated[Quantize | None, typer.Option(help="Store the language model's weights in fewer bits.")]
 BatchSize = Annotated[int, typer.Option(help="How many questions to ask at once.", min=1)]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
@@ -104,6 +110,7 @@ def ask(
         answer = {
             "answer": reply.text,
             "model": model,
+            "dtype": str(network.dtype).removeprefix("torch."),
             "crops": reply.crops,
             "image_tokens": reply.image_tokens,
             "prompt_tokens": reply.prompt_tokens,
@@ -212,9 +219,10 @@ def estimate(
     """Print what a question about a picture costs. Loads no weights."""
     import torch
 
-    from . import MCLlavaConfig, MCLlavaImageProcessor, count_closer
+    from . import MCLlavaConfig, MCLlavaImageProcessor, choose_dtype, count_closer
     from .estimate import estimate as estimate_cost
     from .folders import find_model
+    from .loading import find_device
 
     if model is None:
         processor, config = MCLlavaImageProcessor(), MCLlavaConfig(dtype="float16")
@@ -225,7 +233,8 @@ def estimate(
     knobs = {name: getattr(processor, name) if value is None else value for name, value in knobs.items()}
     picture = read_image(image)
     plan = processor.plan(*picture.size, **knobs)
-    precision = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    precision = choose_dtype(find_device()) if dtype == "auto" else getattr(torch, dtype)
+    precision = config.dtype or torch.float32 if precision == "auto" else precision
     tokens = sum(crop.num_tokens for crop in plan)
     looks, closer = count_closer(*picture.size, side=processor.size["height"], **knobs)
     cost = estimate_cost(config, len(plan) + closer, tokens, text_tokens, max_new_tokens, precision, looks)
@@ -369,16 +378,24 @@ def compare_results(
 @app.command()
 def study(
     model: ModelOption = DEFAULT_MODEL,
+    part: Annotated[
+        Literal["grid", "zoom", "all"], typer.Option(help="The knobs of the grid, zoom against the grid, or both.")
+    ] = "all",
     num_scenes: Annotated[int, typer.Option(help="Scenes to ask about, with a question of each kind.", min=1)] = 500,
     work: Annotated[Path, typer.Option(help="The folder for replies; an interrupted run resumes there.")] = Path(
         "results/study"
     ),
-    output: Annotated[Path, typer.Option(help="The folder for study.json and the figures.")] = Path("docs"),
+    output: Annotated[Path, typer.Option(help="The folder for the results and figures.")] = Path("docs"),
 ):
-    """Measure how crops and tokens affect accuracy on drawn scenes, and print the table of docs/tiny.md."""
+    """Measure how crops, tokens and zoom affect accuracy on drawn scenes, and print the tables of docs/tiny.md."""
     with extra("eval"):
-        from .scenes.study import markdown, run_study
-    print(markdown(run_study(model, work, output, num_scenes)))
+        from .scenes import study as grid
+        from .scenes import zoom_study as zoom
+    asked = grid.Study(model, work, num_scenes)
+    if part != "zoom":
+        print(grid.markdown(grid.run_study(asked, output)))
+    if part != "grid":
+        print(zoom.markdown(zoom.run_zoom_study(asked, output)))
 
 
 @app.command(name="zoom-heads")

@@ -15,8 +15,8 @@ class Estimate:
     FLOPs count a multiplication and an addition as two, and attention as if no position were masked.
 
     `look_flops` are those of guided zoom's looks at the prompt before the answer, in addition to `prefill_flops`.
-    `activation_bytes` are the crops' pixels (float32, and once more in the model's dtype) and the widest moment of the
-    tower's or the language model's pass; `cache_bytes` the keys and values of prompt and answer.
+    `activation_bytes` are the crops' pixels (float32, and those of one pass in the model's dtype, too) and the widest
+    moment of the tower's or the language model's pass; `cache_bytes` the keys and values of prompt and answer.
     """
 
     crops: int
@@ -85,7 +85,8 @@ def estimate(
     tower_width = 4 * vision.hidden_size + 2 * vision.intermediate_size
     text_width = 4 * text.hidden_size + 4 * text.intermediate_size
     patches = tower.embeddings.num_patches
-    widest = max(min(crops, CROPS_PER_PASS) * patches * tower_width, length * text_width) * dtype.itemsize
+    at_once = min(crops, CROPS_PER_PASS)
+    widest = max(at_once * patches * tower_width, length * text_width) * dtype.itemsize
     copied = 0 if dtype == torch.float32 else dtype.itemsize
     return Estimate(
         crops=crops,
@@ -96,7 +97,7 @@ def estimate(
         prefill_flops=prefill_flops,
         flops_per_new_token=flops_per_new_token,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        activation_bytes=crops * pixels.numel() * (4 + copied) + widest,
+        activation_bytes=pixels.numel() * (4 * crops + copied * at_once) + widest,
         cache_bytes=prompt_bytes * (length + new_tokens) // length,
     )
 

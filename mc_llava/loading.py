@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import uuid
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub import cached_assets_path
 from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
+from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype
 from .folders import INDEX, WEIGHTS, find_model, list_weights
 from .journal import hash_file
 
@@ -41,9 +42,29 @@ def find_device(name: str | None = None) -> str:
     return name or devices[0]
 
 
+def resolve_dtype(
+    path: str, dtype: str | torch.dtype = "auto", device: str | None = None, revision: str | None = None
+) -> torch.dtype | str:
+    """
+    The dtype that `load_model` loads for the same arguments; "auto" if only the weights of an accelerator tell.
+
+    Raises:
+        ValueError: if there is no such dtype or device.
+    """
+    if dtype == "auto":
+        chosen = choose_dtype(find_device(device))
+        if chosen == "auto":
+            chosen = MCLlavaConfig.from_pretrained(find_model(path), revision=revision or "main").dtype or chosen
+        return chosen
+    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    return found
+
+
 def load_model(
     path: str,
-    dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
     device: str | None = None,
     revision: str | None = None,
     quantize: str | None = None,
@@ -53,7 +74,8 @@ def load_model(
 
     Args:
         path: a folder, a Hub id or "tiny".
-        dtype: "auto" keeps the checkpoint's.
+        dtype: "auto" is what `choose_dtype` says, which is printed: on a CPU bfloat16 or float32, on an accelerator
+            the checkpoint's.
         device: by default an accelerator if there is one.
         revision: branch, tag or commit of a Hub id.
         quantize: one of `QUANTIZED`, for the weights of the language model's layers.
@@ -65,16 +87,17 @@ def load_model(
     path, device = find_model(path), find_device(device)
     if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):  # what else may be missing, transformers says
         list_weights(Path(path))
-    options = {"dtype": dtype, "use_safetensors": True, "revision": revision or "main", "output_loading_info": True}
+    chosen = resolve_dtype(path, dtype, device, revision)
+    if dtype == "auto":
+        name = "the precision of its weights" if chosen == "auto" else str(chosen).removeprefix("torch.")
+        print(f"computing in {name} on {device}; dtype sets another precision", file=sys.stderr, flush=True)
+    options = {"dtype": chosen, "use_safetensors": True, "revision": revision or "main", "output_loading_info": True}
     if quantize is None:
         model, report = MCLlavaForConditionalGeneration.from_pretrained(path, **options)
         check_loaded(path, report)
         return model.to(device).eval()
-    if dtype == "auto":
-        saved = MCLlavaConfig.from_pretrained(path, revision=options["revision"]).dtype
-        options["dtype"] = saved or torch.float32
-    else:
-        options["dtype"] = getattr(torch, dtype)
+    if chosen == "auto":
+        options["dtype"] = torch.float32
     options |= {"quantization_config": quantization(quantize, options["dtype"]), "device_map": device}
     try:
         model, report = MCLlavaForConditionalGeneration.from_pretrained(path, **options)

@@ -107,6 +107,69 @@ def preprocess(bench: Bench) -> dict[str, float]:
     return {"time (s)": bench.seconds(lambda: processor(path, return_tensors="pt"))}
 
 
+def build_engine(bench: Bench, layers: int = 8):
+    """An `Engine` over the 3B model's width and so many of its layers, which reads one crop as 728 tokens."""
+    import torch
+
+    from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
+    from mc_llava.engine import Engine
+    from mc_llava.loading import load_processor
+
+    tokenizer = load_processor("tiny").tokenizer
+    published, ids = MCLlavaConfig(), {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
+    ids |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    text = {**published.text_config.to_dict(), "num_hidden_layers": layers, "vocab_size": len(tokenizer)}
+    vision = {**published.vision_config.to_dict(), "num_hidden_layers": 1}
+    config = MCLlavaConfig(text_config=text, vision_config=vision, **ids)
+    torch.manual_seed(0)
+    with torch.device(bench.device):
+        model = MCLlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
+    return Engine(model, MCLlavaProcessor(MCLlavaImageProcessor(max_crops=0), tokenizer), max_new_tokens=8)
+
+
+@row
+def chat(bench: Bench) -> dict[str, float]:
+    """Turns of a conversation about a picture of 728 tokens, each answered with 8 (full width, 8 layers)."""
+    from PIL import Image
+
+    from mc_llava.engine import ask_about
+
+    engine = build_engine(bench)
+    (encoded,) = engine.encode([Image.open(ROOT / "examples" / "hubble.jpg")])
+    engine.answer([ask_about([], "Hello")])  # warms up
+    # Random words would be other tokens in the next turn's prompt.
+    words = engine.processor.tokenizer("It is a bright star in the middle.")["input_ids"][:8]
+    turns, times = ask_about([encoded], "What shines in the middle?"), []
+    for question in ("How many spirals are there?", "What color is the sky behind them?", "Is that a star?", ""):
+        written = iter(words)
+        options = {"prefix_allowed_tokens_fn": lambda row, ids, words=written: [next(words)], "eos_token_id": None}
+        bench.wait()
+        start = time.perf_counter()
+        (reply,) = engine.answer([turns], do_sample=False, **options)
+        times.append(time.perf_counter() - start)
+        turns = [*turns, {"role": "assistant", "content": reply.text}, {"role": "user", "content": question}]
+    return {"first turn (s)": times[0], "later turns (s)": statistics.median(times[1:])}
+
+
+@row
+def second_question(bench: Bench) -> dict[str, float]:
+    """The first token about an encoded picture of 728 tokens (full width, 8 layers)."""
+    from PIL import Image
+
+    from mc_llava.engine import ask_about
+
+    engine = build_engine(bench)
+    (encoded,) = engine.encode([Image.open(ROOT / "examples" / "hubble.jpg")])
+    engine.answer([ask_about([], "Hello")], max_new_tokens=1)  # warms up
+    times = []
+    for question in ("What shines in the middle?", "How many spirals are there?", "What color is it?", "Is that it?"):
+        bench.wait()
+        start = time.perf_counter()
+        engine.answer([ask_about([encoded], question)], max_new_tokens=1, do_sample=False)
+        times.append(time.perf_counter() - start)
+    return {"first question (s)": times[0], "later questions (s)": statistics.median(times[1:])}
+
+
 @row
 def load_memory(bench: Bench) -> dict[str, float]:
     """Loading 12 megapixels: the peak of memory."""
@@ -150,66 +213,80 @@ def collate(bench: Bench) -> dict[str, float]:
     return {"time (s)": bench.seconds(lambda: collator(rows), repeats=15)}
 
 
-def build_engine(bench: Bench, layers: int = 8):
-    """An `Engine` over the 3B model's width and so many of its layers, which reads one crop as 728 tokens."""
+def write_checkpoint(bench: Bench, vision_layers: int, text_layers: int) -> str:
+    """A folder with the 3B's widths, fewer layers and random weights in float16, as on the Hub."""
+    from make_published_checkpoint import FULL_SIZE, write_published_checkpoint
+
+    layers = {"vision": vision_layers, "text": text_layers}
+    folder = bench.folder / f"{vision_layers}-{text_layers}"
+    if not folder.exists():
+        sizes = {part: {**FULL_SIZE[part], "num_hidden_layers": number} for part, number in layers.items()}
+        write_published_checkpoint(folder, sizes)
+    return str(folder)
+
+
+@row
+def precision(bench: Bench) -> dict[str, float]:
+    """The 3B's file in float16, loaded with `--dtype auto`: 4 of 27 layers of the tower, 2 of 32 of Phi."""
     import torch
 
-    from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
-    from mc_llava.engine import Engine
-    from mc_llava.loading import load_processor
+    from mc_llava.loading import load_model
 
-    tokenizer = load_processor("tiny").tokenizer
-    published, ids = MCLlavaConfig(), {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
-    ids |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = {**published.text_config.to_dict(), "num_hidden_layers": layers, "vocab_size": len(tokenizer)}
-    vision = {**published.vision_config.to_dict(), "num_hidden_layers": 1}
-    config = MCLlavaConfig(text_config=text, vision_config=vision, **ids)
-    torch.manual_seed(0)
-    with torch.device(bench.device):
-        model = MCLlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
-    return Engine(model, MCLlavaProcessor(MCLlavaImageProcessor(max_crops=0), tokenizer), max_new_tokens=8)
-
-
-@row
-def chat(bench: Bench) -> dict[str, float]:
-    """Turns of a conversation about a picture of 728 tokens, each answered with 8 (full width, 8 layers)."""
-    from PIL import Image
-
-    from mc_llava.engine import ask_about
-
-    engine = build_engine(bench)
-    (encoded,) = engine.encode([Image.open(ROOT / "examples" / "hubble.jpg")])
-    engine.answer([ask_about([], "Hello")])  # warms up
-    turns, times = ask_about([encoded], "What shines in the middle?"), []
-    for question in ("How many spirals are there?", "What color is the sky behind them?", "Is that a star?", ""):
-        bench.wait()
-        start = time.perf_counter()
-        (reply,) = engine.answer([turns], do_sample=False, eos_token_id=None)
-        times.append(time.perf_counter() - start)
-        answer = reply.text
-        for token in engine.processor.special_tokens:
-            answer = answer.replace(token, "")
-        turns = [*turns, {"role": "assistant", "content": answer}, {"role": "user", "content": question}]
-    return {"first turn (s)": times[0], "later turns (s)": statistics.median(times[1:])}
+    model = load_model(write_checkpoint(bench, 4, 2), device=bench.device)
+    pixels = torch.zeros(2, 3, 384, 384, device=bench.device)
+    fields = {
+        "crop_coords": torch.zeros(2, 2, device=bench.device),
+        "crop_num_tokens": torch.tensor([364, 364], device=bench.device),
+        "image_grid_thw": torch.tensor([[2, 1, 1]], device=bench.device),
+    }
+    ids = torch.full((1, 755), 5, device=bench.device)
+    with torch.no_grad():
+        tower = bench.seconds(lambda: model.get_image_features(pixels, **fields), repeats=2)
+        prefill = bench.seconds(lambda: model(ids, logits_to_keep=1, use_cache=False), repeats=2)
+        token = bench.seconds(lambda: model(ids[:, :1], use_cache=False))
+    return {"a crop (s)": tower / 2, "prefill of 755 tokens (s)": prefill, "a token (s)": token}
 
 
 @row
-def second_question(bench: Bench) -> dict[str, float]:
-    """The first token about an encoded picture of 728 tokens (full width, 8 layers)."""
-    from PIL import Image
+def hash_encoder(bench: Bench) -> dict[str, float]:
+    """The hash of the 3B's vision tower, coordinate embedding and projector, in float16."""
+    import torch
 
-    from mc_llava.engine import ask_about
+    from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration
 
-    engine = build_engine(bench)
-    (encoded,) = engine.encode([Image.open(ROOT / "examples" / "hubble.jpg")])
-    engine.answer([ask_about([], "Hello")], max_new_tokens=1)  # warms up
-    times = []
-    for question in ("What shines in the middle?", "How many spirals are there?", "What color is it?", "Is that it?"):
-        bench.wait()
-        start = time.perf_counter()
-        engine.answer([ask_about([encoded], question)], max_new_tokens=1, do_sample=False)
-        times.append(time.perf_counter() - start)
-    return {"first question (s)": times[0], "later questions (s)": statistics.median(times[1:])}
+    text = {"model_type": "phi", "num_hidden_layers": 1, "vocab_size": 51200}
+    config = MCLlavaConfig(text_config={**text, "hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 2})
+    model = MCLlavaForConditionalGeneration._from_config(config, dtype=torch.float16).to(bench.device)
+    return {"time (s)": bench.seconds(model.hash_encoder, repeats=3)}
+
+
+@row
+def host_reads(bench: Bench) -> dict[str, float]:
+    """How often our code waits for a value of the device in a `generate` with the pixels of 12 megapixels."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from helpers import CountReads
+
+    from mc_llava.loading import load_model, load_processor
+
+    model, processor = load_model("tiny", device=bench.device), load_processor("tiny")
+    found = {}
+    for max_crops in (0, 100):
+        inputs = processor("What is it?", bench.photograph(quality=90), max_crops=max_crops, num_tokens=128)
+        inputs = inputs.to(bench.device)
+        with CountReads() as counted:
+            model.generate(**inputs, max_new_tokens=4, do_sample=False)
+        found[f"{len(inputs['pixel_values'])} crops (reads)"] = len(counted.reads)
+    return found
+
+
+@row
+def loading_memory(bench: Bench) -> dict[str, float]:
+    """Loading a file of float16 in bfloat16: the most memory that it takes."""
+    from mc_llava.loading import load_model
+
+    folder, models = write_checkpoint(bench, 4, 4), []
+    peak = bench.peak(lambda: models.append(load_model(folder, "bfloat16", "cpu")))
+    return {"peak (times the weights)": peak / sum(parameter.nbytes for parameter in models[0].parameters())}
 
 
 @row

@@ -4,8 +4,8 @@ test suite).
 
 1. Make a random checkpoint of 6.4 GB in the published layout in FOLDER/published, unless it exists.
 2. Convert it to FOLDER/converted, unless it exists: 0 missing and 0 unexpected tensors.
-3. Load it in bfloat16 and ask about a photograph with more and more crops. This runs in a separate process, to measure
-   only its peak memory.
+3. Load it as `mc-llava ask` does, in the precision that this machine computes in, and ask about a photograph with more
+   and more crops. This runs in a separate process, to measure only its peak memory.
 
 The last line of output is JSON. The answers are gibberish: only time and memory are measured.
 """
@@ -24,7 +24,9 @@ from make_published_checkpoint import FULL_SIZE, write_published_checkpoint
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
+from mc_llava import choose_dtype
 from mc_llava.convert import convert
+from mc_llava.loading import find_device
 
 
 PHOTOGRAPH = Path(__file__).parent.parent / "examples" / "hubble.jpg"
@@ -46,7 +48,8 @@ def seconds(function, *args, **kwargs) -> float:
 @torch.no_grad()
 def measure(folder: Path) -> dict:
     start = time.perf_counter()
-    model = AutoModel.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=True)
+    device = find_device()
+    model = AutoModel.from_pretrained(folder, dtype=choose_dtype(device), trust_remote_code=True).to(device)
     load = time.perf_counter() - start
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     content = [{"type": "image", "image": Image.open(PHOTOGRAPH)}, {"type": "text", "text": "What shines here?"}]
@@ -59,7 +62,7 @@ def measure(folder: Path) -> dict:
             tokenize=True,
             return_dict=True,
             processor_kwargs={"max_crops": max_crops},
-        )
+        ).to(device)
         images = {name: inputs.pop(name) for name in processor.image_processor.model_input_names}
         crops = len(images["pixel_values"])
         inputs["image_features"] = model.get_image_features(**images).pooler_output  # warms up, too
@@ -78,6 +81,8 @@ def measure(folder: Path) -> dict:
             }
         )
     return {
+        "device": device,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "load_seconds": round(load, 1),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1),

@@ -2,12 +2,14 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
 
@@ -86,3 +88,54 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def prompt(question: str, images: int = 1) -> str:
     """The card's prompt."""
     return "<|im_start|>user\n" + "<image>\n" * images + question + "<|im_end|>\n<|im_start|>assistant\n"
+
+
+class CountReads(TorchDispatchMode):
+    """
+    Counts what would wait for a device if the tensors were on one: reads of values, and operators whose output's shape
+    depends on values. `reads` has the file and line of each that comes from our code, `kernels` the names of all
+    operators that compute.
+
+    A processor's `tolist` and `cpu` dispatch nothing and are wrapped.
+    """
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "item", "is_nonzero")
+    METHODS = ("tolist", "cpu")
+    VIEWS = {"alias", "as_strided", "detach", "expand", "permute", "reshape", "select", "slice", "split", "squeeze"}
+    VIEWS |= {"t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "lift_fresh", "_local_scalar_dense"}
+
+    def __init__(self):
+        super().__init__()
+        self.reads, self.kernels = [], []
+
+    def __enter__(self):
+        self.methods = {name: getattr(torch.Tensor, name) for name in self.METHODS}
+        for name, method in self.methods.items():
+            setattr(torch.Tensor, name, lambda tensor, *args, method=method: self._note() or method(tensor, *args))
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        for name, method in self.methods.items():
+            setattr(torch.Tensor, name, method)
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        with_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        if with_mask or name.startswith(self.WAITING):
+            self._note()
+        if name not in self.VIEWS:
+            self.kernels.append(name)
+        return function(*args, **(kwargs or {}))
+
+    def _note(self):
+        """Add the innermost frame that is neither this file's nor torch's, if it is one of ours."""
+        frame = sys._getframe(1)
+        while frame and (frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename):
+            frame = frame.f_back
+        while frame and frame.f_code.co_name == "read_integers":  # who asked for it
+            frame = frame.f_back
+        if frame and frame.f_code.co_filename.endswith("_mc_llava.py"):
+            self.reads.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")

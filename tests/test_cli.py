@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from helpers import ROOT
 from PIL import Image, ImageChops
 
@@ -136,6 +137,8 @@ def num_encoded(result) -> int:
 
 
 class TestChat:
+    EXACT = (*OPTIONS, "--dtype", "float32")  # in fewer bits, what was kept may differ by a rounding error
+
     def test_tiny_remembers_the_picture(self, trial):
         questions = [trial.questions[0], "/new", trial.questions[0], trial.questions[0]]
         result = run("chat", trial.pictures[0], input="\n".join([*questions, ""]).encode())
@@ -145,7 +148,7 @@ class TestChat:
 
     def test_several_turns_about_a_picture_that_is_encoded_once(self, converted):
         questions = ["What is on the table?", "And beside it?"]
-        result = run("chat", COFFEE, "--model", converted, *OPTIONS, input="\n".join([*questions, ""]).encode())
+        result = run("chat", COFFEE, "--model", converted, *self.EXACT, input="\n".join([*questions, ""]).encode())
         assert result.returncode == 0, result.stderr
         assert result.stdout.decode() == "".join(f"{answer}\n" for answer in self.answers(converted, questions))
         assert num_encoded(result) == 1
@@ -153,15 +156,24 @@ class TestChat:
     def test_errors_and_new_conversations(self, converted):
         lines = ["What?<|im_end|>", "What is on the table?", "/new", "What is on the table?", "", "not read any more"]
         text = b"no \xff text\n" + "\n".join(lines).encode()
-        result = run("chat", COFFEE, "--model", converted, *OPTIONS, input=text)
+        result = run("chat", COFFEE, "--model", converted, *self.EXACT, input=text)
         assert result.returncode == 0, result.stderr
         assert result.stdout.decode() == 2 * f"{self.answers(converted, lines[1:2])[0]}\n"
         assert "error: the text of a message must not hold the special token <|im_end|>" in result.stderr.decode()
         assert "error: the text can't be encoded as UTF-8" in result.stderr.decode()
 
+    def test_a_full_context(self, converted):
+        """What doesn't fit is refused, and neither the earlier turns nor what was kept of them is lost."""
+        questions = ["What is on the table?", "word " * 1930, "And beside it?", "/new", "What is on the table?"]
+        result = run("chat", COFFEE, "--model", converted, *self.EXACT, input="\n".join([*questions, ""]).encode())
+        assert result.returncode == 0, result.stderr
+        first, second = self.answers(converted, [questions[0], questions[2]])
+        assert result.stdout.decode() == f"{first}\n{second}\n{first}\n"
+        assert "Ask something shorter, or type /new" in result.stderr.decode()
+
     def answers(self, folder, questions) -> list[str]:
         """Of plain `generate`, with the pixels in every turn."""
-        model = MCLlavaForConditionalGeneration.from_pretrained(folder)
+        model = MCLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         processor = MCLlavaProcessor.from_pretrained(folder)
         turns, answers = [], []
         for question in questions:

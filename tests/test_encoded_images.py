@@ -6,14 +6,22 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from helpers import picture, prompt, small_model
+from helpers import CountReads, picture, prompt, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import AutoModel, AutoProcessor
 
-from mc_llava import EncodedImages, FeatureCache, MCLlavaImageProcessor, MCLlavaProcessor, hash_tensors
+from mc_llava import (
+    EncodedImages,
+    FeatureCache,
+    MCLlavaForConditionalGeneration,
+    MCLlavaImageProcessor,
+    MCLlavaProcessor,
+    encoded_images_mc_llava,
+    hash_tensors,
+)
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(300, 300, seed=3)]
@@ -178,6 +186,119 @@ class TestWeights:
         hashes = {hash_tensors([variant]) for variant in variants}
         hashes |= {hash_tensors([tensor[:32], tensor[32:]]), hash_tensors([]), hash_tensors([tensor[:0]])}
         assert len(hashes) == len(variants) + 3
+
+
+def plain_sum(tensor: torch.Tensor) -> int:
+    """What `hash_tensors` sums for a tensor, written down word by word."""
+    octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    words = [int.from_bytes(octets[start : start + 8], "little") for start in range(0, len(octets), 8)]
+    total = 0
+    for place, word in enumerate(words):
+        key = (2 * place + 1) * 0x5851F42D4C957F2D % 2**64
+        mixed = (word ^ key) * 0x5851F42D4C957F2D % 2**64
+        signed = mixed - 2**64 * (mixed >= 2**63)
+        total += ((signed >> 32) % 2**64 ^ mixed) * key
+    return (total + 2**63) % 2**64 - 2**63
+
+
+def fused_step(model):
+    """It changes weights without counting a version."""
+    weight = model.model.vision_tower.encoder.layers[0].mlp.fc1.weight
+    weight.grad = torch.full_like(weight, 0.1)
+    torch.optim.AdamW([weight], lr=1e-3, fused=True).step()
+
+
+def edit_data(model):
+    model.model.coord_embed[2].bias.data[5] += 1e-5
+
+
+def edit_in_numpy(model):
+    model.model.multi_modal_projector.linear_1.weight.detach().numpy()[3, 4] *= 1.001
+
+
+class TestHash:
+    """`hash_encoder` and `hash_tensors`: cached features on users' disks carry their value."""
+
+    def test_it_is_what_it_was(self):
+        """Computed by the code before the words were summed in blocks."""
+        generator = torch.Generator().manual_seed(0)
+        tensors = [
+            torch.randn(size, generator=generator).to(dtype)
+            for size in ((), (3,), (5, 7), (2, 3, 4), (300, 301), (300, 301))
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+        ]
+        tensors += [tensors[8].T, tensors[16][:, 1:], torch.zeros(0, 3), torch.tensor([True, False])]
+        assert hash_tensors(tensors) == "384efd63dc681d21a86e538472d61ef7986254a7e1a192072dd89712c8a6a983"
+
+    @given(
+        sizes=st.lists(st.integers(0, 90), min_size=1, max_size=6),
+        block=st.sampled_from([1, 2, 3, 8, 64]),
+        stack=st.sampled_from([1, 100, 10**9]),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_blocks_and_stacks_sum_the_same(self, sizes, block, stack):
+        tensors = [torch.randn(size, generator=torch.Generator().manual_seed(size)).half() for size in sizes]
+        octets = [tensor.view(torch.uint8) for tensor in tensors]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encoded_images_mc_llava, "BLOCK", block)
+            patch.setattr(encoded_images_mc_llava, "STACK_BYTES", stack)
+            expected = [plain_sum(tensor) for tensor in tensors]
+            for threads in (1, 3):
+                patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+                assert encoded_images_mc_llava.sum_in_blocks(octets) == expected
+            assert encoded_images_mc_llava.sum_stacked(octets) == expected
+
+    def test_a_tensor_that_starts_within_a_word(self):
+        whole = torch.arange(41, dtype=torch.int16)
+        assert hash_tensors([whole[1:]]) == hash_tensors([whole[1:].clone()]) != hash_tensors([whole[:-1]])
+
+    @pytest.mark.parametrize("change", [fused_step, edit_data, edit_in_numpy])
+    def test_a_change_that_no_version_counts_is_noticed(self, model, inputs, change):
+        changed = small_model()
+        encoded, version = changed.encode_images(**inputs), [tensor._version for tensor in changed.parameters()]
+        assert changed.hash_encoder() == model.hash_encoder()
+        change(changed)
+        assert [tensor._version for tensor in changed.parameters()] == version
+        assert changed.hash_encoder() != model.hash_encoder()
+        with pytest.raises(ValueError, match="other weights of vision tower.* encode them again"):
+            changed.generate(**text_of(inputs), image_features=encoded)
+
+    def test_adapters_that_are_merged_and_taken_out_again_are_noticed(self):
+        peft = pytest.importorskip("peft", reason='pip install "mc-llava[train]" to test adapters')
+        model = small_model()
+        plain = model.hash_encoder()
+        options = peft.LoraConfig(target_modules=["linear_1", "fc2"], init_lora_weights=False)
+        adapted = peft.get_peft_model(model, options)
+        apart = model.hash_encoder()
+        adapted.merge_adapter()
+        merged = model.hash_encoder()
+        adapted.unmerge_adapter()
+        assert len({plain, apart, merged}) == 3
+        # Subtracting what was added need not give the same bits: then the hash differs again.
+        names = [name for name, _ in model.named_parameters() if "base_layer.weight" in name]
+        assert names and (model.hash_encoder() == apart) == self.is_as_before(model, names)
+
+    @staticmethod
+    def is_as_before(model, names) -> bool:
+        fresh, weights = small_model().state_dict(), model.state_dict()
+        return all(torch.equal(weights[name], fresh[name.replace("base_layer.", "")]) for name in names)
+
+    def test_a_device_is_asked_once(self):
+        """The tower of the 3B has 27 layers. Their weights have few shapes, whose tensors are hashed together."""
+        config = small_config()
+        config.vision_config.num_hidden_layers = 27
+        model = MCLlavaForConditionalGeneration._from_config(config)
+        with CountReads() as on_cpu:
+            expected = model.hash_encoder()
+        assert len(on_cpu.reads) == 1
+        with torch.inference_mode():
+            assert model.hash_encoder() == expected
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(encoded_images_mc_llava, "sum_in_blocks", encoded_images_mc_llava.sum_stacked)
+            with CountReads() as on_device:
+                assert model.hash_encoder() == expected
+        assert len(on_device.reads) == 1
+        assert len(on_device.kernels) <= 130
 
 
 class TestFiles:

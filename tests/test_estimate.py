@@ -88,6 +88,13 @@ def test_activations_are_what_is_alive_at_most(processor, inputs):
     assert estimate_of(inputs).activation_bytes == pytest.approx(pixels + memory.peak, rel=0.1)
 
 
+def test_crops_beyond_a_pass_take_their_float32_pixels_alone():
+    config = MCLlavaConfig.from_pretrained(ROOT / "tiny")
+    sizes = [estimate(config, crops, 64, dtype=torch.bfloat16).activation_bytes for crops in (16, 32, 48)]
+    side = config.vision_config.image_size
+    assert sizes[2] - sizes[1] == sizes[1] - sizes[0] == 16 * 3 * side**2 * 4
+
+
 @pytest.mark.slow
 def test_the_published_sizes():
     """FACTS of the published model: 0.67 TFLOP a crop, 4.0 TFLOP of prefill for 780 tokens, 6.4 GB in float16."""
@@ -108,7 +115,7 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.slow
 def test_the_command(converted):
-    result = run("estimate", HUBBLE, "--max-crops", 4, "--num-tokens", 300)
+    result = run("estimate", HUBBLE, "--max-crops", 4, "--num-tokens", 300, "--dtype", "float16")
     assert result.returncode == 0, result.stderr
     text = result.stdout.decode()
     for line in ("crops                      5", "image tokens             300", "vision tower", "6.41 GB"):

@@ -4,12 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import picture, prompt, small_model
+from helpers import CountReads, picture, prompt, small_model
 from transformers import GenerationConfig, TextStreamer
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
-from mc_llava import Crop, MCLlavaModel
+from mc_llava import CROPS_PER_PASS, Crop, MCLlavaModel, SuppressToken
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(2000, 300)]
@@ -282,6 +282,91 @@ def test_the_image_token_is_never_generated(processor):
     inputs = processor(TEXTS[1], IMAGES[1])
     tokens = new_tokens(model, inputs)
     assert 50297 not in tokens[0] and tokens == new_tokens(model, inputs, use_cache=False)
+
+
+class TestReads:
+    """How often our code waits for a value of the device. `CountReads` counts it on a CPU."""
+
+    @staticmethod
+    def count(model, inputs, **options) -> list[str]:
+        with CountReads() as counted:
+            new_tokens(model, inputs, **options)
+        return counted.reads
+
+    def test_pixels(self, model, processor):
+        """Four at most, however many rows, images, crops, passes and tokens there are."""
+        one = self.count(model, processor(TEXTS[0], NESTED[0], max_crops=0), max_new_tokens=1)
+        images = [[picture(900, 800), IMAGES[0]], [IMAGES[1]], []]
+        many = processor([TEXTS[2], TEXTS[1], "No image"], images, max_crops=45, num_tokens=46)
+        assert len(many["pixel_values"]) > 2 * CROPS_PER_PASS
+        for options in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}, {"output_logits": True}):
+            assert 1 <= len(self.count(model, many, **options)) == len(one) <= 4
+
+    def test_features(self, model, processor):
+        few = processor(TEXTS[:1], NESTED[:1], max_crops=0)
+        many = processor([*TEXTS, "No image"], [*NESTED, []], max_crops=19)
+        found = []
+        for inputs in (few, many):
+            with CountReads() as counted:
+                encoded = model.encode_images(**inputs)
+            text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            found.append((len(counted.reads), len(self.count(model, text, image_features=encoded))))
+        assert found[0] == found[1]
+
+    def test_the_short_form(self, model, processor):
+        found = []
+        for texts, images in ((TEXTS[:1], NESTED[:1]), ([*TEXTS, "No image"], [*NESTED, []])):
+            found.append(len(self.count(model, processor(texts, images, model))))
+        assert found[0] == found[1]
+
+    def test_a_forward_pass(self, model, processor):
+        inputs = processor(TEXTS, NESTED, max_crops=19)
+        with CountReads() as counted, torch.no_grad():
+            model(**inputs)
+        assert 1 <= len(counted.reads) <= 2
+
+    def test_what_is_counted(self):
+        """Each way to read a value, and none of those that read nothing."""
+        tensor = torch.arange(4)
+        scope = {"__name__": "ours", "tensor": tensor, "torch": torch}
+        for code, reads in (
+            ("tensor[0].item()", 1),
+            ("int(tensor[1]) + bool(tensor[1] > 0)", 2),
+            ("tensor.tolist() + tensor.cpu().numpy().tolist()", 2),
+            ("tensor[tensor > 1], tensor.nonzero()", 2),
+            ("tensor[torch.tensor([1, 2])] + tensor[1:3].sum() * tensor.masked_fill(tensor > 1, 0)[0]", 0),
+        ):
+            with CountReads() as counted:
+                eval(compile(code, "fake_mc_llava.py", "eval"), scope)
+            assert len(counted.reads) == reads, code
+
+
+def test_the_image_token_costs_one_column(monkeypatch):
+    """transformers' processor compares all words with the suppressed ones, which takes as long as a small layer."""
+    scores = torch.randn(2, 51200)
+    before = scores.clone()
+    ids = torch.zeros(2, 3)
+    with CountReads() as counted:
+        found = SuppressToken(7)(ids, scores)
+    assert counted.kernels == ["clone", "fill_"] and torch.equal(scores, before)
+    assert (found[:, 7] == -torch.inf).all() and torch.equal(found[:, 8:], before[:, 8:])
+
+
+def test_crops_are_cast_pass_by_pass(processor, monkeypatch):
+    model = small_model().bfloat16()
+    inputs = processor(TEXTS, NESTED, max_crops=19)
+    images = {name: inputs[name] for name in processor.image_processor.model_input_names}
+    sizes, crops = [], len(inputs["pixel_values"])
+    cast = torch.Tensor.to
+
+    def note(tensor, *args, **kwargs):
+        if tensor.ndim == 4:
+            sizes.append(len(tensor))
+        return cast(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", note)
+    model.get_image_features(**images, output_hidden_states=True)
+    assert sizes and max(sizes) == CROPS_PER_PASS < crops
 
 
 def test_a_configuration_without_a_pad_token(processor):

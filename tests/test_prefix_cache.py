@@ -120,13 +120,34 @@ def test_every_way_to_ask_gives_the_same_tokens(model, processor, way, options):
     assert kept.reused > 300
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": None, "max_length": 79},
+        {"min_length": 80, "max_new_tokens": 20, "eos_token_id": list(range(0, 50000, 2))},
+        {"max_new_tokens": 500},
+        {"stop_strings": ["e", "a"], "max_new_tokens": 30},
+        {"bad_words_ids": [[5], [6, 7]], "suppress_tokens": list(range(20000))},
+    ],
+    ids=str,
+)
+def test_lengths_and_what_looks_at_the_prompt(model, processor, options):
+    kept = PrefixCache()
+    if "stop_strings" in options:
+        options = {**options, "tokenizer": processor.tokenizer}
+    for question in ("What is it?", "Where is it?", "What is it?"):
+        inputs = processor(question, IMAGES[0], **KNOBS)
+        assert ask(model, inputs, prefix_cache=kept, **options) == ask(model, inputs, **options)
+    assert kept.reused
+
+
 @given(st.data())
 @settings(max_examples=12, deadline=None)
 def test_random_prompts(processor, data):
     """Cached equals uncached, and the bounds hold, whatever fits."""
     model = small_model(data.draw(st.integers(0, 3)))
     kept = PrefixCache(max_bytes=data.draw(st.sampled_from([0, 1, 40, 70, 100, 10_000])) * TOKEN_BYTES)
-    words = st.lists(st.sampled_from(["cat", "dog", "red", "blue"]), min_size=1, max_size=25).map(" ".join)
+    words = st.lists(st.sampled_from(["cat", "dog", "red", "blue"]), min_size=1, max_size=8).map(" ".join)
     for _ in range(data.draw(st.integers(2, 5))):
         texts = data.draw(st.lists(words, min_size=1, max_size=3))
         images = [data.draw(st.lists(st.sampled_from(IMAGES), max_size=2)) for _ in texts]

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, picture, prompt, small_model
+from helpers import EXAMPLES, ROOT, CountReads, picture, prompt, small_model
 from PIL import Image
 
 from mc_llava import (
@@ -149,6 +149,23 @@ def test_a_feature_cache_without_zoom_goes_to_the_processor(zooming, processor):
         zooming.generate(**processor("What?", IMAGES[0]), feature_cache=FeatureCache())
 
 
+@pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
+def test_the_device_is_read_once_more_a_round(zooming, processor, heads, monkeypatch):
+    monkeypatch.setattr(zooming.config, "zoom_heads", heads)
+    reads = {}
+    for texts, images in ((TEXTS[1], IMAGES[:1]), (TEXTS[:2], [IMAGES[:2], IMAGES[1:2]])):
+        for rounds in (1, 2):
+            inputs = processor(texts, images, **{**KNOBS, "zoom": rounds})
+            with CountReads() as counted:
+                looked = zooming.generate(**inputs, **GREEDY, return_dict_in_generate=True).zoomed_images
+            assert looked.crop_rounds.max() == rounds
+            # The features that were looked at are checked when they are returned.
+            counted = [read for read in counted.reads if not read.startswith("encoded_images_mc_llava")]
+            reads.setdefault(rounds, set()).add(len(counted))
+    assert [len(counts) for counts in reads.values()] == [1, 1]
+    assert reads[2] == {reads[1].pop() + 1}
+
+
 def contains(outer, inner) -> bool:
     return outer[0] <= inner[0] and outer[1] <= inner[1] and outer[2] >= inner[2] and outer[3] >= inner[3]
 
@@ -173,6 +190,26 @@ def test_where_it_looked(zooming, processor, zoom):
             assert all(contains(best, crop.box) for crop, number in zip(plan, rounds) if number)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(zooming.generate(**text, image_features=looked, **GREEDY), output.sequences)
+
+
+def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
+    """One picture's whole is what the question is about: no crops are added to it, and its scouts' looks are told."""
+    asked = []
+
+    def attention(input_ids, attention_mask, features, heads):
+        asked.append([len(of_image) for of_image in features])
+        found = torch.full((len(heads), sum(asked[-1])), 0.01)
+        found[:, : asked[-1][0] // 20] = 1.0  # some of the tokens of the first picture's whole
+        return found
+
+    monkeypatch.setattr(zooming, "image_attention", attention)
+    inputs = processor(TEXTS[0], IMAGES[:2], **KNOBS)
+    first, second = zooming.zoom(**inputs).unbind()
+    scouts = inputs["image_grid_thw"][:, 0].tolist()
+    assert len(first.crop_boxes) == scouts[0] and not first.crop_rounds.any()
+    assert first.crop_relevance.isfinite().all()
+    assert len(second.crop_boxes) > scouts[1] and set(second.crop_rounds.tolist()) == {0, 1, 2}
+    assert len(asked) == 2
 
 
 def test_padding_is_seen_without_a_mask(zooming, processor):

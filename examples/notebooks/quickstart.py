@@ -18,19 +18,16 @@ if importlib.util.find_spec("mc_llava") is None:
 # %%
 import os
 
-import torch
 from IPython.display import display
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
+from mc_llava import scenes
 from mc_llava.crop_grid import draw_crop_grid
-from mc_llava.folders import find_model
+from mc_llava.loading import load_model, load_processor
 
 
 # The bundled `tiny` knows only drawn scenes. For photographs, use visheratin/MC-LLaVA-3b (6.4 GB).
-MODEL = find_model(os.environ.get("MC_LLAVA_MODEL", "tiny"))
-device = "cuda" if torch.cuda.is_available() else "cpu"
-model = MCLlavaForConditionalGeneration.from_pretrained(MODEL, dtype="auto", use_safetensors=True).to(device)
-processor = MCLlavaProcessor.from_pretrained(MODEL)
+MODEL = os.environ.get("MC_LLAVA_MODEL", "tiny")
+model, processor = load_model(MODEL), load_processor(MODEL)  # on a GPU if there is one
 
 # %% [markdown]
 # ## Ask
@@ -48,7 +45,7 @@ messages = [
     {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": question.text}]}
 ]
 inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True).to(
-    device
+    model.device
 )
 output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
 reply = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -78,6 +75,6 @@ for kind in ("attribute", "position"):
     further = scenes.benchmark_question(SCENE, kind)
     content = [{"type": "image"}, {"type": "text", "text": further.text}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    short = processor.tokenizer(prompt, return_tensors="pt").to(device)
+    short = processor.tokenizer(prompt, return_tensors="pt").to(model.device)
     output = model.generate(**short, image_features=encoded, max_new_tokens=24, do_sample=False)
     print(further.text, processor.decode(output[0, short["input_ids"].shape[1] :], skip_special_tokens=True))

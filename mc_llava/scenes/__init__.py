@@ -11,24 +11,27 @@ memorize: their seeds, backgrounds and font families differ.
     tower.py            trains the vision tower on single crops
     language_model.py   builds `tiny` and trains all but the tower, on whole scenes
     study.py            measures how crops and tokens affect accuracy
+    zoom_study.py       measures guided zoom against a grid
 
 The first two need only Pillow and are exported here; import the others, which need torch, by their names.
 """
 
-from .questions import KINDS, SceneQuestion, ask, benchmark_question, caption, is_correct
-from .scene import CROPS, SIDE, SPLITS, Scene, Thing, draw_scene, make_scene
+from .questions import KINDS, SceneQuestion, ask, benchmark_question, benchmark_scene, caption, is_correct
+from .scene import CROPS, SIDE, SIZES, SPLITS, Scene, Thing, draw_scene, make_scene
 
 
 __all__ = [
     "CROPS",
     "KINDS",
     "SIDE",
+    "SIZES",
     "SPLITS",
     "Scene",
     "SceneQuestion",
     "Thing",
     "ask",
     "benchmark_question",
+    "benchmark_scene",
     "caption",
     "draw_scene",
     "is_correct",
