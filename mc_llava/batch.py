@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import FORMATS, check_knob, load_image
+from . import FORMATS, MCLlavaProcessor, check_knob, load_image
 from .ahead import Ahead
 from .engine import GREEDY, Engine, answer_all, ask_about, count_bytes, fill_knobs
 from .folders import find_model
@@ -312,11 +312,11 @@ class Worker:
 
     READS_AHEAD = True
 
-    def __init__(self, job: Job, digest: str | None = None):
+    def __init__(self, job: Job, digest: str | None = None, processor: MCLlavaProcessor | None = None):
         self.job, self.rows = job, open_rows(job.source)
         if digest not in (None, self.rows.digest):
             raise ValueError(f"{job.source} has changed since the run began, or is another file here: start again")
-        processor = load_processor(job.model, job.revision)
+        processor = processor or load_processor(job.model, job.revision)
         model = load_model(job.model, job.dtype, job.device, job.revision, job.quantize)
         knobs = {"max_crops": job.max_crops, "num_tokens": job.num_tokens, "zoom": job.zoom}
         options = {"batch_size": job.batch_size, "max_new_tokens": job.max_new_tokens, **knobs}
@@ -492,12 +492,12 @@ def _run(
     origin = output.with_name(output.name + ".origin")
     if output.exists() and not origin.exists():
         raise ValueError(f"{output} already exists: choose another output")
-    commit, dtype = identify(job.model, job.revision), job.dtype
+    commit, dtype, processor = identify(job.model, job.revision), job.dtype, load_processor(job.model, job.revision)
     if not use_ray or job.device:  # on an unknown device, each of Ray's workers chooses
         dtype = str(resolve_dtype(job.model, dtype, job.device, job.revision)).removeprefix("torch.")
     settings = {
         **asdict(job),
-        **fill_knobs(load_processor(job.model, job.revision), job.max_crops, job.num_tokens, job.zoom),
+        **fill_knobs(processor, job.max_crops, job.num_tokens, job.zoom),
         "revision": commit,
         "dtype": dtype,
         "device": job.device if use_ray else find_device(job.device),  # Ray's workers may have others
@@ -522,7 +522,7 @@ def _run(
     if use_ray:
         batches = answer_with_ray(replace(job, dtype=dtype), starts, workers, digest)
     else:
-        batches = map(Worker(job, digest).answer_batch, starts) if starts else ()
+        batches = map(Worker(job, digest, processor).answer_batch, starts) if starts else ()
     with tqdm(total=total, initial=done, unit="row", desc=output.name) as progress:
         for records in batches:
             if records[0]["row"] != done:

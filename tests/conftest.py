@@ -1,8 +1,11 @@
 import os
+import tempfile
 
 
 # Before the libraries read it: a test that reached for the Hub would pass only where there is a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+_assets = tempfile.TemporaryDirectory()  # removed at the end
+os.environ["HF_ASSETS_CACHE"] = _assets.name  # what is kept of model folders, which would stay in the user's cache
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than the few steps that tests train
 
 from pathlib import Path
