@@ -163,7 +163,9 @@ def one_copy(dtype: torch.dtype | str | None):
     """
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     wanted = names.get(getattr(torch, dtype, None) if isinstance(dtype, str) else dtype)
-    if wanted is None:  # the file's: mapped weights are read when they are used, and shared by processes
+    plain_open = getattr(modeling_utils, "safe_open", None)
+    # None is the file's: mapped weights are read when they are used, and shared by processes.
+    if wanted is None or plain_open is None:
         yield
         return
 
@@ -171,7 +173,10 @@ def one_copy(dtype: torch.dtype | str | None):
         file = plain_open(path, **options)
         if all(file.get_slice(name).get_dtype() == wanted for name in file.keys()):
             return file
-        return plain_open(path, **{**options, "backend": "pread"})
+        try:
+            return plain_open(path, **{**options, "backend": "pread"})
+        except TypeError:  # an older safetensors
+            return file
 
     with _opening:
         plain_open = modeling_utils.safe_open
