@@ -117,7 +117,7 @@ class EndpointHandler:
         options = {"trust_remote_code": True, "dtype": dtype, "use_safetensors": True}
         self.model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device).eval()
         print(f"computing in {str(self.model.dtype).removeprefix('torch.')} on {device}", file=sys.stderr, flush=True)
-        self.cache = get_class_from_dynamic_module("encoded_images_mc_llava.FeatureCache", path)(CACHE_BYTES)
+        self.cache = get_class_from_dynamic_module("feature_cache_mc_llava.FeatureCache", path)(CACHE_BYTES)
         prefixes = get_class_from_dynamic_module("prefix_cache_mc_llava.PrefixCache", path)
         can_keep = get_class_from_dynamic_module("prefix_cache_mc_llava.can_keep_prefixes", path)
         self.prefixes = prefixes(PREFIX_BYTES) if can_keep(self.model) else None

@@ -413,6 +413,21 @@ class MCLlavaImageProcessor(PilBackend):
         max_crops, num_tokens, size, patch_size = (options.get(name, getattr(self, name)) for name in names)
         return make_plans(sizes, options.get("plans"), max_crops, num_tokens, check_size(size), patch_size)
 
+    def fill_knobs(
+        self, max_crops: int | None = None, num_tokens: int | None = None, zoom: int | None = None
+    ) -> dict[str, int]:
+        """
+        The three knobs, by default as they were saved.
+
+        Raises:
+            ValueError: if a knob is out of range.
+        """
+        return {
+            "max_crops": check_knob("max_crops", self.max_crops if max_crops is None else max_crops, 0),
+            "num_tokens": check_knob("num_tokens", self.num_tokens if num_tokens is None else num_tokens, 1),
+            "zoom": check_knob("zoom", self.zoom if zoom is None else zoom, 0),
+        }
+
     def plan(
         self,
         width: int,
@@ -428,9 +443,8 @@ class MCLlavaImageProcessor(PilBackend):
         Raises:
             ValueError: if a knob is out of range.
         """
-        given = {"max_crops": max_crops, "num_tokens": num_tokens, "zoom": zoom}
-        knobs = {name: getattr(self, name) if value is None else value for name, value in given.items()}
-        zoom = check_knob("zoom", knobs.pop("zoom"), 0)
+        knobs = self.fill_knobs(max_crops, num_tokens, zoom)
+        zoom = knobs.pop("zoom")
         tower = {"side": self.size["height"], "patch_size": self.patch_size}
         if zoom:
             return plan_scouts(width, height, zoom, **knobs, **tower)

@@ -39,12 +39,12 @@ from .encoded_images_mc_llava import (
     check_counts,
     check_places,
     check_weights,
-    hash_tensors,
     is_encoded,
     read_integers,
     sum_per_image,
 )
 from .generation_mc_llava import CACHE, CACHE_NAMES, MCLlavaGenerationMixin, one_cache
+from .hashing_mc_llava import hash_tensors
 from .precision_mc_llava import warn_of_float16
 from .zoom_mc_llava import MCLlavaZoomMixin, refuse_zoom
 

@@ -19,7 +19,8 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .crops_mc_llava import check_plans, make_plans, refuse_unknown
-from .encoded_images_mc_llava import check_processor, input_device, is_encoded
+from .encoded_images_mc_llava import input_device, is_encoded
+from .feature_cache_mc_llava import check_processor
 from .image_loading_mc_llava import flatten_images
 from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs
 
@@ -549,11 +550,10 @@ class MCLlavaProcessor(ProcessorMixin):
                 "zoom needs several passes over a prompt, which serving engines don't make: pass zoom=0, or as plans "
                 "the boxes that model.zoom found"
             )
-        knobs = (
-            getattr(saved, name) if kwargs.get(name) is None else kwargs[name] for name in ("max_crops", "num_tokens")
-        )
+        knobs = saved.fill_knobs(kwargs.get("max_crops"), kwargs.get("num_tokens"))
         sizes = [(width, height) for height, width in image_sizes]
-        plans = make_plans(sizes, kwargs.get("plans"), *knobs, saved.size["height"], saved.patch_size)
+        tower = saved.size["height"], saved.patch_size
+        plans = make_plans(sizes, kwargs.get("plans"), knobs["max_crops"], knobs["num_tokens"], *tower)
         return MultiModalData(
             num_image_tokens=[sum(crop.num_tokens for crop in plan) for plan in plans],
             num_image_patches=[len(plan) for plan in plans],

@@ -22,15 +22,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from .crops_mc_llava import Box, Crop, center_of
-from .encoded_images_mc_llava import (
-    EncodedImages,
-    FeatureCache,
-    check_counts,
-    describe_encoder,
-    picture_key,
-    read_integers,
-    sum_per_image,
-)
+from .encoded_images_mc_llava import EncodedImages, check_counts, read_integers, sum_per_image
+from .feature_cache_mc_llava import FeatureCache, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
 from .image_processing_mc_llava import ZOOM_FIELDS
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from ..configuration_mc_llava import *  # noqa: F403
     from ..crops_mc_llava import *  # noqa: F403
     from ..encoded_images_mc_llava import *  # noqa: F403
+    from ..feature_cache_mc_llava import *  # noqa: F403
     from ..generation_mc_llava import *  # noqa: F403
+    from ..hashing_mc_llava import *  # noqa: F403
     from ..image_loading_mc_llava import *  # noqa: F403
     from ..image_processing_mc_llava import *  # noqa: F403
     from ..modeling_mc_llava import *  # noqa: F403
@@ -42,7 +44,9 @@ ROOT_FILES = (
     "resizing_mc_llava",
     "image_processing_mc_llava",
     "precision_mc_llava",
+    "hashing_mc_llava",
     "encoded_images_mc_llava",
+    "feature_cache_mc_llava",
     "processing_mc_llava",
     "prefix_cache_mc_llava",
     "generation_mc_llava",

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from . import FORMATS, MCLlavaProcessor, check_knob, load_image
 from .ahead import Ahead
-from .engine import GREEDY, Engine, answer_all, ask_about, count_bytes, fill_knobs
+from .engine import GREEDY, Engine, answer_all, ask_about, count_bytes
 from .folders import find_model
 from .journal import append, check_utf8, difference, hash_file, lock, parse, replacing, resume, to_line, versions
 from .loading import find_device, identify, identify_code, load_model, load_processor, resolve_dtype
@@ -497,7 +497,7 @@ def _run(
         dtype = str(resolve_dtype(job.model, dtype, job.device, job.revision)).removeprefix("torch.")
     settings = {
         **asdict(job),
-        **fill_knobs(processor, job.max_crops, job.num_tokens, job.zoom),
+        **processor.image_processor.fill_knobs(job.max_crops, job.num_tokens, job.zoom),
         "revision": commit,
         "dtype": dtype,
         "device": job.device if use_ray else find_device(job.device),  # Ray's workers may have others

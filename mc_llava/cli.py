@@ -81,7 +81,7 @@ def ask(
 
     from . import count_closer
     from .crop_grid import draw_looks
-    from .engine import Engine, ask_about, fill_knobs
+    from .engine import Engine, ask_about
     from .loading import load_model, load_processor
 
     if show is not None and len(sources) > 1:
@@ -89,7 +89,7 @@ def ask(
     images = [read_image(source) for source in sources]
     processor = load_processor(model)
     processor.apply_chat_template(ask_about([], question))  # a question that is refused waits for no weights
-    knobs = fill_knobs(processor, max_crops, num_tokens, zoom)
+    knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
     plans = [processor.image_processor.plan(*image.size, **knobs) for image in images]
     side = processor.image_processor.size["height"]
     closer = [count_closer(*image.size, side=side, **knobs)[1] for image in images]
@@ -142,12 +142,12 @@ def chat(
     from transformers import TextStreamer
 
     from . import count_closer, load_image
-    from .engine import Engine, fill_knobs
+    from .engine import Engine
     from .loading import load_model, load_processor
 
     picture = load_image(image)  # standard input is for questions
     processor = load_processor(model)
-    knobs = fill_knobs(processor, max_crops, num_tokens, zoom)
+    knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
     plan = processor.image_processor.plan(*picture.size, **knobs)
     closer = count_closer(*picture.size, side=processor.image_processor.size["height"], **knobs)[1]
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan, closer)}")
@@ -229,8 +229,7 @@ def estimate(
     else:
         model = find_model(model)
         processor, config = MCLlavaImageProcessor.from_pretrained(model), MCLlavaConfig.from_pretrained(model)
-    knobs = {"max_crops": max_crops, "num_tokens": num_tokens, "zoom": zoom}
-    knobs = {name: getattr(processor, name) if value is None else value for name, value in knobs.items()}
+    knobs = processor.fill_knobs(max_crops, num_tokens, zoom)
     picture = read_image(image)
     plan = processor.plan(*picture.size, **knobs)
     precision = choose_dtype(find_device()) if dtype == "auto" else getattr(torch, dtype)

@@ -117,7 +117,7 @@ class Engine:
         self.model, self.processor, self.feature_cache = model.eval(), processor, FeatureCache()
         is_kept = check_knob("prefix_bytes", prefix_bytes, 0) and can_keep_prefixes(model)
         self.prefix_cache = PrefixCache(prefix_bytes) if is_kept else None
-        self.knobs = fill_knobs(processor, max_crops, num_tokens, zoom)
+        self.knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
         self.batch_size = check_knob("batch_size", batch_size, 1)
         self.max_new_tokens = check_knob("max_new_tokens", max_new_tokens, 1)
 
@@ -395,18 +395,6 @@ def images_of(conversation: list[dict]) -> list:
     images = []
     map_image_parts(conversation, lambda part: images.append(part["image"]) or part)
     return images
-
-
-def fill_knobs(
-    processor: MCLlavaProcessor, max_crops: int | None, num_tokens: int | None, zoom: int | None = None
-) -> dict[str, int]:
-    """The knobs, by default as the processor was saved."""
-    saved = processor.image_processor
-    return {
-        "max_crops": check_knob("max_crops", saved.max_crops if max_crops is None else max_crops, 0),
-        "num_tokens": check_knob("num_tokens", saved.num_tokens if num_tokens is None else num_tokens, 1),
-        "zoom": check_knob("zoom", saved.zoom if zoom is None else zoom, 0),
-    }
 
 
 def answer_all(

@@ -19,8 +19,8 @@ from mc_llava import (
     MCLlavaForConditionalGeneration,
     MCLlavaImageProcessor,
     MCLlavaProcessor,
-    encoded_images_mc_llava,
     hash_tensors,
+    hashing_mc_llava,
 )
 
 
@@ -240,13 +240,13 @@ class TestHash:
         tensors = [torch.randn(size, generator=torch.Generator().manual_seed(size)).half() for size in sizes]
         octets = [tensor.view(torch.uint8) for tensor in tensors]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(encoded_images_mc_llava, "BLOCK", block)
-            patch.setattr(encoded_images_mc_llava, "STACK_BYTES", stack)
+            patch.setattr(hashing_mc_llava, "BLOCK", block)
+            patch.setattr(hashing_mc_llava, "STACK_BYTES", stack)
             expected = [plain_sum(tensor) for tensor in tensors]
             for threads in (1, 3):
                 patch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-                assert encoded_images_mc_llava.sum_in_blocks(octets) == expected
-            assert encoded_images_mc_llava.sum_stacked(octets) == expected
+                assert hashing_mc_llava.sum_in_blocks(octets) == expected
+            assert hashing_mc_llava.sum_stacked(octets) == expected
 
     def test_a_tensor_that_starts_within_a_word(self):
         whole = torch.arange(41, dtype=torch.int16)
@@ -294,7 +294,7 @@ class TestHash:
         with torch.inference_mode():
             assert model.hash_encoder() == expected
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(encoded_images_mc_llava, "sum_in_blocks", encoded_images_mc_llava.sum_stacked)
+            patch.setattr(hashing_mc_llava, "sum_in_blocks", hashing_mc_llava.sum_stacked)
             with CountReads() as on_device:
                 assert model.hash_encoder() == expected
         assert len(on_device.reads) == 1

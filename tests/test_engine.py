@@ -5,7 +5,7 @@ import torch
 from helpers import SIDE, picture, small_model
 from transformers import AutoModel, AutoProcessor
 
-from mc_llava import EncodedImages, FeatureCache, encoded_images_mc_llava
+from mc_llava import EncodedImages, FeatureCache, feature_cache_mc_llava
 from mc_llava.engine import GREEDY, Engine, ask_about
 
 
@@ -70,8 +70,8 @@ class TestPreparedImages:
         assert sum(passes) == crops, "each picture is encoded once"
 
     def test_equal_pictures_are_cut_once_and_encoded_ones_not_at_all(self, engine, monkeypatch):
-        cut, cut_to = [], encoded_images_mc_llava.cut_to
-        monkeypatch.setattr(encoded_images_mc_llava, "cut_to", lambda *args: cut.append(len(args[2])) or cut_to(*args))
+        cut, cut_to = [], feature_cache_mc_llava.cut_to
+        monkeypatch.setattr(feature_cache_mc_llava, "cut_to", lambda *args: cut.append(len(args[2])) or cut_to(*args))
         prepared = [engine.prepare([WIDE.copy()]) for _ in range(3)]
         assert cut == [4] and prepared[0][0] is prepared[2][0]
         engine.encode(prepared[0])
@@ -84,7 +84,7 @@ class TestPreparedImages:
         assert cut == [4, 4]
 
     def test_crops_that_are_too_many_wait(self, engine, monkeypatch):
-        monkeypatch.setattr(encoded_images_mc_llava, "MOST_CUT_AHEAD", 3 * 3 * SIDE**2)
+        monkeypatch.setattr(feature_cache_mc_llava, "MOST_CUT_AHEAD", 3 * 3 * SIDE**2)
         (image,) = engine.prepare([WIDE])
         assert image.nbytes == 4 * 200 * 120
         torch.testing.assert_close(engine.encode([image])[0].features, engine.encode([WIDE])[0].features)

@@ -1,0 +1,324 @@
+"""A cache of what the vision tower made of crops, by picture, box and weights."""
+
+import hashlib
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Lock
+from weakref import WeakValueDictionary
+
+import numpy as np
+import torch
+from PIL import Image
+
+from .crops_mc_llava import Box, Crop, center_of, check_plans
+from .encoded_images_mc_llava import EncodedImages, input_device
+from .image_loading_mc_llava import load_image
+from .image_processing_mc_llava import check_size, look_up_bytes
+from .resizing_mc_llava import cut_to
+
+
+MOST_CUT_AHEAD = 128 * 2**20  # bytes of a picture's crops
+
+
+def check_processor(model, image_processor, options: dict | None = None):
+    """Raise a ValueError unless an image processor, with a call's options, cuts crops for the model's vision tower."""
+    options = {"size": image_processor.size, "patch_size": image_processor.patch_size, **(options or {})}
+    tower, side = model.config.vision_config, check_size(options["size"])
+    found = {"size": (side, side), "patch_size": options["patch_size"]}
+    wanted = {"size": (tower.image_size, tower.image_size), "patch_size": tower.patch_size}
+    if found != wanted:
+        raise ValueError(f"the image processor has {found}, the model {wanted}: use the processor of this model")
+
+
+@dataclass
+class _KeptCrop:
+    """The last patches of a crop, of which the last `asked` were asked for: float[at least asked, vision_hidden]."""
+
+    patches: torch.Tensor
+    asked: int
+
+
+class FeatureCache:
+    """
+    Keeps what the vision tower made of the most recently used crops. The processor takes it as `feature_cache`, and so
+    do `generate` and `zoom` for guided zoom.
+
+    A crop is known by its picture's pixels, its box, how its pixels are made (`resample`, rescaling, normalization),
+    the weights that encode it and the dtype that they compute in. Another question, another round of zoom or other
+    knobs thus encode only crops that are new. Threads may share a cache.
+
+    All patches of a crop are kept, to serve any `num_tokens`. When the cache is full, the least recently used crops
+    are cut down to the patches that were asked for, and dropped once that is not enough.
+
+    Args:
+        max_bytes: upper bound of the patches' size in bytes. They stay on the device that computed them.
+
+    Attributes:
+        nbytes: size of the patches in the cache, in bytes.
+        hits, misses: how often all crops of a picture were found in the cache, and how often some had to be encoded.
+            Each round of zoom counts.
+
+    Raises:
+        ValueError: if `max_bytes` is negative.
+    """
+
+    def __init__(self, max_bytes: int = 256 * 2**20):
+        if not max_bytes >= 0:  # of NaN, no comparison is true
+            raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
+        self.max_bytes = max_bytes
+        self.nbytes = self.hits = self.misses = 0
+        self._crops = OrderedDict()  # the least recently used first
+        self._uncut = OrderedDict()  # keys of those with patches that nobody asked for, in the same order
+        self._prepared = WeakValueDictionary()
+        self._made_by = ()  # what the last call of `encode` found: crops are known by it
+        self._lock = Lock()
+
+    def __len__(self) -> int:
+        return len(self._crops)
+
+    def encode(
+        self, model, image_processor, images: list, plans: list | None = None, **options
+    ) -> list[EncodedImages]:
+        """
+        Encode images, as far as the cache doesn't have their crops.
+
+        Args:
+            model: `MCLlavaForConditionalGeneration`.
+            image_processor: `MCLlavaImageProcessor`.
+            images: anything that `load_image` reads, or what `prepare` returned. Crops of all of them share passes of
+                the vision tower.
+            plans, options: arguments of the image processor's call.
+
+        Returns:
+            One `EncodedImages` per image, in order, with features float[tokens, hidden] on the model's device.
+
+        Raises:
+            ValueError: as `load_image`, the image processor and `get_image_features` do, if the numbers of plans and
+                images differ, or if weights are offloaded to disk.
+        """
+        if not images:
+            return []  # and no weights are read for it
+        prepared = self._prepare(model, image_processor, images, plans, options)
+        device, made_by = input_device(model), describe_encoder(model)
+        self._made_by = made_by
+        crops = [(image, crop) for image in prepared for crop in image.plan]
+
+        def encode(missing: list[int]) -> Iterator[torch.Tensor]:
+            parts = {}
+            for index in missing:
+                image, crop = crops[index]
+                parts.setdefault(image, []).append(crop.box)
+            pixels = (part for image, boxes in parts.items() for part in image.pixels(boxes, device))
+            return model.model.encode_each(_one_ahead(pixels))
+
+        with torch.no_grad():
+            keys = [((*image.name, *made_by), crop.box) for image, crop in crops]
+            patches = iter(self.look_up(keys, [crop.num_tokens for _, crop in crops], encode))
+            return [
+                self._project(model, image, torch.cat([next(patches) for _ in image.plan]), made_by)
+                for image in prepared
+            ]
+
+    def prepare(
+        self, model, image_processor, images: list, plans: list | None = None, **options
+    ) -> "list[PreparedImage]":
+        """
+        Do what `encode` does without the model: load images, and cut the crops that the cache lacks. `encode` then
+        takes them as its images. Another thread can thus prepare images while the model works.
+
+        Args, raises: as `encode`, whose options must be the same.
+        """
+        prepared, device = self._prepare(model, image_processor, images, plans, options), input_device(model)
+        for image in prepared:
+            keys = {crop.box: ((*image.name, *self._made_by), crop.box) for crop in image.plan}
+            with self._lock:
+                new = [box for box, key in keys.items() if key not in self._crops]
+            image.cut_ahead(new, device)
+        return prepared
+
+    def _prepare(self, model, image_processor, images: list, plans, options: dict) -> "list[PreparedImage]":
+        """The images as they are before they are cut. Equal ones are one object, to be cut once."""
+        if plans is not None:
+            plans = check_plans(plans, len(images))
+        if image_processor.asks_to_zoom({**options, "plans": plans}):
+            raise ValueError("zoom needs the question, and features are of the picture alone: pass zoom=0, or plans")
+        given = {"plans": plans, **{name: value for name, value in options.items() if value is not None}}
+        options = image_processor.check_kwargs(given)
+        check_processor(model, image_processor, options)
+        loaded = [
+            image if is_prepared(image) else load_image(image, options.get("input_data_format")) for image in images
+        ]
+        sizes = [image.picture.size if is_prepared(image) else image.size for image in loaded]
+        found, values = [], image_processor.values_of_bytes(options)
+        side = check_size(options.get("size", image_processor.size))
+        for image, plan in zip(loaded, image_processor.plans_of(sizes, options)):
+            if not is_prepared(image):
+                image = PreparedImage(image, plan, side, options.get("resample", image_processor.resample), values)
+                with self._lock:
+                    image = self._prepared.setdefault((image.name, tuple(plan)), image)
+            found.append(image)
+        return found
+
+    def _project(self, model, image: "PreparedImage", patches: torch.Tensor, made_by: tuple) -> EncodedImages:
+        """One picture's features, of the patches of its crops: each is projected alone."""
+        fields = {
+            "crop_boxes": [crop.box for crop in image.plan],
+            "crop_coords": [center_of(crop.box, *image.picture.size) for crop in image.plan],
+            "crop_num_tokens": [crop.num_tokens for crop in image.plan],
+            "image_grid_thw": [[len(image.plan), 1, 1]],
+        }
+        fields = {name: torch.tensor(values, device=patches.device) for name, values in fields.items()}
+        placed = model.model.add_positions(patches, fields["crop_coords"], fields["crop_num_tokens"])
+        return EncodedImages(model.model.multi_modal_projector(placed), **fields, weights_hash=made_by[0])
+
+    def look_up(
+        self, keys: list[tuple], counts: list[int], encode: Callable[[list[int]], Iterable[torch.Tensor]]
+    ) -> list[torch.Tensor]:
+        """
+        The last `counts[i]` patches of each crop i: float[counts[i], vision_hidden]. They must not be changed.
+
+        Args:
+            keys: (what `picture_key` returns, box) of each crop.
+            counts: how many patches are asked for of each.
+            encode: given the numbers of crops that are new, in order, returns all patches of one after another.
+        """
+        asked, of_picture = {}, Counter()
+        for key, count in zip(keys, counts):
+            asked[key] = max(count, asked.get(key, 0))
+        for (picture, _), count in asked.items():
+            of_picture[picture] += count
+        found = {key: self._get(key, count) for key, count in asked.items()}
+        missing = [key for key, patches in found.items() if patches is None]
+        with self._lock:
+            pictures, incomplete = {key[0] for key in keys}, {key[0] for key in missing}
+            self.misses += len(incomplete)
+            self.hits += len(pictures) - len(incomplete)
+        if missing:
+            numbers = {key: index for index, key in reversed(list(enumerate(keys)))}
+            for key, patches in zip(missing, encode([numbers[key] for key in missing]), strict=True):
+                found[key] = patches[-asked[key] :].clone()  # the others' memory is free after the pass
+                row = patches[0].nbytes
+                # What is too large for the cache must not empty it.
+                if of_picture[key[0]] * row <= self.max_bytes:
+                    self._put(key, _KeptCrop(patches[1:].clone(), asked[key]))
+        return [found[key][-count:] for key, count in zip(keys, counts)]
+
+    def _get(self, key: tuple, count: int) -> torch.Tensor | None:
+        with self._lock:
+            kept = self._crops.get(key)
+            if kept is None or len(kept.patches) < count:
+                return None
+            self._crops.move_to_end(key)
+            if key in self._uncut:
+                self._uncut.move_to_end(key)
+            kept.asked = max(kept.asked, count)
+            return kept.patches
+
+    def _put(self, key: tuple, crop: _KeptCrop):
+        with self._lock:
+            if (old := self._crops.pop(key, None)) is not None:  # with fewer patches, or of a faster thread
+                self.nbytes -= old.patches.nbytes
+                self._uncut.pop(key, None)
+                crop.asked = max(crop.asked, old.asked)
+            self._crops[key] = crop
+            self._uncut[key] = None
+            self.nbytes += crop.patches.nbytes
+            while self.nbytes > self.max_bytes:
+                if self._uncut:
+                    key, _ = self._uncut.popitem(last=False)
+                    kept = self._crops[key]
+                    self.nbytes -= kept.patches.nbytes
+                    kept.patches = kept.patches[-kept.asked :].clone()
+                    self.nbytes += kept.patches.nbytes
+                else:
+                    _, dropped = self._crops.popitem(last=False)
+                    self.nbytes -= dropped.patches.nbytes
+
+
+def _one_ahead(parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The same parts, of which a thread makes the next one while the model works on the last."""
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(next, parts, None)
+        while (part := following.result()) is not None:
+            following = pool.submit(next, parts, None)
+            yield part
+
+
+class PreparedImage:
+    """
+    A picture before the model encodes it, see `FeatureCache.prepare`.
+
+    Args:
+        picture: as `load_image` returns it.
+        plan: its crops.
+        side, resample: of the crops in pixels, and the filter that resizes them.
+        values: float32[3, 256], what each byte becomes in each channel.
+
+    Attributes:
+        name: what a `FeatureCache` knows the picture by, but for the weights.
+    """
+
+    def __init__(self, picture: Image.Image, plan: list[Crop], side: int, resample: int, values: np.ndarray):
+        self.picture, self.plan, self.side, self.resample, self.values = picture, plan, side, resample, values
+        self.name = picture_key(picture.tobytes(), picture.size, resample, values.tobytes(), ())
+        self._cut, self._lock = {}, Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """The memory that it takes, in bytes: Pillow's four for each pixel, and the crops."""
+        return 4 * self.picture.width * self.picture.height + 3 * self.side**2 * len(self._cut)
+
+    def cut_ahead(self, boxes: list[Box], device: torch.device):
+        """Cut crops, and keep them for the next call of `pixels`; not if they are too many to be kept."""
+        with self._lock:
+            new = [box for box in boxes if box not in self._cut]
+            if new and 3 * self.side**2 * (len(self._cut) + len(new)) <= MOST_CUT_AHEAD:
+                self._cut |= zip(new, cut_to(device, self.picture, new, self.side, self.resample))
+
+    def pixels(self, boxes: list[Box], device: torch.device) -> Iterator[torch.Tensor]:
+        """float32[up to 16, 3, side, side] of the crops, one part after another."""
+        with self._lock:
+            kept = {box: self._cut.pop(box) for box in boxes if box in self._cut}
+        if new := [box for box in boxes if box not in kept]:
+            kept |= zip(new, cut_to(device, self.picture, new, self.side, self.resample))
+        values = torch.from_numpy(self.values).to(device)
+        for start in range(0, len(boxes), 16):
+            yield look_up_bytes([kept.pop(box) for box in boxes[start : start + 16]], values)
+
+
+def is_prepared(value) -> bool:
+    """Whether a value is a `PreparedImage`, of any copy of the code, as `is_encoded`."""
+    return hasattr(value, "cut_ahead")
+
+
+def describe_encoder(model) -> tuple[str, str]:
+    """The hash of the weights that encode crops, and the dtype that they compute in, autocast's included."""
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return model.hash_encoder(), str(dtype)
+
+
+def picture_key(pixels: bytes, size: tuple[int, int], resample: int | None, values: bytes, made_by: tuple) -> tuple:
+    """
+    What a `FeatureCache` knows a picture's crops by, beside their boxes.
+
+    Args:
+        pixels, size: of the RGB picture, with its width and height.
+        resample: the filter by which crops are resized.
+        values: float32[3, 256], what each byte becomes in each channel.
+        made_by: what `describe_encoder` returns.
+    """
+    resample = None if resample is None else int(resample)
+    return (hashlib.sha256(pixels).hexdigest(), size, resample, hashlib.sha256(values).hexdigest(), *made_by)
+
+
+__all__ = [
+    "FeatureCache",
+    "PreparedImage",
+    "check_processor",
+    "describe_encoder",
+    "is_prepared",
+    "picture_key",
+]

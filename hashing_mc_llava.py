@@ -1,0 +1,117 @@
+"""A hash of weights that a GPU computes by itself."""
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, zip_longest
+
+import torch
+from torch import nn
+
+
+# Of `hash_tensors`: an odd number; the 64-bit words that fit a core's cache; the bytes that are stacked on a device.
+MULTIPLIER = 0x5851F42D4C957F2D
+BLOCK = 2**15
+STACK_BYTES = 256 * 2**20
+
+
+def hash_tensors(tensors) -> str:
+    """
+    A hash of the bits, dtypes and shapes of tensors, the same on every device.
+
+    Each tensor's 64-bit words are mixed with their positions and summed on the tensor's device: copying a vision tower
+    from a GPU for a hash on the CPU would take longer than encoding a picture. The sums of a device are read at once.
+
+    Raises:
+        ValueError: if a tensor is on the meta device, as weights offloaded to disk are.
+    """
+    tensors = [tensor.detach() for tensor in tensors]
+    if any(tensor.is_meta for tensor in tensors):
+        raise ValueError("weights offloaded to disk can't be hashed: load the vision tower to a device")
+    places = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault(tensor.device, []).append(place)
+    sums = {}
+    for device, found in places.items():
+        octets = [tensors[place].contiguous().reshape(-1).view(torch.uint8) for place in found]
+        sums |= zip(found, sum_in_blocks(octets) if device.type == "cpu" else sum_stacked(octets))
+    digest = hashlib.sha256()
+    for place, tensor in enumerate(tensors):
+        digest.update(f"{tensor.dtype}{list(tensor.shape)}{sums[place]}".encode())
+    return digest.hexdigest()
+
+
+def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
+    """
+    The sum of each tensor's mixed words, for a processor: in blocks that stay in a core's cache. Each thread has
+    tensors of its own, because threads that share a block would wait for each other at every operator.
+    """
+    threads = min(torch.get_num_threads(), len(octets))
+    shares = [range(first, len(octets), threads) for first in range(threads)]
+    with ThreadPoolExecutor(threads) as pool:
+        sums = list(pool.map(_sum_share, [[octets[place] for place in share] for share in shares]))
+    found = dict(zip(chain(*shares), torch.cat(sums).tolist()))
+    return [found[place] for place in range(len(octets))]
+
+
+def _sum_share(octets: list[torch.Tensor]) -> torch.LongTensor:
+    """`sum_in_blocks` in one thread. The first blocks of all tensors come first, because they have the same keys."""
+    keys = _keys(BLOCK, "cpu")
+    buffers = torch.empty_like(keys), torch.empty_like(keys)  # new memory would take longer than what is done in it
+    step = (2 * BLOCK * MULTIPLIER + 2**63) % 2**64 - 2**63  # as int64
+    sums, order = [], []
+    for blocks in zip_longest(*(_to_words(tensor).split(BLOCK) for tensor in octets)):
+        for place, block in enumerate(blocks):
+            if block is not None:
+                own, *spare = (tensor[: len(block)] for tensor in (keys, *buffers))
+                sums.append(torch.dot(_mix(block, own, *spare), own))
+                order.append(place)
+        keys += step
+    return keys.new_zeros(len(octets)).index_add_(0, torch.tensor(order, device="cpu"), torch.stack(sums))
+
+
+def sum_stacked(octets: list[torch.Tensor]) -> list[int]:
+    """The sum of each tensor's mixed words, for a device that waits for commands: tensors of a size are stacked."""
+    sizes = {}
+    for place, tensor in enumerate(octets):
+        if len(tensor):
+            sizes.setdefault(len(tensor), []).append(place)
+    if not sizes:
+        return [0] * len(octets)
+    keys = _keys(-(-max(sizes) // 8), octets[0].device)
+    parts, order = [], []
+    for size, places in sizes.items():
+        at_once = max(1, STACK_BYTES // size)
+        for start in range(0, len(places), at_once):
+            chosen = places[start : start + at_once]
+            words = _to_words(torch.stack([octets[place] for place in chosen]))
+            own = keys[: words.shape[-1]]
+            parts.append((_mix(words, own) * own).sum(-1))
+            order += chosen
+    sums = dict(zip(order, torch.cat(parts).tolist()))
+    return [sums.get(place, 0) for place in range(len(octets))]
+
+
+def _to_words(octets: torch.Tensor) -> torch.Tensor:
+    """uint8[..., bytes] as int64[..., words], padded with zeros."""
+    if missing := -octets.shape[-1] % 8:
+        octets = nn.functional.pad(octets, (0, missing))
+    elif octets.storage_offset() % 8:  # a view must start at a word
+        octets = octets.clone()
+    return octets.view(torch.int64)
+
+
+def _keys(count: int, device: str | torch.device) -> torch.Tensor:
+    return (2 * torch.arange(count, device=device) + 1) * MULTIPLIER  # int64 wraps around
+
+
+def _mix(
+    words: torch.Tensor, keys: torch.Tensor, mixed: torch.Tensor | None = None, high: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Words that depend on all bits of each word and its key. `mixed` and `high` are memory to compute in."""
+    mixed = torch.bitwise_xor(words, keys, out=mixed)
+    mixed *= MULTIPLIER
+    mixed ^= torch.bitwise_right_shift(mixed, 32, out=high)
+    return mixed
+
+
+__all__ = ["hash_tensors"]
