@@ -18,6 +18,7 @@ import gc
 import json
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -477,6 +478,7 @@ def main():
             json.dumps(measure_here(options.rows[0], Bench(options.measure_in, find_device(options.device or None))))
         )
     else:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the worktree is removed then, too
         with ExitStack() as stack:
             trees = {"before": check_out(options.against, stack)} if options.against else {}
             for name in options.rows or ROWS:
