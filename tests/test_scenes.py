@@ -9,18 +9,10 @@ import pytest
 from mc_llava import plan_crops, scenes
 from mc_llava.scenes import KINDS, ask, caption, draw_scene, is_correct, make_scene
 from mc_llava.scenes import questions as asking
-from mc_llava.scenes.scene import (
-    CHARACTERS,
-    COLORS,
-    OBJECTS,
-    SHAPES,
-    Scene,
-    character_centers,
-    legible_height,
-    load_font,
-    make_group,
-    move,
-)
+from mc_llava.scenes.drawing import character_centers
+from mc_llava.scenes.fonts import load_font
+from mc_llava.scenes.making import make_group
+from mc_llava.scenes.scene import CHARACTERS, COLORS, OBJECTS, SHAPES, Scene, legible_height, move
 from mc_llava.scenes.tower import IGNORED, CropDataset, label_crop, make_crop
 
 

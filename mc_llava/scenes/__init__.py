@@ -15,8 +15,10 @@ memorize: their seeds, backgrounds and font families differ.
 The first two need only Pillow and are exported here; import the others, which need torch, by their names.
 """
 
+from .drawing import draw_scene
+from .making import make_scene
 from .questions import KINDS, SceneQuestion, ask, benchmark_question, caption, is_correct
-from .scene import CROPS, SIDE, SPLITS, Scene, Thing, draw_scene, make_scene
+from .scene import CROPS, SIDE, SPLITS, Scene, Thing
 
 
 __all__ = [

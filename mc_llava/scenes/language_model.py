@@ -23,8 +23,11 @@ from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig,
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaModel, MCLlavaProcessor
 from ..journal import replacing, write_json
 from ..training import StopIfDiverged, checked, last_checkpoint, set_trainable
+from .drawing import draw_scene
+from .making import make_scene
+from .materials import Materials
 from .questions import KINDS, SceneQuestion, ask, caption, is_correct
-from .scene import SIDE, Scene, Thing, draw_scene, legible_height, make_scene, outline
+from .scene import SIDE, Scene, Thing, legible_height, outline
 from .tower import MuonAndAdamW, Report, Stage, pretrain_tower
 
 
@@ -62,6 +65,9 @@ class TinyRecipe:
         num_images: how many scenes are encoded for the language model.
         short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
         num_tested: how many scenes that are never trained on are asked about during training.
+        photographs: folder of photographs for half of the scenes, see `Materials`; None if all are drawn.
+        objects: folder of cut-out objects, with photographs only.
+        fonts: folder of fonts for scenes with photographs; None for the system's.
         tower_width, tower_layers, width, layers: sizes of the SigLIP and of the Phi architecture.
         workers: processes that draw.
     """
@@ -72,11 +78,26 @@ class TinyRecipe:
     num_images: PositiveInt
     short_steps: NonNegativeInt
     num_tested: PositiveInt = 200
+    photographs: str | None = None
+    objects: str | None = None
+    fonts: str | None = None
     tower_width: PositiveInt = 128
     tower_layers: PositiveInt = 6
     width: PositiveInt = 192
     layers: Annotated[int, Field(gt=ANSWERING_LAYER)] = 4
     workers: NonNegativeInt = 1
+
+    def materials(self) -> Materials | None:
+        """
+        Raises:
+            ValueError: if there are objects without photographs.
+        """
+        if self.photographs is None and (self.objects or self.fonts):
+            raise ValueError(
+                f"objects ({self.objects}) and fonts ({self.fonts}) are for scenes on photographs: set photographs to "
+                "a folder, or the others to null too"
+            )
+        return Materials(self.photographs, self.objects, self.fonts) if self.photographs else None
 
 
 def build_processor() -> MCLlavaProcessor:
@@ -557,6 +578,8 @@ def made_of(recipe: TinyRecipe) -> dict[str, dict]:
         for stage in ("tower", "language_model")
     )
     tower |= {name: values[name] for name in ("tower_width", "tower_layers")}
+    materials = recipe.materials()
+    tower["photographs, objects and fonts"] = materials and materials.digest()
     images = tower | {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")}
     language_model |= images | {name: values[name] for name in ("width", "layers", "num_images", "short_steps")}
     return {"tower": tower, "images": images, "language_model": language_model}
@@ -600,7 +623,7 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     vision = vision_config(recipe.tower_width, recipe.tower_layers)
     torch.manual_seed(recipe.language_model.seed)
     model = build_model(processor, vision, recipe.width, recipe.layers)
-    pretrained = pretrain_tower(work / "tower", vision, recipe.tower, recipe.workers).tower
+    pretrained = pretrain_tower(work / "tower", vision, recipe.tower, recipe.workers, recipe.materials()).tower
     model.model.vision_tower.load_state_dict(pretrained.state_dict())
     model.eval().to(pretrained.device)
     check_made_of(work / "images", stages["images"])

@@ -4,7 +4,8 @@ import random
 import re
 from dataclasses import dataclass
 
-from .scene import CHARACTERS, COLORS, OBJECTS, SHAPES, Scene, Thing, make_scene, outline
+from .making import make_scene
+from .scene import CHARACTERS, COLORS, OBJECTS, SHAPES, Scene, Thing, outline
 
 
 KINDS = ("ocr", "attribute", "position", "hard")

@@ -1,0 +1,158 @@
+"""Makes scenes: which things are in them, how large they are and where they lie."""
+
+import math
+import random
+
+from .. import plan_crops
+from .camera import seen_at_an_angle
+from .fonts import font_size, text_width
+from .materials import cut_out
+from .scene import (
+    BACKGROUNDS,
+    CHARACTERS,
+    COLORS,
+    CROPS,
+    FONTS,
+    ILLEGIBLE,
+    LEGIBLE,
+    MAX_SIDE,
+    MIN_SIDE,
+    OBJECTS,
+    SHADES,
+    SHAPES,
+    SIDE,
+    SPLITS,
+    Scene,
+    Thing,
+    distance,
+    legible_height,
+    move,
+    outline,
+)
+
+
+def make_scene(seed: int, split: str = "train") -> Scene:
+    """
+    The scene of a seed.
+
+    Raises:
+        ValueError: if `split` is none of `SPLITS`.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    rng = random.Random(f"{split} {seed}")
+    while True:
+        height = rng.randint(MIN_SIDE, MAX_SIDE)
+        width = round(height * rng.uniform(0.6, 1.5))
+        if not MIN_SIDE <= width <= MAX_SIDE:
+            continue
+        # Half of the pictures have crops that magnify too little for both bounds in their stretched last row or
+        # column: things are laid elsewhere, and if no place is found, the next try has another size.
+        groups = _lay_out(rng, width, height, split)
+        if groups:
+            return Scene(width, height, rng.choice(BACKGROUNDS[split]), rng.getrandbits(32), groups)
+
+
+def _lay_out(rng: random.Random, width: int, height: int, split: str) -> tuple[tuple[Thing, ...], ...] | None:
+    boxes = [crop.box for crop in plan_crops(width, height, CROPS, 10**6, SIDE, 8)[1:]]
+    gap = 0.2 * min(boxes[0][2], boxes[0][3])
+    groups = []
+    for signs, shapes in _casts(rng):
+        for _ in range(60):
+            glyph = rng.uniform(0.8, 0.98) * ILLEGIBLE * height / SIDE
+            group = make_group(rng, glyph, signs, shapes, FONTS[split])
+            left, top, right, bottom = outline(group)
+            if right >= width or bottom >= height:
+                continue
+            group = move(group, rng.randint(0, int(width - right)), rng.randint(0, int(height - bottom)))
+            apart = all(distance(outline(group), outline(other)) >= gap for other in groups)
+            if apart and legible_height(outline(group), min(thing.glyph for thing in group), boxes) >= LEGIBLE:
+                groups.append(group)
+                break
+        else:
+            return None
+    return tuple(groups)
+
+
+def _casts(rng: random.Random) -> list[tuple[list, list]]:
+    """Which things make up the groups: (signs, shapes) with their names, colors and texts. No two are called alike."""
+    signs = rng.randint(2, 3)
+    colors = rng.sample(list(COLORS), signs)
+    texts = set()
+    while len(texts) < signs:
+        texts.add("".join(rng.choices(CHARACTERS, k=rng.choice((2, 2, 3, 3, 4)))))
+    texts = sorted(texts)
+    rng.shuffle(texts)
+    names = rng.sample(SHAPES + OBJECTS, rng.randint(3, 5))
+    shapes = [(name, rng.choice(list(COLORS))) for name in names]
+    signs = list(zip(colors, texts))
+    # At least two signs have a neighbor and at least one shape stands alone.
+    neighbors = rng.randint(2, min(len(signs), len(shapes) - 1))
+    return (
+        [([sign], [shape]) for sign, shape in zip(signs[:neighbors], shapes)]
+        + [([sign], []) for sign in signs[neighbors:]]
+        + [([], [shape]) for shape in shapes[neighbors:]]
+    )
+
+
+def make_group(
+    rng: random.Random,
+    glyph: float,
+    signs: list,
+    shapes: list,
+    fonts: tuple,
+    objects: list = (),
+    real: bool = False,
+) -> tuple[Thing, ...]:
+    """
+    Things side by side or one above the other, the outline's corner at (0, 0).
+
+    Args:
+        glyph: height of the signs' capitals in pixels.
+        signs: (color, text) of each.
+        shapes: (name, color) of each.
+        fonts: names to choose from, as in `FONTS`.
+        objects: (name, file) of each cut-out object.
+        real: seen at an angle, in shades that people choose; cut-out objects always are.
+    """
+    things = [_make_sign(rng, glyph, color, text, rng.choice(fonts), real) for color, text in signs]
+    things += [_make_shape(rng, glyph * rng.uniform(1.15, 1.6), name, color, real) for name, color in shapes]
+    things += [_make_object(rng, glyph * rng.uniform(1.7, 2.6), name, path) for name, path in objects]
+    things = [seen_at_an_angle(rng, thing) if real or thing.picture else thing for thing in things]
+    rng.shuffle(things)
+    down, position, placed = rng.random() < 0.5, 0, []
+    widest = max(thing.box[2] for thing in things)
+    highest = max(thing.box[3] for thing in things)
+    for thing in things:
+        _, _, width, height = thing.box
+        if down:
+            placed += move((thing,), (widest - width) // 2, position)
+        else:
+            placed += move((thing,), position, (highest - height) // 2)
+        position += (height if down else width) + round(glyph * 0.4)
+    return tuple(placed)
+
+
+def _make_sign(rng: random.Random, glyph: float, color: str, text: str, font: str | None, real: bool) -> Thing:
+    size, height = font_size(font, glyph)
+    margin = height * rng.uniform(0.3, 0.55)
+    width = text_width(font, size, text) + 2 * margin
+    box = (0, 0, round(width), round(height + 2 * margin))
+    return Thing("sign", color, _shade(rng, color, real), box, height, text, font)
+
+
+def _make_shape(rng: random.Random, height: float, name: str, color: str, real: bool) -> Thing:
+    width = height * (1.6 if name in ("car", "boat") else 1.0)
+    return Thing(name, color, _shade(rng, color, real), (0, 0, round(width), round(height)), height)
+
+
+def _make_object(rng: random.Random, side: float, name: str, path: str) -> Thing:
+    across, down = cut_out(path).size
+    scale = side / max(across, down)
+    width, height = max(1, round(across * scale)), max(1, round(down * scale))
+    return Thing(name, "", (0, 0, 0), (0, 0, width, height), math.sqrt(width * height), picture=path)
+
+
+def _shade(rng: random.Random, color: str, real: bool = False) -> tuple[int, int, int]:
+    usual, spread = (rng.choice((COLORS[color], *SHADES[color])), 20) if real else (COLORS[color], 12)
+    return tuple(min(255, max(0, channel + rng.randint(-spread, spread))) for channel in usual)
