@@ -1,5 +1,6 @@
 """Scenes: what is promised of their sizes, splits and questions."""
 
+import hashlib
 import random
 import re
 
@@ -20,19 +21,51 @@ SEEDS = range(60)
 
 
 def crop_boxes(scene, max_crops=scenes.CROPS):
-    return [crop.box for crop in plan_crops(scene.width, scene.height, max_crops, 128, scenes.SIDE, 8)[1:]]
+    return [crop.box for crop in plan_crops(scene.width, scene.height, max_crops, 10**6, scenes.SIDE, 8)[1:]]
 
 
 @pytest.mark.parametrize("split", scenes.SPLITS)
-def test_glyphs_are_illegible_in_the_whole_image_and_legible_in_a_crop(split):
-    for seed in SEEDS:
-        scene = make_scene(seed, split)
-        assert 512 <= scene.width <= 2048 and 512 <= scene.height <= 2048
+@pytest.mark.parametrize("size, crops, illegible", [(35, 32, 3), (70, 128, 1.5), (140, 600, 0.75)])
+def test_glyphs_are_illegible_in_the_whole_image_and_legible_in_a_crop(split, size, crops, illegible):
+    for seed in SEEDS if size == 35 else SEEDS[:10]:
+        scene = make_scene(seed, split, size)
+        shortest, longest = (512, 2048) if size == 35 else (1500, 3200)
+        assert shortest <= min(scene.width, scene.height) and max(scene.width, scene.height) <= longest
         for thing in scene.things:
             if thing.text:
-                assert thing.glyph * 96 / scene.height < 3
+                assert thing.glyph * 96 / scene.height < illegible
             # Up to the rounding of a font to whole pixels.
-            assert legible_height(thing.box, thing.glyph, crop_boxes(scene)) >= 7.5
+            assert legible_height(thing.box, thing.glyph, crop_boxes(scene, crops)) >= 7.5
+
+
+def test_the_scenes_of_the_study_stay_the_same():
+    found = hashlib.sha256()
+    for seed in range(5):
+        found.update(draw_scene(make_scene(seed, "test")).tobytes())
+        for kind in KINDS:
+            question = scenes.benchmark_question(seed, kind)
+            found.update(f"{question.text} {question.answer} {question.key}".encode())
+    assert found.hexdigest().startswith("24ff1195929074c1"), "docs/study.json was measured on others"
+
+
+def test_a_large_thing_fills_a_quarter_and_lies_apart():
+    for seed in SEEDS:
+        scene = scenes.benchmark_scene(seed, "large")
+        question = scenes.benchmark_question(seed, "large")
+        large, *small = scene.things
+        left, top, right, bottom = large.box
+        assert 0 <= left and 0 <= top and right <= scene.width and bottom <= scene.height
+        assert 0.24 < (right - left) * (bottom - top) / (scene.width * scene.height) < 0.41
+        assert question.key == f"{large.color} {large.name}" and "largest" in question.text
+        assert is_correct(question.key, question.answer) and not is_correct(question.key, "It is a red sign.")
+        assert large.name not in {thing.name for thing in small}
+        for thing in small:
+            outside = thing.box[2] <= left or thing.box[0] >= right or thing.box[3] <= top or thing.box[1] >= bottom
+            assert outside
+    with pytest.raises(ValueError, match="no thing of the scene is large: make it with large=True"):
+        ask(make_scene(0), "large", random.Random(0))
+    with pytest.raises(ValueError, match="size must be one of 35, 70, 140, got 50"):
+        make_scene(0, size=50)
 
 
 def test_legible_height_takes_the_best_crop_that_holds_all_and_its_smaller_scale():

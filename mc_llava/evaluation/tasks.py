@@ -281,19 +281,23 @@ def _score_letter(question: Question, reply: str) -> float:
 # Scenes
 
 
-def _read_scenes(source: str) -> tuple[int, Iterator[Question]]:
-    """Questions of every kind about each scene of the test split."""
+def _read_scenes(source: str, size: int, kinds: tuple[str, ...]) -> tuple[int, Iterator[Question]]:
+    """A question of each kind about each scene of the test split."""
     if source:
         raise ValueError(f"scenes are made, not read, got the data {source!r}: leave --data out for them")
 
     def questions():
         for seed in range(NUM_SCENES):
-            image = scenes.draw_scene(scenes.make_scene(seed, "test"))
-            for kind in scenes.KINDS:
-                question = scenes.benchmark_question(seed, kind)
+            image = scenes.draw_scene(scenes.benchmark_scene(seed, kinds[0], size))
+            for kind in kinds:
+                question = scenes.benchmark_question(seed, kind, size)
                 yield Question(f"{kind}-{seed}", question.text, image, question.key, kind)
 
-    return NUM_SCENES * len(scenes.KINDS), questions()
+    return NUM_SCENES * len(kinds), questions()
+
+
+def _scenes_task(size: int = 35, kinds: tuple[str, ...] = scenes.KINDS) -> Task:
+    return Task("", partial(_read_scenes, size=size, kinds=kinds), "", "accuracy", _score_scene)
 
 
 def _score_scene(question: Question, reply: str) -> float:
@@ -331,5 +335,8 @@ TASKS = {
         lambda question, reply: textvqa_accuracy(reply, question.expected),
     ),
     "vstar": Task("craigwu/vstar_bench", _read_vstar, LETTER, "letter", _score_letter, VSTAR_OVERALL),
-    "scenes": Task("", _read_scenes, "", "accuracy", _score_scene),
+    "scenes": _scenes_task(),
+    "scenes70": _scenes_task(size=70),
+    "scenes140": _scenes_task(size=140),
+    "large": _scenes_task(kinds=("large",)),
 }

@@ -17,20 +17,22 @@ The first two need only Pillow and are exported here; import the others, which n
 
 from .drawing import draw_scene
 from .making import make_scene
-from .questions import KINDS, SceneQuestion, ask, benchmark_question, caption, is_correct
-from .scene import CROPS, SIDE, SPLITS, Scene, Thing
+from .questions import KINDS, SceneQuestion, ask, benchmark_question, benchmark_scene, caption, is_correct
+from .scene import CROPS, SIDE, SIZES, SPLITS, Scene, Thing
 
 
 __all__ = [
     "CROPS",
     "KINDS",
     "SIDE",
+    "SIZES",
     "SPLITS",
     "Scene",
     "SceneQuestion",
     "Thing",
     "ask",
     "benchmark_question",
+    "benchmark_scene",
     "caption",
     "draw_scene",
     "is_correct",

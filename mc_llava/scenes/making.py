@@ -2,6 +2,7 @@
 
 import math
 import random
+from dataclasses import replace
 
 from .. import plan_crops
 from .camera import seen_at_an_angle
@@ -11,18 +12,17 @@ from .scene import (
     BACKGROUNDS,
     CHARACTERS,
     COLORS,
-    CROPS,
     FONTS,
-    ILLEGIBLE,
+    LARGE,
     LEGIBLE,
-    MAX_SIDE,
-    MIN_SIDE,
     OBJECTS,
     SHADES,
     SHAPES,
     SIDE,
+    SIZES,
     SPLITS,
     Scene,
+    Size,
     Thing,
     distance,
     legible_height,
@@ -31,35 +31,45 @@ from .scene import (
 )
 
 
-def make_scene(seed: int, split: str = "train") -> Scene:
+def make_scene(seed: int, split: str = "train", size: int = 35, large: bool = False) -> Scene:
     """
     The scene of a seed.
 
+    Args:
+        size: one of `SIZES`.
+        large: whether a shape or object that fills a quarter of the picture or more comes first.
+
     Raises:
-        ValueError: if `split` is none of `SPLITS`.
+        ValueError: if `split` is none of `SPLITS`, or `size` none of `SIZES`.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
-    rng = random.Random(f"{split} {seed}")
+    if size not in SIZES:
+        raise ValueError(f"size must be one of {', '.join(map(str, SIZES))}, got {size!r}")
+    shortest, longest = SIZES[size].shortest, SIZES[size].longest
+    rng = random.Random(f"{split} {seed}{' large' * large}")
     while True:
-        height = rng.randint(MIN_SIDE, MAX_SIDE)
+        height = rng.randint(shortest, longest)
         width = round(height * rng.uniform(0.6, 1.5))
-        if not MIN_SIDE <= width <= MAX_SIDE:
+        if not shortest <= width <= longest:
             continue
         # Half of the pictures have crops that magnify too little for both bounds in their stretched last row or
         # column: things are laid elsewhere, and if no place is found, the next try has another size.
-        groups = _lay_out(rng, width, height, split)
+        groups = _lay_out(rng, width, height, split, SIZES[size], large)
         if groups:
             return Scene(width, height, rng.choice(BACKGROUNDS[split]), rng.getrandbits(32), groups)
 
 
-def _lay_out(rng: random.Random, width: int, height: int, split: str) -> tuple[tuple[Thing, ...], ...] | None:
-    boxes = [crop.box for crop in plan_crops(width, height, CROPS, 10**6, SIDE, 8)[1:]]
+def _lay_out(
+    rng: random.Random, width: int, height: int, split: str, size: Size, large: bool
+) -> tuple[tuple[Thing, ...], ...] | None:
+    boxes = [crop.box for crop in plan_crops(width, height, size.crops, 10**6, SIDE, 8)[1:]]
     gap = 0.2 * min(boxes[0][2], boxes[0][3])
-    groups = []
-    for signs, shapes in _casts(rng):
+    casts = _casts(rng)
+    groups = [_make_large(rng, width, height, casts)] if large else []
+    for signs, shapes in casts:
         for _ in range(60):
-            glyph = rng.uniform(0.8, 0.98) * ILLEGIBLE * height / SIDE
+            glyph = rng.uniform(0.8, 0.98) * size.illegible * height / SIDE
             group = make_group(rng, glyph, signs, shapes, FONTS[split])
             left, top, right, bottom = outline(group)
             if right >= width or bottom >= height:
@@ -72,6 +82,17 @@ def _lay_out(rng: random.Random, width: int, height: int, split: str) -> tuple[t
         else:
             return None
     return tuple(groups)
+
+
+def _make_large(rng: random.Random, width: int, height: int, casts: list[tuple[list, list]]) -> tuple[Thing]:
+    """A shape or object whose box fills a share of `LARGE` of the picture, with a name that no small one has."""
+    small = [name for _, shapes in casts for name, _ in shapes]
+    name, color = rng.choice([name for name in SHAPES + OBJECTS if name not in small]), rng.choice(list(COLORS))
+    area = rng.uniform(*LARGE) * width * height
+    shape = _make_shape(rng, min(height - 1, math.sqrt(area / _aspect(name))), name, color, real=False)
+    right, bottom = min(shape.box[2], width - 1), shape.box[3]
+    shape = replace(shape, box=(0, 0, right, bottom))
+    return move((shape,), rng.randint(0, width - right), rng.randint(0, height - bottom))
 
 
 def _casts(rng: random.Random) -> list[tuple[list, list]]:
@@ -142,8 +163,12 @@ def _make_sign(rng: random.Random, glyph: float, color: str, text: str, font: st
 
 
 def _make_shape(rng: random.Random, height: float, name: str, color: str, real: bool) -> Thing:
-    width = height * (1.6 if name in ("car", "boat") else 1.0)
-    return Thing(name, color, _shade(rng, color, real), (0, 0, round(width), round(height)), height)
+    box = (0, 0, round(height * _aspect(name)), round(height))
+    return Thing(name, color, _shade(rng, color, real), box, height)
+
+
+def _aspect(name: str) -> float:
+    return 1.6 if name in ("car", "boat") else 1.0
 
 
 def _make_object(rng: random.Random, side: float, name: str, path: str) -> Thing:

@@ -5,10 +5,10 @@ import re
 from dataclasses import dataclass
 
 from .making import make_scene
-from .scene import CHARACTERS, COLORS, OBJECTS, SHAPES, Scene, Thing, outline
+from .scene import CHARACTERS, COLORS, LARGE, OBJECTS, SHAPES, Scene, Thing, area, outline
 
 
-KINDS = ("ocr", "attribute", "position", "hard")
+KINDS = ("ocr", "attribute", "position", "hard")  # of every scene
 DIRECTIONS = (("left", "right"), ("above", "below"))  # along x and along y
 MIN_DISTANCE = 0.15  # at least, of things compared by position, as a share of the picture
 
@@ -26,6 +26,11 @@ NEXT_READ_QUESTIONS = (
 )
 NEXT_COLOR_QUESTIONS = ("What color is the sign next to the {0}?", "Which color does the sign beside the {0} have?")
 NEXT_NAME_QUESTIONS = ("What is next to the {0} sign?", "What can be seen beside the {0} sign?")
+LARGEST_QUESTIONS = (
+    "What is the largest thing?",
+    "What is the largest thing in the picture?",
+    "Name the largest thing.",
+)
 SIDE_QUESTIONS = (
     "Is the {0} {2} or {3} the {1}?",
     "Where is the {0}, {2} or {3} the {1}?",
@@ -52,21 +57,36 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> SceneQuestion:
     A question about a scene, with its answer.
 
     Args:
-        kind: one of `KINDS`: the text of a sign; the color of a thing; where a thing lies as seen from another; or
-            something about the neighbor of a thing.
+        kind: one of `KINDS`: the text of a sign; the color of a thing; where a thing lies as seen from another;
+            something about the neighbor of a thing. Or "large", of a scene that has a large thing: what it is.
 
     Raises:
-        ValueError: if `kind` is unknown.
+        ValueError: if `kind` is unknown, or asks for a large thing and there is none.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     asking = {"ocr": _ask_text, "attribute": _ask_color, "position": _ask_position, "hard": _ask_neighbor}
+    asking["large"] = _ask_largest
+    if kind not in asking:
+        raise ValueError(f"kind must be one of {', '.join(asking)}, got {kind!r}")
     return asking[kind](scene, rng)
 
 
-def benchmark_question(seed: int, kind: str) -> SceneQuestion:
+def benchmark_scene(seed: int, kind: str, size: int = 35) -> Scene:
+    """The scene of the test split that `benchmark_question` asks about."""
+    return make_scene(seed, "test", size, large=kind == "large")
+
+
+def benchmark_question(seed: int, kind: str, size: int = 35) -> SceneQuestion:
     """The one question of a kind about a scene of the test split that every measurement asks."""
-    return ask(make_scene(seed, "test"), kind, random.Random(f"{kind} {seed}"))
+    return ask(benchmark_scene(seed, kind, size), kind, random.Random(f"{kind} {seed}"))
+
+
+def _ask_largest(scene: Scene, rng: random.Random) -> SceneQuestion:
+    thing = max(scene.things, key=lambda thing: area(thing.box))
+    if area(thing.box) < 0.9 * LARGE[0] * scene.width * scene.height:
+        raise ValueError("no thing of the scene is large: make it with large=True")
+    article = "an" if thing.color == "orange" else "a"
+    answer = f"It is {article} {thing.called}."
+    return SceneQuestion("large", rng.choice(LARGEST_QUESTIONS), answer, thing.called, (("largest thing", thing),))
 
 
 def _ask_text(scene: Scene, rng: random.Random) -> SceneQuestion:

@@ -12,7 +12,8 @@ The crop plan determines how small things are. For a picture of height H, a towe
     in the whole image     glyph * 96 / H           below 3 pixels: illegible
     in a crop of side c    glyph * 96 / c           at least 8 pixels: legible
 
-so glyphs are about H / 35 pixels high, and since c is about H / 3, the crops magnify three to five times.
+so glyphs are about H / 35 pixels high, and since c is about H / 3, the crops magnify three to five times. `SIZES` has
+pictures with smaller glyphs, which need more crops. A scene may also have one large thing.
 """
 
 import math
@@ -62,10 +63,23 @@ FONTS = {
 SPLITS = tuple(FONTS)
 
 SIDE = 96  # of the tower that the sizes are made for, in pixels
-CROPS = 32
-ILLEGIBLE = 3.0  # pixels of the tower
-LEGIBLE = 8.0
-MIN_SIDE, MAX_SIDE = 512, 2048  # of a scene, in pixels
+LEGIBLE = 8.0  # pixels of the tower, of a glyph
+
+
+@dataclass(frozen=True)
+class Size:
+    """How small the glyphs of a scene are: illegible in the whole picture, legible in some of a grid's crops."""
+
+    crops: int  # of the grid
+    illegible: float  # pixels of the tower
+    shortest: int  # side of a scene, in pixels
+    longest: int
+
+
+# The height of a picture divided by that of its glyphs, about.
+SIZES = {35: Size(32, 3.0, 512, 2048), 70: Size(128, 1.5, 1500, 3200), 140: Size(600, 0.75, 1500, 3200)}
+CROPS = SIZES[35].crops
+LARGE = (0.25, 0.4)  # the share of the picture that a large thing's box fills
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,10 @@ def move(group: tuple[Thing, ...], right: int, down: int) -> tuple[Thing, ...]:
 def outline(group: tuple[Thing, ...]) -> tuple[int, int, int, int]:
     lefts, tops, rights, bottoms = zip(*(thing.box for thing in group))
     return min(lefts), min(tops), max(rights), max(bottoms)
+
+
+def area(box: tuple[int, int, int, int]) -> int:
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def distance(box: tuple, other: tuple) -> float:
