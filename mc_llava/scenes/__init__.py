@@ -17,14 +17,27 @@ The first two need only Pillow and are exported here; import the others, which n
 
 from .drawing import draw_scene
 from .making import make_scene
-from .questions import KINDS, SceneQuestion, ask, benchmark_question, benchmark_scene, caption, is_correct
+from .materials import Materials
+from .photographs import make_photograph_scene
+from .questions import (
+    KINDS,
+    KINDS_ON_PHOTOGRAPHS,
+    SceneQuestion,
+    ask,
+    benchmark_question,
+    benchmark_scene,
+    caption,
+    is_correct,
+)
 from .scene import CROPS, SIDE, SIZES, SPLITS, Scene, Thing
 
 
 __all__ = [
     "CROPS",
     "KINDS",
+    "KINDS_ON_PHOTOGRAPHS",
     "SIDE",
+    "Materials",
     "SIZES",
     "SPLITS",
     "Scene",
@@ -36,5 +49,6 @@ __all__ = [
     "caption",
     "draw_scene",
     "is_correct",
+    "make_photograph_scene",
     "make_scene",
 ]

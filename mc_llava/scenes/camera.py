@@ -16,10 +16,10 @@ TURN = 9.0  # degrees at most, that a thing is turned by
 SKEW = 0.06  # of its sides at most, that a corner is moved by
 
 
-def seen_at_an_angle(rng: random.Random, thing: Thing) -> Thing:
+def seen_at_an_angle(rng: random.Random, thing: Thing, gentle: bool = False) -> Thing:
     """A thing at (0, 0), turned a little and in perspective; its box, again at (0, 0), holds all of it."""
     _, _, width, height = thing.box
-    angle = math.radians(rng.uniform(-TURN, TURN))
+    angle = math.radians(rng.uniform(-TURN, TURN) * (0.3 if gentle else 1))
     corners = []
     for x, y in ((0, 0), (width, 0), (width, height), (0, height)):
         x += rng.uniform(-SKEW, SKEW) * min(width, height)

@@ -2,7 +2,9 @@
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from .. import plan_crops
 from .camera import seen_at_an_angle
@@ -63,24 +65,60 @@ def make_scene(seed: int, split: str = "train", size: int = 35, large: bool = Fa
 def _lay_out(
     rng: random.Random, width: int, height: int, split: str, size: Size, large: bool
 ) -> tuple[tuple[Thing, ...], ...] | None:
-    boxes = [crop.box for crop in plan_crops(width, height, size.crops, 10**6, SIDE, 8)[1:]]
-    gap = 0.2 * min(boxes[0][2], boxes[0][3])
     casts = _casts(rng)
     groups = [_make_large(rng, width, height, casts)] if large else []
-    for signs, shapes in casts:
+
+    def made(signs: list, shapes: list) -> tuple[Thing, ...]:
+        return make_group(rng, small_glyph(rng, height, size), signs, shapes, FONTS[split])
+
+    makers = [partial(made, *cast) for cast in casts]
+    return place(rng, width, height, makers, legible_crops(width, height, size), groups)
+
+
+def small_glyph(rng: random.Random, height: int, size: Size) -> float:
+    return rng.uniform(0.8, 0.98) * size.illegible * height / SIDE
+
+
+def legible_crops(width: int, height: int, size: Size) -> list[tuple[int, int, int, int]]:
+    """The boxes of the grid in which glyphs of a size can be read."""
+    return [crop.box for crop in plan_crops(width, height, size.crops, 10**6, SIDE, 8)[1:]]
+
+
+def place(
+    rng: random.Random,
+    width: int,
+    height: int,
+    makers: list[Callable[[], tuple[Thing, ...]]],
+    crops: list[tuple[int, int, int, int]],
+    groups: list[tuple[Thing, ...]],
+    optional: int = 0,
+) -> tuple[tuple[Thing, ...], ...] | None:
+    """
+    Make groups and lay them apart from each other, where some crop shows them legibly.
+
+    Args:
+        makers: each makes a group, another one at every call.
+        groups: have their places already.
+        optional: how many of the last makers' groups may be left out if there is no place.
+
+    Returns:
+        All groups; None if there is no place for one.
+    """
+    gap = 0.2 * min(crops[0][2], crops[0][3])
+    for number, make in enumerate(makers):
         for _ in range(60):
-            glyph = rng.uniform(0.8, 0.98) * size.illegible * height / SIDE
-            group = make_group(rng, glyph, signs, shapes, FONTS[split])
+            group = make()
             left, top, right, bottom = outline(group)
             if right >= width or bottom >= height:
                 continue
             group = move(group, rng.randint(0, int(width - right)), rng.randint(0, int(height - bottom)))
             apart = all(distance(outline(group), outline(other)) >= gap for other in groups)
-            if apart and legible_height(outline(group), min(thing.glyph for thing in group), boxes) >= LEGIBLE:
+            if apart and legible_height(outline(group), min(thing.glyph for thing in group), crops) >= LEGIBLE:
                 groups.append(group)
                 break
         else:
-            return None
+            if number < len(makers) - optional:
+                return None
     return tuple(groups)
 
 
@@ -89,7 +127,7 @@ def _make_large(rng: random.Random, width: int, height: int, casts: list[tuple[l
     small = [name for _, shapes in casts for name, _ in shapes]
     name, color = rng.choice([name for name in SHAPES + OBJECTS if name not in small]), rng.choice(list(COLORS))
     area = rng.uniform(*LARGE) * width * height
-    shape = _make_shape(rng, min(height - 1, math.sqrt(area / _aspect(name))), name, color, real=False)
+    shape = make_shape(rng, min(height - 1, math.sqrt(area / _aspect(name))), name, color, real=False)
     right, bottom = min(shape.box[2], width - 1), shape.box[3]
     shape = replace(shape, box=(0, 0, right, bottom))
     return move((shape,), rng.randint(0, width - right), rng.randint(0, height - bottom))
@@ -136,9 +174,9 @@ def make_group(
         objects: (name, file) of each cut-out object.
         real: seen at an angle, in shades that people choose; cut-out objects always are.
     """
-    things = [_make_sign(rng, glyph, color, text, rng.choice(fonts), real) for color, text in signs]
-    things += [_make_shape(rng, glyph * rng.uniform(1.15, 1.6), name, color, real) for name, color in shapes]
-    things += [_make_object(rng, glyph * rng.uniform(1.7, 2.6), name, path) for name, path in objects]
+    things = [make_sign(rng, glyph, color, text, rng.choice(fonts), real) for color, text in signs]
+    things += [make_shape(rng, glyph * rng.uniform(1.15, 1.6), name, color, real) for name, color in shapes]
+    things += [make_object(rng, glyph * rng.uniform(1.7, 2.6), name, path) for name, path in objects]
     things = [seen_at_an_angle(rng, thing) if real or thing.picture else thing for thing in things]
     rng.shuffle(things)
     down, position, placed = rng.random() < 0.5, 0, []
@@ -154,7 +192,7 @@ def make_group(
     return tuple(placed)
 
 
-def _make_sign(rng: random.Random, glyph: float, color: str, text: str, font: str | None, real: bool) -> Thing:
+def make_sign(rng: random.Random, glyph: float, color: str, text: str, font: str | None, real: bool) -> Thing:
     size, height = font_size(font, glyph)
     margin = height * rng.uniform(0.3, 0.55)
     width = text_width(font, size, text) + 2 * margin
@@ -162,7 +200,7 @@ def _make_sign(rng: random.Random, glyph: float, color: str, text: str, font: st
     return Thing("sign", color, _shade(rng, color, real), box, height, text, font)
 
 
-def _make_shape(rng: random.Random, height: float, name: str, color: str, real: bool) -> Thing:
+def make_shape(rng: random.Random, height: float, name: str, color: str, real: bool) -> Thing:
     box = (0, 0, round(height * _aspect(name)), round(height))
     return Thing(name, color, _shade(rng, color, real), box, height)
 
@@ -171,7 +209,7 @@ def _aspect(name: str) -> float:
     return 1.6 if name in ("car", "boat") else 1.0
 
 
-def _make_object(rng: random.Random, side: float, name: str, path: str) -> Thing:
+def make_object(rng: random.Random, side: float, name: str, path: str) -> Thing:
     across, down = cut_out(path).size
     scale = side / max(across, down)
     width, height = max(1, round(across * scale)), max(1, round(down * scale))
