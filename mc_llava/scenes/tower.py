@@ -513,13 +513,21 @@ class Report(TrainerCallback):
 
 
 def pretrain_tower(
-    output: Path, vision_config: PreTrainedConfig, stage: Stage, workers: int = 1, materials: Materials | None = None
+    output: Path,
+    vision_config: PreTrainedConfig,
+    stage: Stage,
+    workers: int = 1,
+    materials: Materials | None = None,
+    start: dict[str, torch.Tensor] | None = None,
 ) -> TowerForPretraining:
     """
     Train a tower, or resume from the last checkpoint in `output`.
 
     It is measured on crops that are not trained on: of the training split, of drawn scenes of the test split, and of
     photographs with the test split's fonts.
+
+    Args:
+        start: the weights of a tower to begin with; None for random ones.
 
     Returns:
         The trained tower, with its heads.
@@ -529,6 +537,8 @@ def pretrain_tower(
     torch.set_flush_denormal(True)  # without it steps take longer and longer on a CPU
     objects = tuple(materials.renderings) if materials else ()
     model = TowerForPretraining(vision_config, objects)
+    if start is not None:
+        model.tower.load_state_dict(start)
     for layer in model.tower.encoder.layers:
         layer.compile()  # saves a quarter of a step's time on a CPU; needs a C++ compiler
     side, patch_size = vision_config.image_size, vision_config.patch_size
