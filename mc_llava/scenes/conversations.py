@@ -16,22 +16,23 @@ from .scene import Thing, legible_height, outline
 from .tower import Stage
 
 
-# How often the kinds of question are asked: reading comes last. The last ones only about scenes that have them.
+# How often the kinds of question are tried, reading most of all: it comes last, and not all crops allow it. The last
+# kind is only about scenes that have a large thing.
 KIND_WEIGHTS = {
-    "ocr": 3.0,
-    "attribute": 1.0,
-    "position": 1.5,
-    "hard": 2.0,
+    "ocr": 3.5,
+    "attribute": 0.6,
+    "position": 0.8,
+    "hard": 2.2,
     "object": 1.2,
     "existence": 1.0,
     "absent": 0.8,
-    "large": 1.5,
+    "large": 4.0,
 }
 MANY_CROPS = 8  # at least, of the scenes of the short steps
 # Heads, the first of a layer, that learn where to look: from a thing's name, and from each word about it.
 NAMING_LAYER, ANSWERING_LAYER, LOOKING_HEADS = 1, 2, 2
 READABLE = 6.5  # pixels of the tower, of a glyph
-VISIBLE = READABLE / 2  # whether something like it is there can be told
+VISIBLE = 4.5  # whether there is such a thing can be told
 UNTOLD = 0.1  # share of questions that may be about what no crop shows well enough
 ALIKE_BATCHES = 16  # of as many batches, those of like length go together
 
@@ -118,10 +119,10 @@ class SceneCollator:
             text, answer = caption(scene, rng)
             return [SceneQuestion("caption", text, answer, answer)]
         kinds = [kind for kind in KIND_WEIGHTS if can_ask(scene, kind)]
-        heights = best_heights(image)
-        asked = []
+        weights, heights = [KIND_WEIGHTS[kind] for kind in kinds], best_heights(image)
+        asked: list[SceneQuestion] = []
         while len(asked) < turns:
-            question = ask(scene, *rng.choices(kinds, [KIND_WEIGHTS[kind] for kind in kinds]), rng, self.objects)
+            question = ask(scene, *rng.choices(kinds, weights), rng, self.objects)
             if rng.random() < UNTOLD or can_tell(question, heights):
                 asked.append(question)
         return asked
@@ -214,14 +215,14 @@ def _heights(image: CachedImage, group: tuple[Thing, ...]) -> list[tuple[Thing, 
 def can_tell(question: SceneQuestion, heights: dict[Thing, float]) -> bool:
     """
     Whether a question can be answered from an image's crops: guesses of a color or a place are learned, those of a
-    text or a name are not. That something is missing can be told where everything is visible.
+    text or a name are not. Whether something is there can be told where everything is visible: "yes" needs no more
+    than "no", or the crops would give the answer away.
     """
     if question.kind in ("caption", "attribute", "position", "large"):
         return True
-    if not question.named:
+    if question.kind in ("existence", "absent"):
         return min(heights.values()) >= VISIBLE
-    clear = all(heights[thing] >= READABLE for _, thing in question.named)
-    return clear and (question.kind != "existence" or min(heights.values()) >= VISIBLE)
+    return all(heights[thing] >= READABLE for _, thing in question.named)
 
 
 def last_tokens_showing(image: CachedImage) -> dict[Thing, list[int]]:

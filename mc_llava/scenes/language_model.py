@@ -103,8 +103,8 @@ class TinyRecipe:
 def build_processor(materials: Materials | None = None) -> MCLlavaProcessor:
     """A byte-level BPE trained on questions and answers about scenes. The signs' characters stay single tokens."""
     rng, objects = random.Random(0), tuple(materials.renderings) if materials else ()
-    texts = ["user\nassistant\nsystem\n"] * 100
-    for seed in range(600):
+    texts = ["user\nassistant\nsystem\n"] * 100 + [f"There is no {name}." for name in objects] * 10
+    for seed in range(300):
         scene, said = training_scene(seed, materials), []
         said += caption(scene, rng)
         for kind in (kind for kind in KIND_WEIGHTS if can_ask(scene, kind)):
