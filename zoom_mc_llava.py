@@ -2,7 +2,8 @@
 Guided zoom: look at the whole picture and a coarse grid, then more closely where the question points.
 
     round 0    whole picture, scouts              the image processor's crops
-    round 1    attention from the prompt's last token to each crop -> the most relevant crops, covered by smaller ones
+    round 1    attention from the prompt's last token to each crop -> the most relevant crops, covered by smaller ones;
+               no further rounds if most of it lies on the whole picture or on what was covered before: see `pays`
     ...
     answer     all crops of all rounds, in the same number of `<image>` tokens
 
@@ -22,7 +23,7 @@ from .encoded_images_mc_llava import EncodedImages, count_image_tokens
 from .generation_mc_llava import CACHE
 from .image_processing_mc_llava import ZOOM_FIELDS, cut_crops
 from .resizing_mc_llava import cut_on_device
-from .zoom_plan_mc_llava import look_closer, share_evenly, split_budget
+from .zoom_plan_mc_llava import look_closer, pays, share_evenly, split_budget
 
 
 logger = logging.get_logger(__name__)
@@ -36,8 +37,8 @@ class ZoomedImages(EncodedImages):
     Args:
         crop_rounds: int64[crops], the round in which a crop was looked at: 0 for the whole picture and the scouts.
         crop_relevance: float32[crops], of the last round that asked about a crop: the share of attention that it got
-            from the measured heads or, without any, its attention relative to that under a general question. NaN in
-            the last round, which is followed by the answer.
+            from the measured heads or, without any, its attention relative to that under a general question. NaN if
+            only the answer followed.
     """
 
     crop_rounds: torch.LongTensor
@@ -195,13 +196,15 @@ class MCLlavaZoomMixin:
         side = self.config.vision_config.image_size
         added = [
             look_closer(view.boxes, view.relevance, view.covered, view.regions, view.per_region, side)
+            if pays(view.boxes, view.relevance, view.covered, side)
+            else []
             for view in views
         ]
         for view, boxes in zip(views, added):
             if boxes:
                 view.add(boxes, number)
             else:
-                view.rounds = number  # nothing is left to look at
+                view.rounds = number  # a closer look would show nothing more
         if not any(added):
             return
         cut = torch.cat([_cut(view, boxes, side) for view, boxes in zip(views, added) if boxes])

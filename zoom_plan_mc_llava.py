@@ -127,6 +127,28 @@ def share_evenly(boxes: list[Box], num_tokens: int) -> list[Crop]:
     return [Crop(box, share + (index < more)) for index, box in enumerate(boxes)]
 
 
+def can_be_closer(boxes: list[Box], covered: set[Box], side: int) -> list[bool]:
+    """
+    For each crop, the whole picture first, whether a closer look would show more: not of the whole picture, which the
+    scouts are, nor of a crop that was covered before or that is at most the tower's `side` in pixels.
+    """
+    return [
+        index > 0 and box not in covered and max(box[2] - box[0], box[3] - box[1]) > side
+        for index, box in enumerate(boxes)
+    ]
+
+
+def pays(boxes: list[Box], relevance: list[float], covered: set[Box], side: int) -> bool:
+    """
+    The gate: whether most of the relevance lies on crops of which a closer look would show more.
+
+    A question about a large thing attends to the whole picture, and one whose thing is already covered to what covers
+    it: then the answer needs no further crops. The arguments are those of `look_closer`.
+    """
+    closer = can_be_closer(boxes, covered, side)
+    return 2 * sum(found for found, is_closer in zip(relevance, closer) if is_closer) > sum(relevance)
+
+
 def look_closer(
     boxes: list[Box], relevance: list[float], covered: set[Box], regions: int, per_region: int, side: int
 ) -> list[Box]:
@@ -146,17 +168,13 @@ def look_closer(
         covered: boxes that were covered before; what is covered now is added.
         regions: how many crops to cover.
         per_region: crops for each, `FEW` or `MANY`.
-        side: the tower's side in pixels. A crop of at most this side shows all that there is.
+        side: the tower's side in pixels.
 
     Returns:
         The new boxes, in the order of their regions' relevance, none twice and none that is in `boxes`.
     """
-    whole = boxes[0]
-    left = [
-        (-found, box)
-        for box, found in zip(boxes, relevance)
-        if box != whole and box not in covered and max(box[2] - box[0], box[3] - box[1]) > side
-    ]
+    closer = can_be_closer(boxes, covered, side)
+    left = [(-found, box) for box, found, is_closer in zip(boxes, relevance, closer) if is_closer]
     known, new = set(boxes), []
     for _, region in sorted(left)[:regions]:
         covered.add(region)
@@ -167,4 +185,4 @@ def look_closer(
     return new
 
 
-__all__ = ["count_closer", "look_closer", "plan_scouts", "share_evenly", "split_budget", "tile"]
+__all__ = ["count_closer", "look_closer", "pays", "plan_scouts", "share_evenly", "split_budget", "tile"]

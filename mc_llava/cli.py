@@ -369,16 +369,24 @@ def compare_results(
 @app.command()
 def study(
     model: ModelOption = DEFAULT_MODEL,
+    part: Annotated[
+        Literal["grid", "zoom", "all"], typer.Option(help="The knobs of the grid, zoom against the grid, or both.")
+    ] = "all",
     num_scenes: Annotated[int, typer.Option(help="Scenes to ask about, with a question of each kind.", min=1)] = 500,
     work: Annotated[Path, typer.Option(help="The folder for replies; an interrupted run resumes there.")] = Path(
         "results/study"
     ),
-    output: Annotated[Path, typer.Option(help="The folder for study.json and the figures.")] = Path("docs"),
+    output: Annotated[Path, typer.Option(help="The folder for the results and figures.")] = Path("docs"),
 ):
-    """Measure how crops and tokens affect accuracy on drawn scenes, and print the table of docs/tiny.md."""
+    """Measure how crops, tokens and zoom affect accuracy on drawn scenes, and print the tables of docs/tiny.md."""
     with extra("eval"):
-        from .scenes.study import markdown, run_study
-    print(markdown(run_study(model, work, output, num_scenes)))
+        from .scenes import study as grid
+        from .scenes import zoom_study as zoom
+    asked = grid.Study(model, work, num_scenes)
+    if part != "zoom":
+        print(grid.markdown(grid.run_study(asked, output)))
+    if part != "grid":
+        print(zoom.markdown(zoom.run_zoom_study(asked, output)))
 
 
 @app.command(name="zoom-heads")

@@ -12,7 +12,8 @@ from PIL import Image
 from mc_llava import MCLlavaConfig, scenes
 from mc_llava.estimate import estimate
 from mc_llava.evaluation import running
-from mc_llava.scenes import study
+from mc_llava.scenes import study, zoom_study
+from mc_llava.scenes.study import Setting, Study
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +25,10 @@ def folder(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "SETTINGS", ((0, 128), (2, 128), (32, 40)))
-    found = study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=2)
+    monkeypatch.setattr(study, "SETTINGS", (Setting(0, 128), Setting(2, 128), Setting(32, 40)))
+    found = study.run_study(Study(str(folder), tmp_path / "work", 2), tmp_path / "docs")
     assert json.loads((tmp_path / "docs" / "study.json").read_text()) == found
-    assert [(row["max_crops"], row["num_tokens"]) for row in found["settings"]] == list(study.SETTINGS)
+    assert [(row["max_crops"], row["num_tokens"]) for row in found["settings"]] == [(0, 128), (2, 128), (32, 40)]
     whole, few, _ = found["settings"]
     assert whole["crops"] == 1 and 1 < few["crops"] <= 3 and whole["gflops"] < few["gflops"]
     for row in (*(row["accuracy"] for row in found["settings"]), found["blind"]):
@@ -43,12 +44,54 @@ def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monke
         raise AssertionError("what was asked before is asked again")
 
     monkeypatch.setattr(running, "answer_questions", refuse)
-    assert study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=2) == found
+    assert study.run_study(Study(str(folder), tmp_path / "work", 2), tmp_path / "docs") == found
+
+
+@pytest.mark.slow
+def test_zoom_is_measured_against_the_grid(folder, tmp_path, monkeypatch):
+    settings = [Setting(8, 40, zoom, task) for zoom in (0, 1) for task in ("scenes", "large", "scenes70")]
+    monkeypatch.setattr(zoom_study, "SETTINGS", settings)
+    measured = Study(str(folder), tmp_path / "work", 2)
+    found = zoom_study.run_zoom_study(measured, tmp_path)
+    assert json.loads((tmp_path / "study_zoom.json").read_text()) == found
+    assert [(row["size"], row["zoom"]) for row in found["settings"]] == [(35, 0), (70, 0), (35, 1), (70, 1)]
+    for row in found["settings"]:
+        kinds = {*scenes.KINDS, *(["large"] if row["size"] == 35 else [])}
+        assert set(row["accuracy"]) == {*kinds, "all"} and row["accuracy"]["all"]["questions"] == 2 * len(kinds)
+        assert ("inside" in row) == bool(row["zoom"]) and row["crops"] <= 9
+    uniform, zoomed = found["settings"][1::2]
+    assert zoomed["gflops"] > uniform["gflops"], "the look costs something"
+    with Image.open(tmp_path / "study_zoom.png") as figure:
+        assert figure.width > 500
+    table = zoom_study.markdown(found).splitlines()
+    assert len(table) == 6 and table[2].startswith("| 1/35 | 0 | 8 | 40 | ") and table[2].endswith(" |  |")
+
+
+def test_a_named_thing_is_inside_if_a_closer_crop_holds_all_of_it():
+    ((_, sign),) = scenes.benchmark_question(3, "ocr").named
+    left, top, right, bottom = sign.box
+    record = {"id": "ocr-3", "looked_at": [{"box": [0, 0, 9999, 9999], "round": 0}]}
+    assert zoom_study.is_inside(record, 35) == 0
+    record["looked_at"].append({"box": [left + 1, top, right, bottom], "round": 1})
+    assert zoom_study.is_inside(record, 35) == 0
+    record["looked_at"].append({"box": [left, top, right, bottom], "round": 2})
+    assert zoom_study.is_inside(record, 35) == 1 and zoom_study.is_inside(record, 70) == 0
 
 
 @pytest.mark.slow
 def test_the_command_prints_the_table_of_all_settings(folder, tmp_path):
-    command = [sys.executable, "-m", "mc_llava", "study", "--model", str(folder), "--num-scenes", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "mc_llava",
+        "study",
+        "--part",
+        "grid",
+        "--model",
+        str(folder),
+        "--num-scenes",
+        "1",
+    ]
     command += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "docs")]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -58,7 +101,7 @@ def test_the_command_prints_the_table_of_all_settings(folder, tmp_path):
 
 def test_too_many_scenes_and_failed_questions_are_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_scenes must be at most 500, got 501"):
-        study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=501)
+        Study(str(folder), tmp_path / "work", num_scenes=501)
     answer, question = running.Engine.answer, scenes.benchmark_question(0, "hard").text
 
     def fail(engine, conversations, **options):
@@ -68,7 +111,7 @@ def test_too_many_scenes_and_failed_questions_are_refused(folder, tmp_path, monk
 
     monkeypatch.setattr(running.Engine, "answer", fail)
     with pytest.raises(ValueError, match="the question hard-0 failed: no such luck.*remove .*crops-0-tokens-128"):
-        study.run_study(str(folder), tmp_path / "work", tmp_path / "docs", num_scenes=1)
+        study.run_study(Study(str(folder), tmp_path / "work", 1), tmp_path / "docs")
     assert not (tmp_path / "docs").exists()
 
 
@@ -90,3 +133,17 @@ def test_flops_are_the_mean_over_the_questions(folder):
         costs.append(cost.tower_flops + cost.prefill_flops + 8 * cost.flops_per_new_token)
     records = [{"crops": crops, "tokens": tokens} for crops, tokens in ((9, 64), (7, 60), (9, 64))]
     assert study.mean_flops(config, records) == pytest.approx(sum(costs) / 3)
+
+
+def test_looks_count(folder):
+    config = MCLlavaConfig.from_pretrained(folder)
+    scout, closer = {"round": 0, "relevance": 0.5}, {"round": 1, "relevance": None}
+    assert study.count_looks([scout, closer]) == 1 and study.count_looks([scout]) == 1
+    assert study.count_looks([scout, {**closer, "relevance": 0.1}, {"round": 2, "relevance": None}]) == 2
+    assert study.count_looks([{**scout, "relevance": None}]) == 0, "a picture without a grid"
+    record = {"crops": 9, "tokens": 64}
+    look = estimate(config, 9, 64, new_tokens=8, dtype=torch.bfloat16, looks=1).look_flops
+    difference = study.mean_flops(config, [{**record, "looked_at": [scout, closer]}]) - study.mean_flops(
+        config, [record]
+    )
+    assert difference == look > 0

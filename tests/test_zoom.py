@@ -99,6 +99,26 @@ def test_where_it_looked(zooming, processor, zoom):
     assert torch.equal(zooming.generate(**text, image_features=looked, **GREEDY), output.sequences)
 
 
+def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
+    """One picture's whole is what the question is about: no crops are added to it, and its scouts' looks are told."""
+    asked = []
+
+    def attention(input_ids, attention_mask, features, heads):
+        asked.append([len(of_image) for of_image in features])
+        found = torch.full((len(heads), sum(asked[-1])), 0.01)
+        found[:, : asked[-1][0] // 20] = 1.0  # some of the tokens of the first picture's whole
+        return found
+
+    monkeypatch.setattr(zooming, "image_attention", attention)
+    inputs = processor(TEXTS[0], IMAGES[:2], **KNOBS)
+    first, second = zooming.zoom(**inputs).unbind()
+    scouts = inputs["image_grid_thw"][:, 0].tolist()
+    assert len(first.crop_boxes) == scouts[0] and not first.crop_rounds.any()
+    assert first.crop_relevance.isfinite().all()
+    assert len(second.crop_boxes) > scouts[1] and set(second.crop_rounds.tolist()) == {0, 1, 2}
+    assert len(asked) == 2
+
+
 def test_padding_is_seen_without_a_mask(zooming, processor):
     inputs = processor(TEXTS[:2], NESTED[:2], **KNOBS)
     expected = zooming.zoom(**inputs)

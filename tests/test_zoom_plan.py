@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc_llava import count_closer, look_closer, plan_crops, plan_scouts, share_evenly, split_budget, tile
+from mc_llava import count_closer, look_closer, pays, plan_crops, plan_scouts, share_evenly, split_budget, tile
 
 
 sizes = st.one_of(st.integers(1, 3000), st.integers(1, 20_000))
@@ -91,6 +91,15 @@ def test_the_most_relevant_crops_are_covered_and_things_at_their_seams_lie_whole
     more = look_closer([*scouts, *closer], [*relevance, *[0.0] * 9], covered, 1, 9, 96)
     assert all(contains(second, box) for box in more), "what was covered once is not covered again"
     assert look_closer(scouts, relevance, set(), 1, 9, 5000) == [], "crops that the tower sees in full"
+
+
+def test_the_gate_asks_where_most_of_the_relevance_lies():
+    scouts = [(0, 0, 1800, 1200), *tile((0, 0, 1800, 1200), 6, (1, 4))]
+    large, small = [0.6, 0.1, 0.1, 0.1, 0.1, 0.0, 0.0], [0.4, 0.0, 0.6, 0.0, 0.0, 0.0, 0.0]
+    assert not pays(scouts, large, set(), 96) and pays(scouts, small, set(), 96)
+    assert not pays(scouts, small, {scouts[2]}, 96), "the relevant crop was covered before"
+    assert not pays(scouts, small, set(), 5000), "crops that the tower sees in full"
+    assert not pays(scouts, [0.0] * 7, set(), 96), "nothing is relevant"
 
 
 def test_what_a_grid_shows_in_full_is_not_scouted():

@@ -178,6 +178,8 @@ def _answer_together(engine: Engine, task: Task, questions: list[Question]) -> l
             "crops": reply.crops,
             "tokens": reply.image_tokens,
         }
+        if reply.looked_at:
+            record["looked_at"] = reply.looked_at
         if choice := question.choice:
             likelihoods = engine.likelihoods(ask_about(reply.images, choice.question), choice.options)
             sums = [likelihood.log_probability for likelihood in likelihoods]

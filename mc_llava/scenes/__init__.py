@@ -11,6 +11,7 @@ memorize: their seeds, backgrounds and font families differ.
     tower.py            trains the vision tower on single crops
     language_model.py   builds `tiny` and trains all but the tower, on whole scenes
     study.py            measures how crops and tokens affect accuracy
+    zoom_study.py       measures guided zoom against a grid
 
 The first two need only Pillow and are exported here; import the others, which need torch, by their names.
 """

@@ -9,6 +9,7 @@ from collections import Counter
 from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -24,39 +25,73 @@ from .questions import DIRECTIONS, KINDS, is_correct
 from .scene import CROPS
 
 
+class Setting(NamedTuple):
+    """What is asked under which knobs."""
+
+    max_crops: int
+    num_tokens: int
+    zoom: int = 0
+    task: str = "scenes"
+
+
 MAX_CROPS, NUM_TOKENS = CROPS, 128
 STUDIED_CROPS = (0, 2, 4, 8, 16, 32, 64)
 STUDIED_TOKENS = (40, 64, 96, 128, 192, 256)
-SETTINGS = tuple(dict.fromkeys([(c, NUM_TOKENS) for c in STUDIED_CROPS] + [(MAX_CROPS, t) for t in STUDIED_TOKENS]))
+SETTINGS = tuple(
+    dict.fromkeys(
+        [Setting(crops, NUM_TOKENS) for crops in STUDIED_CROPS]
+        + [Setting(MAX_CROPS, tokens) for tokens in STUDIED_TOKENS]
+    )
+)
 NAMES = {"ocr": "OCR", "attribute": "attributes", "position": "position", "hard": "hard"}
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 24
+ANSWER_TOKENS = 8  # that count, of an answer
 
 
-def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dict:
+class Study:
     """
-    Ask about the first `num_scenes` scenes of the test split under all settings, or resume an interrupted call, and
-    write `study.json`, `study_crops.png` and `study_tokens.png`.
+    The same questions under many settings. An interrupted study resumes.
 
     Args:
         work: folder for every reply, one results file of `evaluate` per setting.
-        output: folder for the study's results.
-
-    Returns:
-        The contents of `study.json`: accuracies in percent with Wilson's 95 % intervals, and FLOPs per question.
+        num_scenes: of the test split, from the first on, with a question of each kind.
 
     Raises:
-        ValueError: if there are fewer scenes, or a question fails.
+        ValueError: if there are fewer scenes.
     """
-    if num_scenes > NUM_SCENES:
-        raise ValueError(f"num_scenes must be at most {NUM_SCENES}, got {num_scenes}")
-    model, processor, revision = load(model_path)
-    rows = []
-    for max_crops, num_tokens in SETTINGS:
-        engine = Engine(model, processor, max_crops, num_tokens, BATCH_SIZE, MAX_NEW_TOKENS)
-        folder = work / f"crops-{max_crops}-tokens-{num_tokens}"
+
+    def __init__(self, model_path: str, work: Path, num_scenes: int):
+        if num_scenes > NUM_SCENES:
+            raise ValueError(f"num_scenes must be at most {NUM_SCENES}, got {num_scenes}")
+        self.model_path, self.work, self.num_scenes = model_path, work, num_scenes
+        self.model, self.processor, self.revision = load(model_path)
+
+    @property
+    def made_with(self) -> dict:
+        return {"model": self.model_path, "revision": self.revision, "scenes": self.num_scenes}
+
+    def engine(self, setting: Setting) -> Engine:
+        knobs = {"max_crops": setting.max_crops, "num_tokens": setting.num_tokens, "zoom": setting.zoom}
+        return Engine(self.model, self.processor, **knobs, batch_size=BATCH_SIZE, max_new_tokens=MAX_NEW_TOKENS)
+
+    def ask(self, setting: Setting) -> list[dict]:
+        """
+        The records of `evaluate` for a setting.
+
+        Raises:
+            ValueError: if a question fails.
+        """
+        zoom = f"-zoom-{setting.zoom}" * (setting.zoom > 0)
+        folder = self.work / f"crops-{setting.max_crops}-tokens-{setting.num_tokens}{zoom}"
+        kinds = 1 if setting.task == "large" else len(KINDS)
         results = evaluate(
-            "scenes", engine, folder, model=model_path, revision=revision, limit=num_scenes * len(KINDS)
+            setting.task,
+            self.engine(setting),
+            folder,
+            model=self.model_path,
+            revision=self.revision,
+            limit=self.num_scenes * kinds,
         )
         records = results["questions"]
         if failed := next((record for record in records if "failed" in record), None):
@@ -64,28 +99,45 @@ def run_study(model_path: str, work: Path, output: Path, num_scenes: int) -> dic
                 f"the question {failed['id']} failed: {failed['failed']}; all settings must have the same questions: "
                 f"fix it, and remove {folder} to ask again"
             )
-        rows.append(
-            {
-                "max_crops": max_crops,
-                "num_tokens": num_tokens,
-                "crops": round(sum(record["crops"] for record in records) / len(records), 1),
-                "tokens": round(sum(record["tokens"] for record in records) / len(records), 1),
-                "gflops": round(mean_flops(model.config, records) / 1e9, 3),
-                "accuracy": accuracies((record["part"], record["scores"]["accuracy"]) for record in records),
-            }
-        )
-    study = {
-        "model": model_path,
-        "revision": revision,
-        "scenes": num_scenes,
+        return records
+
+    def measure(self, setting: Setting, records: list[dict]) -> dict:
+        """One row: the knobs, means over the questions, and accuracies by kind."""
+        return {
+            "max_crops": setting.max_crops,
+            "num_tokens": setting.num_tokens,
+            "crops": round(sum(record["crops"] for record in records) / len(records), 1),
+            "tokens": round(sum(record["tokens"] for record in records) / len(records), 1),
+            "gflops": round(mean_flops(self.model.config, records) / 1e9, 3),
+            "accuracy": accuracies((record["part"], record["scores"]["accuracy"]) for record in records),
+        }
+
+
+def run_study(study: Study, output: Path) -> dict:
+    """
+    Measure all settings, and write `study.json`, `study_crops.png` and `study_tokens.png`.
+
+    Args:
+        output: folder for the study's results.
+
+    Returns:
+        The contents of `study.json`: accuracies in percent with Wilson's 95 % intervals, and FLOPs per question.
+    """
+    rows = []
+    for setting in SETTINGS:
+        records = study.ask(setting)
+        rows.append(study.measure(setting, records))
+    blind = blind_scores(study.engine(setting), records)
+    found = {
+        **study.made_with,
         "settings": rows,
-        "blind": accuracies(zip([record["part"] for record in records], blind_scores(engine, records))),
+        "blind": accuracies(zip([record["part"] for record in records], blind)),
         "majority": majority(records),
     }
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "study.json", study)
-    draw_figures(study, output)
-    return study
+    write_json(output / "study.json", found)
+    draw_figures(found, output)
+    return found
 
 
 def accuracies(scored) -> dict[str, dict]:
@@ -128,14 +180,24 @@ def majority(records: list[dict]) -> dict[str, dict]:
 
 
 def mean_flops(config, records: list[dict]) -> float:
-    """FLOPs of the tower, the prompt and an answer of 8 tokens, averaged over the questions."""
+    """
+    FLOPs of the tower, zoom's looks, the prompt and an answer of `ANSWER_TOKENS` tokens, averaged over the questions.
+    """
 
     @cache
-    def flops(crops: int, tokens: int) -> int:
-        cost = estimate(config, crops, tokens, new_tokens=8, dtype=torch.bfloat16)
-        return cost.tower_flops + cost.prefill_flops + 8 * cost.flops_per_new_token
+    def flops(crops: int, tokens: int, looks: int) -> int:
+        cost = estimate(config, crops, tokens, new_tokens=ANSWER_TOKENS, dtype=torch.bfloat16, looks=looks)
+        prompts = cost.look_flops + cost.prefill_flops + ANSWER_TOKENS * cost.flops_per_new_token
+        return cost.tower_flops + prompts
 
-    return sum(flops(record["crops"], record["tokens"]) for record in records) / len(records)
+    return sum(
+        flops(record["crops"], record["tokens"], count_looks(record.get("looked_at", ()))) for record in records
+    ) / len(records)
+
+
+def count_looks(looked_at: list[dict]) -> int:
+    """How often zoom looked before it answered: a crop of round n has its relevance from look n + 1."""
+    return max((1 + crop["round"] for crop in looked_at if crop["relevance"] is not None), default=0)
 
 
 def markdown(study: dict) -> str:

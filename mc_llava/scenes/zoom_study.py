@@ -1,0 +1,116 @@
+"""
+Guided zoom against a uniform grid at equal cost: signs of three sizes, and large things, for which zoom could do harm.
+
+The knobs were chosen on scenes that are not among these, the test split's from seed 1,000,000 on.
+"""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from ..journal import write_json
+from .questions import benchmark_question
+from .study import NAMES, Setting, Study, accuracies
+
+
+UNIFORM = {
+    "scenes": ((8, 128), (16, 128), (32, 128)),
+    "scenes70": ((32, 128), (64, 128), (128, 256)),
+    "scenes140": ((32, 128), (128, 256)),
+}
+ZOOMED = {
+    "scenes": ((10, 40, 1), (16, 64, 1), (24, 64, 1)),
+    "scenes70": ((26, 64, 1), (44, 64, 1)),
+    "scenes140": ((48, 64, 2), (69, 128, 2)),
+}
+SETTINGS = tuple(
+    Setting(*knobs, task=task)
+    for group in (UNIFORM, ZOOMED)
+    for size, settings in group.items()
+    for task in ((size, "large") if size == "scenes" else (size,))
+    for knobs in settings
+)
+SIZES = {"scenes": 35, "large": 35, "scenes70": 70, "scenes140": 140}
+COLUMNS = {**NAMES, "large": "large", "all": "all"}
+
+
+def run_zoom_study(study: Study, output: Path) -> dict:
+    """
+    Measure all settings, and write `study_zoom.json` and `study_zoom.png` to the folder `output`.
+
+    Returns:
+        The contents of `study_zoom.json`: for each row the knobs, means over the questions, the accuracy by kind as in
+        `study.json`, also of "all" kinds together, and with zoom `inside`: how often all things that a question names
+        lay whole in a crop of a later round, in percent. A row about signs of 1/35 includes large things.
+    """
+    rows = []
+    for setting in SETTINGS:
+        if setting.task == "large":
+            continue
+        records = study.ask(setting)
+        if setting.task == "scenes":
+            records = records + study.ask(setting._replace(task="large"))
+        row = {"size": SIZES[setting.task], "zoom": setting.zoom, **study.measure(setting, records)}
+        (row["accuracy"]["all"],) = accuracies(("all", record["scores"]["accuracy"]) for record in records).values()
+        if setting.zoom:
+            row["inside"] = accuracies((record["part"], is_inside(record, row["size"])) for record in records)
+        rows.append(row)
+    found = {**study.made_with, "settings": rows}
+    output.mkdir(parents=True, exist_ok=True)
+    write_json(output / "study_zoom.json", found)
+    draw_figure(found, output)
+    return found
+
+
+def is_inside(record: dict, size: int) -> float:
+    """1 if each of the things that a record's question names lies whole in a crop of a later round, else 0."""
+    kind, _, seed = record["id"].partition("-")
+    closer = [crop["box"] for crop in record["looked_at"] if crop["round"]]
+
+    def found(box) -> bool:
+        return any(b[0] <= box[0] and b[1] <= box[1] and b[2] >= box[2] and b[3] >= box[3] for b in closer)
+
+    return float(all(found(thing.box) for _, thing in benchmark_question(int(seed), kind, size).named))
+
+
+def markdown(study: dict) -> str:
+    """The table of docs/tiny.md: uniform crops and zoom by the signs' size and cost, accuracies in percent."""
+    lines = [
+        "| signs | `zoom` | `max_crops` | `num_tokens` | crops | GFLOPs | "
+        + " | ".join(COLUMNS.values())
+        + " | OCR inside |",
+        "|---" * (len(COLUMNS) + 7) + "|",
+    ]
+    for row in sorted(study["settings"], key=lambda row: (row["size"], row["gflops"])):
+        knobs = [f"1/{row['size']}", str(row["zoom"]), str(row["max_crops"]), str(row["num_tokens"])]
+        costs = [f"{row['crops']:g}", f"{row['gflops']:.1f}"]
+        scores = [f"{row['accuracy'][kind]['score']:.1f}" if kind in row["accuracy"] else "" for kind in COLUMNS]
+        inside = f"{row['inside']['ocr']['score']:.1f}" if "inside" in row else ""
+        lines.append(f"| {' | '.join([*knobs, *costs, *scores, inside])} |")
+    return "\n".join(lines)
+
+
+def draw_figure(study: dict, output: Path):
+    """Accuracy over FLOPs: a panel for each size of signs, OCR and all kinds, uniform crops and zoom."""
+    sizes = sorted({row["size"] for row in study["settings"]})
+    figure = Figure(figsize=(4 * len(sizes), 4), layout="constrained")
+    for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes):
+        for kind, color in (("ocr", "C0"), ("all", "C1")):
+            for zoomed, style in ((False, "o--"), (True, "s-")):
+                rows = [row for row in study["settings"] if row["size"] == size and bool(row["zoom"]) == zoomed]
+                rows.sort(key=lambda row: row["gflops"])
+                entries = [row["accuracy"][kind] for row in rows]
+                spread = [
+                    [entry["score"] - entry["low"] for entry in entries],
+                    [entry["high"] - entry["score"] for entry in entries],
+                ]
+                label = f"{'OCR' if kind == 'ocr' else 'all kinds'}, {'zoom' if zoomed else 'uniform'}"
+                scores = [entry["score"] for entry in entries]
+                flops = [row["gflops"] for row in rows]
+                axes.errorbar(flops, scores, spread, fmt=style, color=color, capsize=3, label=label)
+        axes.set_title(f"signs of 1/{size} of the height")
+        axes.set_xlabel("GFLOPs of a question")
+        axes.set_ylim(0, 100)
+    figure.axes[0].set_ylabel("right answers, %")
+    figure.axes[0].legend(loc="lower right")
+    figure.savefig(output / "study_zoom.png", dpi=110)
