@@ -177,7 +177,9 @@ def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(proc
         for position in spoken:
             answer = answer_around(processor, ids, position)
             first = processor.tokenizer.decode(ids[:position]).endswith("assistant\n")
-            if not any(words in answer for words in missing) and (first or not any(word in answer for word in comparing)):
+            if not any(words in answer for words in missing) and (
+                first or not any(word in answer for word in comparing)
+            ):
                 expected.append(position.item() - 1)
         here = looks["rows"] == row
         answering = here & (looks["layers"] == conversations.ANSWERING_LAYER)
@@ -273,7 +275,9 @@ def test_the_projector_starts_where_all_directions_count_the_same(model):
 def test_each_time_around_all_images_have_their_turn_and_other_conversations():
     nothing = torch.zeros(0)
     images = [
-        encoding.CachedImage(None, Budget(crops, 20), nothing, nothing, torch.zeros(crops + 1, 2), torch.ones(crops + 1))
+        encoding.CachedImage(
+            None, Budget(crops, 20), nothing, nothing, torch.zeros(crops + 1, 2), torch.ones(crops + 1)
+        )
         for crops in (0, 7, 16, 32, 64)
     ]
     stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=3)

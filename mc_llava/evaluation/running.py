@@ -37,6 +37,7 @@ CODE = (
     "scenes/fonts.py",
     "scenes/making.py",
     "scenes/materials.py",
+    "scenes/photographs.py",
     "scenes/questions.py",
     "scenes/scene.py",
 )

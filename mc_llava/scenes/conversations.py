@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from datasets import Dataset
 
-from .encoding import MOST_TOKENS, CachedImage, image_fields, last_tokens
+from .encoding import MOST_TOKENS, READABLE, CachedImage, glyph_height, image_fields, last_tokens
 from .questions import SceneQuestion, ask, can_ask, caption
-from .scene import Thing, legible_height, outline
+from .scene import Thing
 from .tower import Stage
 
 
@@ -31,7 +31,6 @@ KIND_WEIGHTS = {
 MANY_CROPS = 8  # at least, of the scenes of the short steps
 # Heads, the first of a layer, that learn where to look: from a thing's name, and from each word about it.
 NAMING_LAYER, ANSWERING_LAYER, LOOKING_HEADS = 1, 2, 2
-READABLE = 6.5  # pixels of the tower, of a glyph
 VISIBLE = 4.5  # whether there is such a thing can be told
 UNTOLD = 0.1  # share of questions that may be about what no crop shows well enough
 ALIKE_BATCHES = 16  # of as many batches, those of like length go together
@@ -207,8 +206,7 @@ def best_heights(image: CachedImage) -> dict[Thing, float]:
 
 
 def _heights(image: CachedImage, group: tuple[Thing, ...]) -> list[tuple[Thing, list[float]]]:
-    box, glyph = outline(group), min(thing.glyph for thing in group)
-    heights = [legible_height(box, glyph, [crop]) for crop in image.boxes.tolist()]
+    heights = [glyph_height(group, crop) for crop in image.boxes.tolist()]
     return [(thing, heights) for thing in group]
 
 

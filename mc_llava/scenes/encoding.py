@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from .. import count_closer, look_closer, plan_crops, plan_scouts, split_budget
+from .. import count_closer, look_closer, pays, plan_crops, plan_scouts, split_budget
 from ..journal import replacing
 from .drawing import draw_scene
 from .materials import Materials
 from .photographs import training_scene
-from .scene import SIDE, Scene, Thing, outline
+from .scene import SIDE, Scene, Thing, legible_height, outline
 
 
 PATCH_SIZE = 8
@@ -28,6 +28,7 @@ SHARD = 500  # images of one file of the cache
 CROP_BUDGETS = {0: 4, 2: 4, 4: 5, 8: 10, 16: 16, 32: 40, 64: 12, 100: 9}
 ZOOM_BUDGETS = (9, 12, 16, 24, 32, 48, 70)
 NUM_TOKENS, FEWEST_TOKENS, MOST_TOKENS = 128, 32, 728
+READABLE = 6.5  # pixels of the tower, of a glyph
 MISSED = 0.15  # how often a round of zoom looks elsewhere
 
 
@@ -71,9 +72,18 @@ def plan_boxes(scene: Scene, budget: Budget, rng: random.Random) -> list[tuple[i
     covered: set[tuple[int, int, int, int]] = set()
     for _ in range(min(rounds, budget.rounds)):
         missed = rng.random() < MISSED
-        relevance = [0.3 * rng.random() + (0 if missed else _likely(box, sought)) for box in boxes]
+        relevance = [0.3 * rng.random() + (0 if missed else _likely(box, sought)) for box in boxes[1:]]
+        whole = 0.0 if missed else sum(100.0 * (glyph_height(group, boxes[0]) >= READABLE) for group in sought)
+        relevance.insert(0, whole)
+        if not pays(boxes, relevance, covered, SIDE):
+            break
         boxes += look_closer(boxes, relevance, covered, regions, per_region, SIDE)
     return boxes
+
+
+def glyph_height(group: tuple[Thing, ...], box: tuple[int, int, int, int]) -> float:
+    """How many pixels of the tower the smallest glyph of a group has in a crop; 0 if the crop cuts the group."""
+    return legible_height(outline(group), min(thing.glyph for thing in group), [box])
 
 
 def _likely(box: tuple[int, int, int, int], sought: list[tuple[Thing, ...]]) -> float:

@@ -9,6 +9,7 @@ A number at the end of a name ("tiger-2") is another rendering of the same objec
 """
 
 import hashlib
+import importlib.util
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from .scene import CHARACTERS, COLORS, FONTS, OBJECTS, SHAPES
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FONT_SUFFIXES = (".ttf", ".otf")
+SCIKIT_IMAGES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "brick.png", "grass.png", "gravel.png")
 PHOTOGRAPH_SIDE = 1280  # at most, of photographs in memory
 OBJECT_SIDE = 160
 # In percent, of font families. Those of `FONTS` stay in their splits: Aileron is the font inside Pillow.
@@ -40,18 +42,20 @@ class Materials:
     Folders of photographs, objects and fonts. Nothing is read before it is used.
 
     Args:
-        photographs: folder of backgrounds.
+        photographs: folder of backgrounds, or their paths.
         objects: folder of cut-out objects.
         fonts: folder of fonts; None for those of the system.
     """
 
-    photographs: str
+    photographs: str | tuple[str, ...]
     objects: str | None = None
     fonts: str | None = None
 
     @cached_property
     def backgrounds(self) -> tuple[str, ...]:
         """The photographs' paths."""
+        if isinstance(self.photographs, tuple):
+            return self.photographs
         return tuple(map(str, files_in(self.photographs, SUFFIXES, "photographs")))
 
     @cached_property
@@ -118,10 +122,12 @@ def font_files(folder: str | None) -> Iterator[Path]:
     if folder is not None:
         return iter(files_in(folder, FONT_SUFFIXES, "fonts"))
     try:
+        from matplotlib import get_data_path
         from matplotlib.font_manager import findSystemFonts
     except ImportError as error:
         raise ValueError("finding the system's fonts needs matplotlib: pip install matplotlib") from error
-    return (Path(path) for path in sorted(findSystemFonts()) if Path(path).suffix.lower() in FONT_SUFFIXES)
+    found = [*findSystemFonts(), *map(str, Path(get_data_path(), "fonts", "ttf").glob("*.ttf"))]
+    return (Path(path) for path in sorted(found) if Path(path).suffix.lower() in FONT_SUFFIXES)
 
 
 def family_split(family: str) -> str:
@@ -162,6 +168,28 @@ def glyphs(font: ImageFont.FreeTypeFont) -> list[np.ndarray]:
 @cache
 def usual_glyphs() -> list[list[np.ndarray]]:
     return [glyphs(load_font(name, 40)) for name in USUAL_FONTS]
+
+
+def materials_of_test(folder: str) -> Materials:
+    """
+    What the test split is made of: the folders `photographs`, `objects` and `fonts` of a folder, of which the latter
+    two may be missing; or, for an empty name, the photographs that scikit-image has.
+
+    Raises:
+        ValueError: if there is neither.
+    """
+    if folder:
+        paths = [Path(folder, name) for name in ("photographs", "objects", "fonts")]
+        _, objects, fonts = (str(path) if path.is_dir() else None for path in paths)
+        return Materials(str(paths[0]), objects, fonts)
+    found = importlib.util.find_spec("skimage")
+    names = [Path(found.origin).parent / "data" / name for name in SCIKIT_IMAGES] if found else []
+    if not names or not all(path.is_file() for path in names):
+        raise ValueError(
+            "photographs are scikit-image's unless others are given: pip install scikit-image, or pass "
+            "--data photographs=FOLDER, with the folders photographs and objects in it"
+        )
+    return Materials(tuple(map(str, names)))
 
 
 @lru_cache(maxsize=128)

@@ -8,6 +8,7 @@ from functools import lru_cache, partial
 from .camera import seen_at_an_angle
 from .making import legible_crops, make_group, make_object, make_scene, make_shape, make_sign, place, small_glyph
 from .materials import Materials
+from .questions import SceneQuestion, ask
 from .scene import CHARACTERS, COLORS, FONTS, LARGE, OBJECTS, SHAPES, SIZES, SPLITS, Scene, Size, Thing, move
 
 
@@ -120,6 +121,13 @@ class _Cast:
             thing = seen_at_an_angle(rng, thing, gentle=True)
         right, bottom = min(thing.box[2], width), min(thing.box[3], height)
         return move((thing,), rng.randint(0, width - right), rng.randint(0, height - bottom))
+
+
+def photograph_question(seed: int, kind: str, materials: Materials) -> tuple[Scene, SceneQuestion]:
+    """The one scene on a photograph and question of a kind that every measurement asks."""
+    scene = make_photograph_scene(seed, "test", materials, large=kind == "large")
+    rng = random.Random(f"photograph {kind} {seed}")
+    return scene, ask(scene, kind, rng, tuple(materials.renderings))
 
 
 @lru_cache(maxsize=1 << 15)
