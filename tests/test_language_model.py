@@ -15,7 +15,7 @@ import torch
 from helpers import ROOT
 from transformers import TrainingArguments
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, plan_scouts, scenes
 from mc_llava.evaluation.tasks import NUM_SCENES
 from mc_llava.scenes import conversations, encoding, language_model
 from mc_llava.scenes.encoding import Budget
@@ -360,11 +360,90 @@ def test_positions_are_alike_for_patches_that_are_near():
     assert torch.equal(learned, positions)
 
 
+class TestBudgets:
+    def test_they_have_all_numbers_of_crops_and_tokens_and_zoom_where_things_are_small(self):
+        rng, (scene, tiny) = random.Random(0), (drawn(3)[0], scenes.make_scene(3, "train", 140))
+        budgets = [encoding.draw_budget(rng, scene) for _ in range(2000)]
+        assert {budget.max_crops for budget in budgets if not budget.zoom} == {0, 2, 4, 8, 16, 32, 64, 100}
+        tokens = [budget.num_tokens for budget in budgets]
+        assert 32 <= min(tokens) < 36 and 690 < max(tokens) <= 728 and 900 < tokens.count(128) < 1150
+        assert {(budget.zoom, budget.rounds) for budget in budgets} == {(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)}
+        small = [encoding.draw_budget(rng, tiny) for _ in range(500)]
+        assert sum(budget.zoom == 2 for budget in small) > 250 and sum(budget.zoom > 0 for budget in budgets) < 750
+
+    def test_zooms_boxes_are_scouts_and_closer_ones_about_what_is_sought(self):
+        inside = 0
+        for seed in range(40):
+            scene = scenes.make_scene(seed, "train")
+            boxes = encoding.plan_boxes(scene, Budget(16, 64, 1, 1), random.Random(seed))
+            knobs = scene.width, scene.height, 1, 16, 64, scenes.SIDE, 8
+            scouts = [crop.box for crop in plan_scouts(*knobs)]
+            assert boxes[: len(scouts)] == scouts and len(scouts) < len(boxes) <= 17
+            assert encoding.plan_boxes(scene, Budget(16, 64, 1, 0), random.Random(seed)) == scouts
+            best = {
+                group: max(encoding.glyph_height(group, box) for box in boxes[len(scouts) :]) for group in scene.groups
+            }
+            inside += max(best.values()) > 6.5
+        assert inside > 25, "a closer look shows a group legibly, unless it missed all"
+
+    def test_zoom_does_not_look_closer_at_what_the_whole_picture_shows(self):
+        scene = scenes.make_scene(0, "train", large=True)
+        alone = replace(scene, groups=scene.groups[:1])
+        looked = [len(encoding.plan_boxes(alone, Budget(16, 64, 1, 1), random.Random(seed))) for seed in range(40)]
+        assert looked.count(min(looked)) > 25
+
+    def test_a_zoomed_scene_is_encoded_as_the_processor_cuts_it(self, processor, model):
+        (scene,), budget = drawn(3), Budget(16, 65, 1, 1)
+        (image,) = encoding.encode_scenes(model, processor, [scene], [budget])
+        boxes = encoding.plan_boxes(scene, budget, random.Random(scene.background_seed))
+        inputs = processor("Read it.", scenes.draw_scene(scene), plans=[boxes], num_tokens=65)
+        assert image.boxes.tolist() == list(map(list, boxes)) == inputs["crop_boxes"].tolist()
+        assert image.num_tokens.tolist() == inputs["crop_num_tokens"].tolist() and image.num_tokens.sum() == 65
+
+
+class TestWhatCanBeTold:
+    def test_texts_only_if_a_crop_shows_them_legibly(self, processor, model, monkeypatch):
+        whole, crops = encoding.encode_scenes(model, processor, drawn(3, 3), [Budget(0, 40), Budget(32, 128)])
+        rng = random.Random(0)
+        for kind in ("ocr", "hard", "object", "existence", "absent"):
+            question = scenes.ask(whole.scene, kind, rng, ())
+            assert not conversations.can_tell(question, conversations.best_heights(whole))
+            assert conversations.can_tell(question, conversations.best_heights(crops))
+        for kind in ("attribute", "position"):
+            assert conversations.can_tell(scenes.ask(whole.scene, kind, rng), conversations.best_heights(whole))
+        # What can't be told is not learned.
+        collator = conversations.SceneCollator(processor, [whole], captions=0.0, turns=2)
+        _, labels, looks = collator.conversation(whole, [scenes.ask(whole.scene, "ocr", rng)])
+        assert set(labels) == {-100} and looks
+
+    def test_where_nothing_is_legible_the_best_crops_are_looked_at(self, processor, model):
+        (scouts,) = encoding.encode_scenes(model, processor, drawn(3), [Budget(12, 128, 1, 0)])
+        for group in scouts.scene.groups:
+            heights = [encoding.glyph_height(group, box) for box in scouts.boxes.tolist()]
+            last = (scouts.num_tokens.cumsum(0) - 1).tolist()
+            seen = conversations.last_tokens_showing(scouts)[group[0]]
+            assert 0 < max(heights) < conversations.READABLE and heights[0] < 0.7 * max(heights)
+            assert seen == [token for token, height in zip(last, heights) if height >= 0.7 * max(heights)]
+
+
+def test_objects_and_fonts_need_photographs():
+    stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
+    recipe = language_model.TinyRecipe("tiny", stage, stage, num_images=5, short_steps=1, objects="here")
+    with pytest.raises(ValueError, match="objects .here. and fonts .None. are for scenes on photographs"):
+        recipe.materials()
+    with pytest.raises(ValueError, match="photographs: there is no folder nowhere"):
+        language_model.train_tiny(replace(recipe, photographs="nowhere"))
+
+
 def run_recipe(output) -> dict[str, dict[int, float]]:
     """`mc-llava train examples/tiny.yaml` with a smaller model; of both stages step -> loss."""
     sizes = {
         "num_images": 4,
         "num_tested": 2,
+        "start": "null",
+        "photographs": "null",
+        "objects": "null",
+        "fonts": "null",
         "tower_width": 32,
         "tower_layers": 3,
         "width": 32,
@@ -411,12 +490,12 @@ def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp
 
 @pytest.mark.slow
 def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_model, "SHARD", 3)
+    monkeypatch.setattr(encoding, "SHARD", 3)
     tested, encode = set(), language_model.encode_scenes
 
-    def noted(model, processor, seeds, split, budgets, workers=0):
-        tested.update(seeds if split == "test" else ())
-        return encode(model, processor, seeds, split, budgets, workers)
+    def noted(model, processor, scenes, budgets, workers=0):
+        tested.update(scenes)
+        return encode(model, processor, scenes, budgets, workers)
 
     monkeypatch.setattr(language_model, "encode_scenes", noted)
     stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
@@ -436,7 +515,8 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
     report = json.loads((tmp_path / "tiny-work" / "language_model" / "accuracy.jsonl").read_text())
     assert set(report["crops"]) == set(scenes.KINDS)
-    assert len(tested) == 2 and not tested & set(range(NUM_SCENES))
+    assert len(tested) == 2 and not tested & {scenes.make_scene(seed, "test") for seed in range(NUM_SCENES)}
+    assert set(report) >= {"crops", "whole", "most", "seen"} and "photographs" not in report
 
     def cached():
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work/images").glob("*.safetensors")}
