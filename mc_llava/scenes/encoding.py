@@ -71,10 +71,15 @@ def plan_boxes(scene: Scene, budget: Budget, rng: random.Random) -> list[tuple[i
     sought = rng.sample(scene.groups, min(len(scene.groups), 1 if rng.random() < 0.7 else 2))
     covered: set[tuple[int, int, int, int]] = set()
     for _ in range(min(rounds, budget.rounds)):
-        missed = rng.random() < MISSED
-        relevance = [0.3 * rng.random() + (0 if missed else _likely(box, sought)) for box in boxes[1:]]
-        whole = 0.0 if missed else sum(100.0 * (glyph_height(group, boxes[0]) >= READABLE) for group in sought)
-        relevance.insert(0, whole)
+        outlines = [] if rng.random() < MISSED else [outline(group) for group in sought]
+        # The more of a thing a crop shows, and the closer, the more attention it gets; the whole picture where it
+        # shows the thing legibly.
+        sides = [max(right - left, bottom - top) for left, top, right, bottom in boxes]
+        relevance = [
+            0.3 * rng.random() + min(sides) / side * sum(_share(found, box) for found in outlines)
+            for box, side in zip(boxes, sides)
+        ]
+        relevance[0] = sum(len(boxes) * (glyph_height(group, boxes[0]) >= READABLE) for group in sought)
         if not pays(boxes, relevance, covered, SIDE):
             break
         boxes += look_closer(boxes, relevance, covered, regions, per_region, SIDE)
@@ -84,12 +89,6 @@ def plan_boxes(scene: Scene, budget: Budget, rng: random.Random) -> list[tuple[i
 def glyph_height(group: tuple[Thing, ...], box: tuple[int, int, int, int]) -> float:
     """How many pixels of the tower the smallest glyph of a group has in a crop; 0 if the crop cuts the group."""
     return legible_height(outline(group), min(thing.glyph for thing in group), [box])
-
-
-def _likely(box: tuple[int, int, int, int], sought: list[tuple[Thing, ...]]) -> float:
-    """How much of the things that are looked for lies in a box; the smaller the box, the better they are seen."""
-    found = [_share(outline(group), box) for group in sought]
-    return sum(found) + (0.2 if max(found) == 1 else 0) / max(1, (box[2] - box[0]) / 1000)
 
 
 def _share(inner: tuple[int, int, int, int], outer: tuple[int, int, int, int]) -> float:
