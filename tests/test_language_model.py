@@ -540,3 +540,10 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1)))
     language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1, steps=3)))
     assert (tmp_path / "tiny-work" / "language_model" / "checkpoint-3").is_dir() and cached() != shards
+    # A tower that goes on from another checkpoint's begins with its weights.
+    still = replace(stage, steps=1, learning_rate=1e-9)
+    started = replace(recipe, output=str(tmp_path / "other"), start=str(output), tower=still, num_images=2)
+    other = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(started))
+    before = MCLlavaForConditionalGeneration.from_pretrained(output).model.vision_tower.state_dict()
+    for name, value in other.model.vision_tower.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0.01, atol=1e-4)
