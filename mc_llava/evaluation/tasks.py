@@ -32,6 +32,7 @@ VSTAR_PARTS = ("direct_attributes", "relative_position", "OCR", "GPT4V-hard")
 VSTAR_OVERALL = VSTAR_PARTS[:2]  # the benchmark's own 191 questions
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NUM_SCENES = 500
+PHOTOGRAPH_KINDS = (*scenes.KINDS_ON_PHOTOGRAPHS, "large")
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ def _read_scenes(source: str, size: int, kinds: tuple[str, ...]) -> tuple[int, I
 
 def _read_photographs(source: str) -> tuple[int, Iterator[Question]]:
     """A question of each kind about each scene on a photograph, and about one with a large thing."""
-    kinds = (*scenes.KINDS_ON_PHOTOGRAPHS, "large")
+    kinds = PHOTOGRAPH_KINDS
     materials = scenes.materials_of_test(source)
     materials.backgrounds, materials.renderings, materials.families  # noqa: B018  what is missing is said at once
 

@@ -17,6 +17,7 @@ memorize: their seeds, backgrounds and font families differ.
     language_model.py   builds `tiny` and trains all but the tower
     study.py            measures how crops and tokens affect accuracy
     zoom_study.py       measures guided zoom against a grid
+    photograph_study.py measures all of these on photographs
 
 What makes scenes and questions needs only Pillow and NumPy and is exported here; import the others, which need
 torch, by their names.
