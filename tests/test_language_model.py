@@ -491,6 +491,10 @@ def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp
 @pytest.mark.slow
 def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypatch):
     monkeypatch.setattr(encoding, "SHARD", 3)
+    monkeypatch.setattr(language_model, "SCENES_FOR_HEADS", 12)
+    measured = []
+    chosen = lambda heads, most: measured.append(len(heads)) or heads[:most]  # noqa: E731
+    monkeypatch.setattr(language_model, "choose_heads", chosen)
     tested, encode = set(), language_model.encode_scenes
 
     def noted(model, processor, scenes, budgets, workers=0):
@@ -511,6 +515,7 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     ).tower
     for name, value in model.model.vision_tower.state_dict().items():
         torch.testing.assert_close(value.float(), tower.state_dict()[name], rtol=0.01, atol=1e-3)
+    assert measured == [3] and len(model.config.zoom_heads) == 2
     inputs = processor("What color is the star?", scenes.draw_scene(scenes.make_scene(0, "test")))
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
     report = json.loads((tmp_path / "tiny-work" / "language_model" / "accuracy.jsonl").read_text())
@@ -530,6 +535,9 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     checkpoints = {path.name for path in (tmp_path / "tiny-work").glob("*/checkpoint-*")}
     assert checkpoints == {"checkpoint-2"}, "what is finished took further steps"
     # A run doesn't resume with another tower's features, or with a language model trained on them.
+    with monkeypatch.context() as changed, pytest.raises(ValueError, match="images was made with mixture 0.65"):
+        changed.setattr(encoding, "ZOOM_BUDGETS", (9,))
+        language_model.train_tiny(recipe)
     longer = replace(recipe, tower=replace(stage, steps=3))
     for name in ("images", "language_model"):
         with pytest.raises(ValueError, match=f"{name} was made with tower.steps 2, the recipe has 3: remove the fold"):

@@ -18,7 +18,7 @@ from .. import count_closer, look_closer, pays, plan_crops, plan_scouts, split_b
 from ..journal import replacing
 from .drawing import draw_scene
 from .materials import Materials
-from .photographs import training_scene
+from .photographs import DRAWN_SIZE_WEIGHTS, LARGE_SHARE, PHOTOGRAPH_SHARE, SIZE_WEIGHTS, training_scene
 from .scene import SIDE, Scene, Thing, legible_height, outline
 
 
@@ -39,6 +39,11 @@ class Budget(NamedTuple):
     num_tokens: int
     zoom: int = 0
     rounds: int = 0
+
+
+def mixture() -> str:
+    """What the cached scenes are made of, apart from a recipe: files of another mixture are not reused."""
+    return f"{PHOTOGRAPH_SHARE} {LARGE_SHARE} {SIZE_WEIGHTS} {DRAWN_SIZE_WEIGHTS} {CROP_BUDGETS} {ZOOM_BUDGETS}"
 
 
 def draw_budget(rng: random.Random, scene: Scene) -> Budget:

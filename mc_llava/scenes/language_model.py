@@ -20,6 +20,8 @@ from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProce
 from ..journal import write_json
 from ..loading import load_model
 from ..training import StopIfDiverged, checked, last_checkpoint, set_trainable
+from ..zoom_heads import choose_heads, write_heads
+from ..zoom_heads import measure as measure_heads
 from .conversations import ANSWERING_LAYER, KIND_WEIGHTS, LOOKING_HEADS, NAMING_LAYER, SceneCollator, scene_rows
 from .encoding import (
     MOST_TOKENS,
@@ -31,6 +33,7 @@ from .encoding import (
     encode_scenes,
     image_fields,
     last_tokens,
+    mixture,
 )
 from .making import make_scene
 from .materials import Materials
@@ -47,6 +50,7 @@ TURNS = 8  # at most, of one conversation
 CAPTIONS = 0.05  # share of the conversations that are a caption, in batches that are not short
 PLACE_WEIGHT = 4.0  # two places can be compared once each can be read off its name
 FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
+SCENES_FOR_HEADS = 300  # that zoom's heads are measured on
 MADE_OF = "recipe.json"
 LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
 
@@ -375,7 +379,7 @@ def made_of(recipe: TinyRecipe) -> dict[str, dict]:
     tower |= {name: values[name] for name in ("tower_width", "tower_layers", "start")}
     materials = recipe.materials()
     tower["photographs, objects and fonts"] = materials and materials.digest()
-    images = tower | {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")}
+    images = tower | {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")} | {"mixture": mixture()}
     language_model |= images | {name: values[name] for name in ("width", "layers", "num_images", "short_steps")}
     return {"tower": tower, "images": images, "language_model": language_model}
 
@@ -402,7 +406,7 @@ def check_made_of(folder: Path, wanted: dict):
 
 def train_tiny(recipe: TinyRecipe) -> Path:
     """
-    Make `tiny` from scratch, or resume an interrupted call. Returns the model's folder.
+    Make `tiny`, or resume an interrupted call. Zoom's heads are measured at the end. Returns the model's folder.
 
     Raises:
         ValueError: if the earlier call had a recipe that this one can't resume.
@@ -438,4 +442,5 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     )
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
+    write_heads(output, choose_heads(measure_heads(model, processor, SCENES_FOR_HEADS), LOOKING_HEADS))
     return output
