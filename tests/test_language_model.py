@@ -426,11 +426,15 @@ class TestWhatCanBeTold:
             assert seen == [token for token, height in zip(last, heights) if height >= 0.7 * max(heights)]
 
 
-def test_objects_and_fonts_need_photographs():
+def test_folders_that_are_missing_or_do_not_fit_are_named():
     stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
     recipe = language_model.TinyRecipe("tiny", stage, stage, num_images=5, short_steps=1, objects="here")
     with pytest.raises(ValueError, match="objects .here. and fonts .None. are for scenes on photographs"):
         recipe.materials()
+    with pytest.raises(ValueError, match="start: there is no folder nowhere; .* or set start=null"):
+        language_model.load_tower("nowhere", language_model.vision_config(32, 3))
+    with pytest.raises(ValueError, match="tiny has hidden_size 128, the recipe's 32: set start to another"):
+        language_model.load_tower(str(ROOT / "tiny"), language_model.vision_config(32, 3))
     with pytest.raises(ValueError, match="photographs: there is no folder nowhere"):
         language_model.train_tiny(replace(recipe, photographs="nowhere"))
 

@@ -74,6 +74,25 @@ class TestFolders:
         with pytest.raises(ValueError, match="has no font family of the split train"):
             Materials(str(folder), None, str(tmp_path)).families  # noqa: B018
 
+    @pytest.mark.parametrize("what", ["photographs", "objects"])
+    def test_broken_files_are_found_at_the_start(self, folder, tmp_path, what):
+        (tmp_path / "broken.png").write_bytes(b"no picture")
+        folders = {"photographs": str(folder / "photographs"), "objects": str(folder / "objects")}
+        Materials(**folders, fonts=FONTS).check()
+        with pytest.raises(ValueError, match=rf"cannot read .*broken.png .*: remove it from the {what}"):
+            Materials(**{**folders, what: str(tmp_path)}, fonts=FONTS).check()
+
+    def test_photographs_are_read_as_everywhere(self, tmp_path):
+        image = Image.new("RGB", (300, 200), "red")
+        exif = image.getexif()
+        exif[0x0112] = 6  # turned by a quarter
+        image.save(tmp_path / "turned.jpg", exif=exif)
+        Image.new("RGBA", (30, 20)).save(tmp_path / "transparent.png")
+        assert reading.photograph(str(tmp_path / "turned.jpg")).size == (200, 300)
+        assert reading.photograph(str(tmp_path / "transparent.png")).getpixel((3, 3)) == (255, 255, 255)
+        Image.new("RGB", (3000, 100)).save(tmp_path / "wide.png")
+        assert reading.photograph(str(tmp_path / "wide.png")).size == (1280, 43)
+
     def test_families_are_split_by_their_first_word(self, materials):
         split = {
             reading.family_of(path): split for split, found in materials.families.items() for path in sum(found, ())

@@ -301,7 +301,7 @@ def _read_photographs(source: str) -> tuple[int, Iterator[Question]]:
     """A question of each kind about each scene on a photograph, and about one with a large thing."""
     kinds = PHOTOGRAPH_KINDS
     materials = scenes.materials_of_test(source)
-    materials.backgrounds, materials.renderings, materials.families  # noqa: B018  what is missing is said at once
+    materials.check()
 
     def questions():
         for seed in range(NUM_SCENES):

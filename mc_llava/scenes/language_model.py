@@ -404,6 +404,23 @@ def check_made_of(folder: Path, wanted: dict):
     write_json(path, wanted)
 
 
+def load_tower(folder: str, vision: SiglipVisionConfig) -> dict[str, torch.Tensor]:
+    """
+    The weights of a checkpoint's tower.
+
+    Raises:
+        ValueError: if there is no such folder, or its tower has other sizes.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"start: there is no folder {folder}; docs/tiny.md says what to put there, or set start=null")
+    model = load_model(folder, "float32", "cpu")
+    for name in ("hidden_size", "num_hidden_layers", "patch_size", "image_size"):
+        found, wanted = getattr(model.config.vision_config, name), getattr(vision, name)
+        if found != wanted:
+            raise ValueError(f"the tower of {folder} has {name} {found}, the recipe's {wanted}: set start to another")
+    return model.model.vision_tower.state_dict()
+
+
 def train_tiny(recipe: TinyRecipe) -> Path:
     """
     Make `tiny`, or resume an interrupted call. Zoom's heads are measured at the end. Returns the model's folder.
@@ -418,12 +435,13 @@ def train_tiny(recipe: TinyRecipe) -> Path:
         if (work / name).exists():
             check_made_of(work / name, stages[name])
     check_made_of(work / "tower", stages["tower"])
-    materials = recipe.materials()
+    if (materials := recipe.materials()) is not None:
+        materials.check()
     processor = build_processor(materials)
     vision = vision_config(recipe.tower_width, recipe.tower_layers)
     torch.manual_seed(recipe.language_model.seed)
     model = build_model(processor, vision, recipe.width, recipe.layers)
-    start = load_model(recipe.start, "float32", "cpu").model.vision_tower.state_dict() if recipe.start else None
+    start = load_tower(recipe.start, vision) if recipe.start else None
     pretrained = pretrain_tower(work / "tower", vision, recipe.tower, recipe.workers, materials, start).tower
     model.model.vision_tower.load_state_dict(pretrained.state_dict())
     model.eval().to(pretrained.device)

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from .. import load_image
 from .fonts import load_font
 from .scene import CHARACTERS, COLORS, FONTS, OBJECTS, SHAPES
 
@@ -93,6 +94,22 @@ class Materials:
                 "add fonts of more families"
             )
         return {split: tuple(families) for split, families in splits.items()}
+
+    def check(self):
+        """
+        Try all objects, the fonts' families and the beginning of all photographs.
+
+        Raises:
+            ValueError: if a file is broken, before hours of work have passed.
+        """
+        for path in self.backgrounds:
+            try:
+                Image.open(path).close()
+            except OSError as error:
+                raise ValueError(f"cannot read {path} ({error}): remove it from the photographs") from error
+        for path in sum(self.renderings.values(), ()):
+            cut_out(path)
+        self.families  # noqa: B018
 
     def digest(self) -> str:
         """Of the names and sizes of all files: what a run that is continued must find again."""
@@ -195,9 +212,7 @@ def materials_of_test(folder: str) -> Materials:
 @lru_cache(maxsize=128)
 def photograph(path: str) -> Image.Image:
     """A photograph of at most `PHOTOGRAPH_SIDE`."""
-    with Image.open(path) as file:
-        file.draft("RGB", (PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE))
-        image = file.convert("RGB")
+    image = load_image(path)
     image.thumbnail((PHOTOGRAPH_SIDE, PHOTOGRAPH_SIDE), Image.Resampling.BICUBIC, reducing_gap=2)
     return image
 
@@ -205,8 +220,11 @@ def photograph(path: str) -> Image.Image:
 @lru_cache(maxsize=4096)
 def cut_out(path: str) -> Image.Image:
     """An object without the transparent margin around it, of at most `OBJECT_SIDE`."""
-    with Image.open(path) as file:
-        image = file.convert("RGBA")
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGBA")
+    except OSError as error:
+        raise ValueError(f"cannot read {path} ({error}): remove it from the objects") from error
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox()
     if box is None:
         raise ValueError(f"{path} is transparent everywhere: remove it from the objects")
