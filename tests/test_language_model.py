@@ -298,6 +298,15 @@ def test_each_time_around_all_images_have_their_turn_and_other_conversations():
     assert both[6:] == whole[:6] and rows(stage, 9)[:6] == both[:6] and len(rows(stage, 9)) == 12
 
 
+def test_a_batch_of_images_with_many_tokens_has_fewer(processor, model, monkeypatch):
+    monkeypatch.setattr(conversations, "VISUAL_TOKENS", 100)
+    few, many = encoding.encode_scenes(model, processor, drawn(3, 4), [Budget(0, 20), Budget(8, 60)])
+    collator = conversations.SceneCollator(processor, [few, many], captions=0.0, turns=2)
+    for indices, rows in (([0, 0, 0, 0], 4), ([0, 1, 0, 0], 1), ([0] * 6, 5)):
+        batch = collator([{"image": index, "short": False, "seed": 1} for index in indices])
+        assert len(batch["input_ids"]) == len(batch["image_grid_thw"]) == rows
+
+
 def test_the_images_of_a_batch_have_about_as_many_tokens():
     rng, stage = random.Random(0), Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=5)
     lengths = [rng.choice((30, 128, 700)) for _ in range(160)]

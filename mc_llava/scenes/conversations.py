@@ -33,6 +33,7 @@ MANY_CROPS = 8  # at least, of the scenes of the short steps
 NAMING_LAYER, ANSWERING_LAYER, LOOKING_HEADS = 1, 2, 2
 VISIBLE = 4.5  # whether there is such a thing can be told
 UNTOLD = 0.1  # share of questions that may be about what no crop shows well enough
+VISUAL_TOKENS = 8192  # at most, of a batch: with many tokens an image it has fewer images, or a step takes a minute
 ALIKE_BATCHES = 16  # of as many batches, those of like length go together
 
 
@@ -171,6 +172,8 @@ class SceneCollator:
         images = [self.images[row["image"]] for row in rows]
         if short:
             images = [last_tokens(image) for image in images]
+        longest = max(int(image.num_tokens.sum()) for image in images)
+        images = images[: max(1, VISUAL_TOKENS // longest)]
         talks = [self.conversation(image, self.questions(image, captions, turns, rng)) for image in images]
         longest = max(len(ids) for ids, _, _ in talks)
         pad = self.tokenizer.pad_token_id
