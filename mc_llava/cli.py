@@ -378,23 +378,32 @@ def compare_results(
 def study(
     model: ModelOption = DEFAULT_MODEL,
     part: Annotated[
-        Literal["grid", "zoom", "all"], typer.Option(help="The knobs of the grid, zoom against the grid, or both.")
+        Literal["grid", "zoom", "photographs", "all"],
+        typer.Option(help="The knobs of the grid, zoom against the grid, both on photographs, or all of these."),
     ] = "all",
     num_scenes: Annotated[int, typer.Option(help="Scenes to ask about, with a question of each kind.", min=1)] = 500,
     work: Annotated[Path, typer.Option(help="The folder for replies; an interrupted run resumes there.")] = Path(
         "results/study"
     ),
     output: Annotated[Path, typer.Option(help="The folder for the results and figures.")] = Path("docs"),
+    photographs: Annotated[
+        str, typer.Option(metavar="FOLDER", help="As for the task photographs of eval; scikit-image's by default.")
+    ] = "",
 ):
-    """Measure how crops, tokens and zoom affect accuracy on drawn scenes, and print the tables of docs/tiny.md."""
+    """Measure how crops, tokens and zoom affect accuracy on scenes, and print the tables of docs/tiny.md."""
     with extra("eval"):
+        from .scenes import materials_of_test, photograph_study
         from .scenes import study as grid
         from .scenes import zoom_study as zoom
-    asked = grid.Study(model, work, num_scenes)
-    if part != "zoom":
+    if part in ("photographs", "all"):
+        materials_of_test(photographs)  # says what is missing before hours have passed
+    asked = grid.Study(model, work, num_scenes, photographs)
+    if part in ("grid", "all"):
         print(grid.markdown(grid.run_study(asked, output)))
-    if part != "grid":
+    if part in ("zoom", "all"):
         print(zoom.markdown(zoom.run_zoom_study(asked, output)))
+    if part in ("photographs", "all"):
+        print(photograph_study.markdown(photograph_study.run_photograph_study(asked, output)))
 
 
 @app.command(name="zoom-heads")

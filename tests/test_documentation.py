@@ -37,6 +37,7 @@ OTHER_PROGRAMS = {
     "git": None,
     "jupytext": "test_notebooks.py",
     "lmms-eval": "test_lmms_eval.py",
+    "scripts/fetch_materials.sh": None,
     "tensorboard": None,
     "transformers": "test_serve.py",
 }

@@ -15,9 +15,10 @@ import torch
 from helpers import ROOT
 from transformers import TrainingArguments
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, scenes
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, plan_scouts, scenes
 from mc_llava.evaluation.tasks import NUM_SCENES
-from mc_llava.scenes import language_model
+from mc_llava.scenes import conversations, encoding, language_model
+from mc_llava.scenes.encoding import Budget
 from mc_llava.scenes.scene import legible_height, outline
 from mc_llava.scenes.tower import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower, sine_positions
 
@@ -25,6 +26,10 @@ from mc_llava.scenes.tower import CropDataset, MuonAndAdamW, Stage, TowerForPret
 @pytest.fixture(scope="module")
 def processor():
     return language_model.build_processor()
+
+
+def drawn(*seeds: int, split: str = "train") -> list[scenes.Scene]:
+    return [scenes.make_scene(seed, split) for seed in seeds]
 
 
 @pytest.fixture(scope="module")
@@ -51,27 +56,28 @@ def test_cached_features_give_the_same_answers_as_pixels(processor, model):
     scene = scenes.make_scene(0)
     image = scenes.draw_scene(scene)
     inputs = processor("What color is the star?", image, max_crops=8, num_tokens=40)
-    (cached,) = language_model.encode_scenes(model, processor, [0], "train", [(8, 40)])
+    (cached,) = encoding.encode_scenes(model, processor, drawn(0), [Budget(8, 40)])
     trainee = language_model.LanguageModelTrainee(model.config).eval()
     trainee.load_state_dict(model.state_dict())
     with torch.no_grad():
         expected = model(**inputs).logits
-        fields = language_model.image_fields([cached, cached])
+        fields = encoding.image_fields([cached, cached])
         twice = {name: torch.cat([inputs[name]] * 2) for name in ("input_ids", "attention_mask")}
         got = trainee(**twice, **fields).logits
     # The cache holds bfloat16's results in float16.
     torch.testing.assert_close(got, torch.cat([expected] * 2), rtol=0.02, atol=0.02)
 
 
-def test_conversations_have_their_loss_on_the_answers(processor, model):
-    images = language_model.encode_scenes(model, processor, [0, 1], "train", [(0, 20), (0, 30)])
+def test_conversations_have_their_loss_on_the_answers(processor, model, monkeypatch):
+    monkeypatch.setattr(conversations, "UNTOLD", 0)
+    images = encoding.encode_scenes(model, processor, drawn(0, 1), [Budget(32, 60), Budget(32, 70)])
     tokenizer = processor.tokenizer
     rows = [{"image": 0, "short": False, "seed": 5}, {"image": 1, "short": False, "seed": 6}]
-    collator = language_model.SceneCollator(processor, images, captions=0.0, turns=3)
+    collator = conversations.SceneCollator(processor, images, captions=0.0, turns=3)
     batch = collator(rows)
     assert torch.equal(batch["input_ids"], collator(rows)["input_ids"])
     assert batch["input_ids"].tolist() != collator([rows[0] | {"seed": 7}, rows[1]])["input_ids"].tolist()
-    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [20, 30]
+    assert (batch["input_ids"] == processor.image_token_id).sum(1).tolist() == [60, 70]
     for ids, labels in zip(batch["input_ids"], batch["labels"]):
         spoken = labels != -100
         assert torch.equal(ids[spoken], labels[spoken])
@@ -80,7 +86,7 @@ def test_conversations_have_their_loss_on_the_answers(processor, model):
         turns = text.split("<|im_start|>assistant\n")[1:]
         assert [turn.split("<|im_end|>")[0] for turn in turns] == answers
     # What the chat template makes of the same turns.
-    caption = language_model.SceneCollator(processor, images, captions=1.0, turns=3)(rows[1:])
+    caption = conversations.SceneCollator(processor, images, captions=1.0, turns=3)(rows[1:])
     text = tokenizer.decode(caption["input_ids"][0]).replace("<image>", "")
     asked, said = text.split("<|im_end|>")[0].split("\n")[-1], text.split("assistant\n")[1].removesuffix("<|im_end|>")
     messages = [
@@ -91,9 +97,9 @@ def test_conversations_have_their_loss_on_the_answers(processor, model):
 
 
 def test_short_batches_show_the_last_token_of_each_crop(processor, model):
-    (image,) = language_model.encode_scenes(model, processor, [3], "train", [(8, 60)])
+    (image,) = encoding.encode_scenes(model, processor, drawn(3), [Budget(8, 60)])
     last = [features[-1] for features in image.features.split(image.num_tokens.tolist())]
-    collator = language_model.SceneCollator(processor, [image], captions=0.0, turns=4)
+    collator = conversations.SceneCollator(processor, [image], captions=0.0, turns=4)
     batch = collator([{"image": 0, "short": True, "seed": 1}])
     assert torch.equal(batch["pixel_values"], torch.stack(last)[:, None].float())
     assert batch["crop_num_tokens"].tolist() == [1] * len(last) and len(last) > 1
@@ -110,8 +116,8 @@ def answer_around(processor, ids, position) -> str:
 
 
 def test_positions_of_short_batches_are_spread_as_if_crops_had_more_tokens(processor, model):
-    images = language_model.encode_scenes(model, processor, [3], "train", [(8, 60)])
-    collator = language_model.SceneCollator(processor, images, captions=0.0, turns=1)
+    images = encoding.encode_scenes(model, processor, drawn(3), [Budget(8, 60)])
+    collator = conversations.SceneCollator(processor, images, captions=0.0, turns=1)
     crops, spacings = len(images[0].coords), set()
     for seed in range(20):
         batch = collator([{"image": 0, "short": True, "seed": seed}])
@@ -124,20 +130,21 @@ def test_positions_of_short_batches_are_spread_as_if_crops_had_more_tokens(proce
         assert text[:start] == list(range(start))
         assert text[start:] == list(range(start + spacing * crops, spacing * crops + len(text)))
         spacings.add(spacing)
-    assert spacings == set(language_model.SPACINGS)
+    assert len(spacings) > 5 and min(spacings) == 1
+    assert encoding.MOST_TOKENS / 2 < max(spacings) * crops < encoding.MOST_TOKENS + crops
     whole = collator([{"image": 0, "short": False, "seed": 0}])
     assert whole["position_ids"].tolist() == [list(range(whole["input_ids"].shape[1]))]
 
 
 @pytest.mark.parametrize("short", [False, True])
 def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(processor, model, short):
-    images = language_model.encode_scenes(model, processor, [3, 4], "train", [(32, 128)] * 2)
-    collator = language_model.SceneCollator(processor, images, captions=0.0, turns=4)
+    images = encoding.encode_scenes(model, processor, drawn(3, 4), [Budget(32, 128)] * 2)
+    collator = conversations.SceneCollator(processor, images, captions=0.0, turns=4)
     batch = collator([{"image": 0, "short": short, "seed": 2}, {"image": 1, "short": short, "seed": 3}])
     looks, layers = batch["looks"], set()
     for layer, row, position, targets, place in zip(*looks.values()):
         image = images[row]
-        scene = scenes.make_scene(image.seed)
+        scene = image.scene
         plan = processor.image_processor.plan(scene.width, scene.height, 32, 128)
         ids, layers = batch["input_ids"][row], layers | {int(layer)}
         # Whose place is it, and which crops show all of its group?
@@ -149,33 +156,38 @@ def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(proc
         ]
         assert not others
         box, glyph = outline(group), min(thing.glyph for thing in group)
-        showing = [legible_height(box, glyph, [crop.box]) >= language_model.READABLE for crop in plan]
+        showing = [legible_height(box, glyph, [crop.box]) >= conversations.READABLE for crop in plan]
         counts = batch["crop_num_tokens"].split(batch["image_grid_thw"][:, 0].tolist())[row]
         last = torch.where(ids == processor.image_token_id)[0][counts.cumsum(0) - 1]
-        assert any(showing) and targets.nonzero()[:, 0].tolist() == last[torch.tensor(showing)].tolist()
-        before = processor.tokenizer.decode(ids[: position + 1])
-        if layer == language_model.NAMING_LAYER:
+        before, shown = processor.tokenizer.decode(ids[: position + 1]), set(last[torch.tensor(showing)].tolist())
+        looked_at = targets.nonzero()[:, 0].tolist()
+        assert shown and (set(looked_at) == shown or shown < set(looked_at) and before.endswith("assistant\n"))
+        if layer == conversations.NAMING_LAYER:
             assert before.endswith((f" {thing.text}", thing.name))
         else:
             assert batch["labels"][row, position + 1] not in (-100, processor.tokenizer.eos_token_id)
-    assert layers == {language_model.NAMING_LAYER, language_model.ANSWERING_LAYER}
-    # From every word of the answers that name one thing, all of which these crops show, and of no others.
+    assert layers == {conversations.NAMING_LAYER, conversations.ANSWERING_LAYER}
+    # From every word of the answers about one thing, all of which these crops show; about two, from the prompt's last.
     for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"])):
         spoken = ((labels != -100) & (labels != processor.tokenizer.eos_token_id)).nonzero()[:, 0]
         turns = processor.tokenizer.decode(ids).count("<|im_start|>user")
         comparing = ("left of", "right of", "above the", "below the")
-        alone = [
-            position.item() - 1
-            for position in spoken
-            if not any(words in answer_around(processor, ids, position) for words in comparing)
-        ]
+        missing = ("There is no", "There are no", "\nNo.")
+        expected = []
+        for position in spoken:
+            answer = answer_around(processor, ids, position)
+            first = processor.tokenizer.decode(ids[:position]).endswith("assistant\n")
+            if not any(words in answer for words in missing) and (
+                first or not any(word in answer for word in comparing)
+            ):
+                expected.append(position.item() - 1)
         here = looks["rows"] == row
-        answering = here & (looks["layers"] == language_model.ANSWERING_LAYER)
-        assert looks["positions"][answering].tolist() == alone
-        naming = (here & (looks["layers"] == language_model.NAMING_LAYER)).sum().item()
-        assert turns <= naming <= 2 * turns
+        answering = here & (looks["layers"] == conversations.ANSWERING_LAYER)
+        assert looks["positions"][answering].tolist() == expected
+        naming = (here & (looks["layers"] == conversations.NAMING_LAYER)).sum().item()
+        assert 0 < naming <= 2 * turns
     # A caption names all and asks for none; short batches have questions alone.
-    caption = language_model.SceneCollator(processor, images, captions=1.0, turns=4)
+    caption = conversations.SceneCollator(processor, images, captions=1.0, turns=4)
     assert bool(len(caption([{"image": 0, "short": short, "seed": 2}])["looks"]["rows"])) is short
 
 
@@ -220,8 +232,8 @@ def test_the_trainer_adds_the_loss_of_looking(processor, tmp_path):
     model = language_model.build_model(processor, language_model.vision_config(width=64, layers=1), width=64, layers=3)
     trainee = language_model.LanguageModelTrainee(model.config)
     trainee.set_attn_implementation("eager")
-    images = language_model.encode_scenes(model.eval(), processor, [3, 4], "train", [(32, 128)] * 2)
-    batch = language_model.SceneCollator(processor, images, captions=0.0, turns=4)(
+    images = encoding.encode_scenes(model.eval(), processor, drawn(3, 4), [Budget(32, 128)] * 2)
+    batch = conversations.SceneCollator(processor, images, captions=0.0, turns=4)(
         [{"image": 0, "short": True, "seed": 2}, {"image": 1, "short": True, "seed": 3}]
     )
     layers, read = trainee.model.language_model.layers, []
@@ -241,7 +253,7 @@ def test_the_projector_starts_where_all_directions_count_the_same(model):
     torch.manual_seed(0)
     mixing, scales = torch.linalg.qr(torch.randn(32, 32)).Q, torch.logspace(-0.5, 0.5, 32)
     images = [
-        language_model.CachedImage(
+        encoding.CachedImage(
             0,
             (0, 2),
             (torch.randn(2, 32) * scales) @ mixing + 5,
@@ -261,21 +273,22 @@ def test_the_projector_starts_where_all_directions_count_the_same(model):
 
 
 def test_each_time_around_all_images_have_their_turn_and_other_conversations():
-    budgets = [(0, 20), (8, 20), (16, 20), (32, 20), (64, 20)]
     nothing = torch.zeros(0)
     images = [
-        language_model.CachedImage(seed, budget, nothing, nothing, nothing, nothing)
-        for seed, budget in enumerate(budgets)
+        encoding.CachedImage(
+            None, Budget(crops, 20), nothing, nothing, torch.zeros(crops + 1, 2), torch.ones(crops + 1)
+        )
+        for crops in (0, 7, 16, 32, 64)
     ]
     stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=3)
 
     def rows(stage, short_steps):
-        return language_model.scene_rows(images, stage, short_steps).to_list()
+        return conversations.scene_rows(images, stage, short_steps).to_list()
 
     whole = rows(stage, 0)
     shown = [row["image"] for row in whole]
     assert len(whole) == 12 and sorted(shown[:5]) == sorted(shown[5:10]) == [0, 1, 2, 3, 4]
-    assert shown[:5] != shown[5:10] and len({row["seed"] for row in whole}) == 12
+    assert len({row["seed"] for row in whole}) == 12
     assert whole == rows(replace(stage, steps=9), 0)[:12]
     assert whole != rows(replace(stage, seed=1), 0)
     # The short steps come first and see scenes of many crops.
@@ -285,15 +298,35 @@ def test_each_time_around_all_images_have_their_turn_and_other_conversations():
     assert both[6:] == whole[:6] and rows(stage, 9)[:6] == both[:6] and len(rows(stage, 9)) == 12
 
 
+def test_a_batch_of_images_with_many_tokens_has_fewer(processor, model, monkeypatch):
+    monkeypatch.setattr(conversations, "VISUAL_TOKENS", 100)
+    few, many = encoding.encode_scenes(model, processor, drawn(3, 4), [Budget(0, 20), Budget(8, 60)])
+    collator = conversations.SceneCollator(processor, [few, many], captions=0.0, turns=2)
+    for indices, rows in (([0, 0, 0, 0], 4), ([0, 1, 0, 0], 1), ([0] * 6, 5)):
+        batch = collator([{"image": index, "short": False, "seed": 1} for index in indices])
+        assert len(batch["input_ids"]) == len(batch["image_grid_thw"]) == rows
+
+
+def test_the_images_of_a_batch_have_about_as_many_tokens():
+    rng, stage = random.Random(0), Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=5)
+    lengths = [rng.choice((30, 128, 700)) for _ in range(160)]
+    order = conversations.batches_alike(list(range(160)), lengths, stage, rng)
+    assert sorted(order) == list(range(160))
+    longest = [max(lengths[index] for index in order[start : start + 5]) for start in range(0, 160, 5)]
+    shortest = [min(lengths[index] for index in order[start : start + 5]) for start in range(0, 160, 5)]
+    assert sum(long == short for long, short in zip(longest, shortest)) >= 26
+    assert longest != sorted(longest) and set(longest) == {30, 128, 700}
+
+
 def test_measuring_counts_right_replies(processor, model, monkeypatch):
-    images = language_model.encode_scenes(model, processor, [0, 1, 2, 3], "test", [(0, 8)] * 4)
+    images = encoding.encode_scenes(model, processor, drawn(0, 1, 2, 3, split="test"), [Budget(0, 8)] * 4)
     answers = iter(["It says nothing."] * 4 + ["red"] * 4 + ["left"] * 4 + ["?"] * 4)
     monkeypatch.setattr(language_model, "answer_cached", lambda *args: [next(answers) for _ in range(4)])
     rng = random.Random(0)
     keys = {kind: [scenes.ask(scenes.make_scene(s, "test"), kind, rng).key for s in range(4)] for kind in scenes.KINDS}
     expected = {"ocr": 0, "attribute": 25.0 * keys["attribute"].count("red")}
     expected |= {"position": 25.0 * keys["position"].count("left"), "hard": 0}
-    assert language_model.measure_language_model(model, processor, images, "test") == expected
+    assert language_model.measure_language_model(model, processor, images, scenes.KINDS) == expected
 
 
 def test_the_optimizer_steps_all_that_learns_and_comes_back_from_its_state():
@@ -336,11 +369,94 @@ def test_positions_are_alike_for_patches_that_are_near():
     assert torch.equal(learned, positions)
 
 
+class TestBudgets:
+    def test_they_have_all_numbers_of_crops_and_tokens_and_zoom_where_things_are_small(self):
+        rng, (scene, tiny) = random.Random(0), (drawn(3)[0], scenes.make_scene(3, "train", 140))
+        budgets = [encoding.draw_budget(rng, scene) for _ in range(2000)]
+        assert {budget.max_crops for budget in budgets if not budget.zoom} == {0, 2, 4, 8, 16, 32, 64, 100}
+        tokens = [budget.num_tokens for budget in budgets]
+        assert 32 <= min(tokens) < 36 and 690 < max(tokens) <= 728 and 900 < tokens.count(128) < 1150
+        assert {(budget.zoom, budget.rounds) for budget in budgets} == {(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)}
+        small = [encoding.draw_budget(rng, tiny) for _ in range(500)]
+        assert sum(budget.zoom == 2 for budget in small) > 250 and sum(budget.zoom > 0 for budget in budgets) < 750
+
+    def test_zooms_boxes_are_scouts_and_closer_ones_about_what_is_sought(self):
+        inside = 0
+        for seed in range(40):
+            scene = scenes.make_scene(seed, "train")
+            boxes = encoding.plan_boxes(scene, Budget(16, 64, 1, 1), random.Random(seed))
+            knobs = scene.width, scene.height, 1, 16, 64, scenes.SIDE, 8
+            scouts = [crop.box for crop in plan_scouts(*knobs)]
+            assert boxes[: len(scouts)] == scouts and len(scouts) < len(boxes) <= 17
+            assert encoding.plan_boxes(scene, Budget(16, 64, 1, 0), random.Random(seed)) == scouts
+            best = {
+                group: max(encoding.glyph_height(group, box) for box in boxes[len(scouts) :]) for group in scene.groups
+            }
+            inside += max(best.values()) > 6.5
+        assert inside > 25, "a closer look shows a group legibly, unless it missed all"
+
+    def test_zoom_does_not_look_closer_at_what_the_whole_picture_shows(self):
+        scene = scenes.make_scene(0, "train", large=True)
+        alone = replace(scene, groups=scene.groups[:1])
+        looked = [len(encoding.plan_boxes(alone, Budget(16, 64, 1, 1), random.Random(seed))) for seed in range(40)]
+        assert looked.count(min(looked)) > 25
+
+    def test_a_zoomed_scene_is_encoded_as_the_processor_cuts_it(self, processor, model):
+        (scene,), budget = drawn(3), Budget(16, 65, 1, 1)
+        (image,) = encoding.encode_scenes(model, processor, [scene], [budget])
+        boxes = encoding.plan_boxes(scene, budget, random.Random(scene.background_seed))
+        inputs = processor("Read it.", scenes.draw_scene(scene), plans=[boxes], num_tokens=65)
+        assert image.boxes.tolist() == list(map(list, boxes)) == inputs["crop_boxes"].tolist()
+        assert image.num_tokens.tolist() == inputs["crop_num_tokens"].tolist() and image.num_tokens.sum() == 65
+
+
+class TestWhatCanBeTold:
+    def test_texts_only_if_a_crop_shows_them_legibly(self, processor, model, monkeypatch):
+        whole, crops = encoding.encode_scenes(model, processor, drawn(3, 3), [Budget(0, 40), Budget(32, 128)])
+        rng = random.Random(0)
+        for kind in ("ocr", "hard", "object", "existence", "absent"):
+            question = scenes.ask(whole.scene, kind, rng, ())
+            assert not conversations.can_tell(question, conversations.best_heights(whole))
+            assert conversations.can_tell(question, conversations.best_heights(crops))
+        for kind in ("attribute", "position"):
+            assert conversations.can_tell(scenes.ask(whole.scene, kind, rng), conversations.best_heights(whole))
+        # What can't be told is not learned.
+        collator = conversations.SceneCollator(processor, [whole], captions=0.0, turns=2)
+        _, labels, looks = collator.conversation(whole, [scenes.ask(whole.scene, "ocr", rng)])
+        assert set(labels) == {-100} and looks
+
+    def test_where_nothing_is_legible_the_best_crops_are_looked_at(self, processor, model):
+        (scouts,) = encoding.encode_scenes(model, processor, drawn(3), [Budget(12, 128, 1, 0)])
+        for group in scouts.scene.groups:
+            heights = [encoding.glyph_height(group, box) for box in scouts.boxes.tolist()]
+            last = (scouts.num_tokens.cumsum(0) - 1).tolist()
+            seen = conversations.last_tokens_showing(scouts)[group[0]]
+            assert 0 < max(heights) < conversations.READABLE and heights[0] < 0.7 * max(heights)
+            assert seen == [token for token, height in zip(last, heights) if height >= 0.7 * max(heights)]
+
+
+def test_folders_that_are_missing_or_do_not_fit_are_named():
+    stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
+    recipe = language_model.TinyRecipe("tiny", stage, stage, num_images=5, short_steps=1, objects="here")
+    with pytest.raises(ValueError, match="objects .here. and fonts .None. are for scenes on photographs"):
+        recipe.materials()
+    with pytest.raises(ValueError, match="start: there is no folder nowhere; .* or set start=null"):
+        language_model.load_tower("nowhere", language_model.vision_config(32, 3))
+    with pytest.raises(ValueError, match="tiny has hidden_size 128, the recipe's 32: set start to another"):
+        language_model.load_tower(str(ROOT / "tiny"), language_model.vision_config(32, 3))
+    with pytest.raises(ValueError, match="photographs: there is no folder nowhere"):
+        language_model.train_tiny(replace(recipe, photographs="nowhere"))
+
+
 def run_recipe(output) -> dict[str, dict[int, float]]:
     """`mc-llava train examples/tiny.yaml` with a smaller model; of both stages step -> loss."""
     sizes = {
         "num_images": 4,
         "num_tested": 2,
+        "start": "null",
+        "photographs": "null",
+        "objects": "null",
+        "fonts": "null",
         "tower_width": 32,
         "tower_layers": 3,
         "width": 32,
@@ -387,12 +503,16 @@ def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp
 
 @pytest.mark.slow
 def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(language_model, "SHARD", 3)
+    monkeypatch.setattr(encoding, "SHARD", 3)
+    monkeypatch.setattr(language_model, "SCENES_FOR_HEADS", 12)
+    measured = []
+    chosen = lambda heads, most: measured.append(len(heads)) or heads[:most]  # noqa: E731
+    monkeypatch.setattr(language_model, "choose_heads", chosen)
     tested, encode = set(), language_model.encode_scenes
 
-    def noted(model, processor, seeds, split, budgets, workers=0):
-        tested.update(seeds if split == "test" else ())
-        return encode(model, processor, seeds, split, budgets, workers)
+    def noted(model, processor, scenes, budgets, workers=0):
+        tested.update(scenes)
+        return encode(model, processor, scenes, budgets, workers)
 
     monkeypatch.setattr(language_model, "encode_scenes", noted)
     stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
@@ -408,11 +528,13 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     ).tower
     for name, value in model.model.vision_tower.state_dict().items():
         torch.testing.assert_close(value.float(), tower.state_dict()[name], rtol=0.01, atol=1e-3)
+    assert measured == [3] and len(model.config.zoom_heads) == 2
     inputs = processor("What color is the star?", scenes.draw_scene(scenes.make_scene(0, "test")))
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
     report = json.loads((tmp_path / "tiny-work" / "language_model" / "accuracy.jsonl").read_text())
     assert set(report["crops"]) == set(scenes.KINDS)
-    assert len(tested) == 2 and not tested & set(range(NUM_SCENES))
+    assert len(tested) == 2 and not tested & {scenes.make_scene(seed, "test") for seed in range(NUM_SCENES)}
+    assert set(report) >= {"crops", "whole", "most", "seen"} and "photographs" not in report
 
     def cached():
         return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work/images").glob("*.safetensors")}
@@ -426,6 +548,9 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     checkpoints = {path.name for path in (tmp_path / "tiny-work").glob("*/checkpoint-*")}
     assert checkpoints == {"checkpoint-2"}, "what is finished took further steps"
     # A run doesn't resume with another tower's features, or with a language model trained on them.
+    with monkeypatch.context() as changed, pytest.raises(ValueError, match="images was made with mixture 0.65"):
+        changed.setattr(encoding, "ZOOM_BUDGETS", (9,))
+        language_model.train_tiny(recipe)
     longer = replace(recipe, tower=replace(stage, steps=3))
     for name in ("images", "language_model"):
         with pytest.raises(ValueError, match=f"{name} was made with tower.steps 2, the recipe has 3: remove the fold"):
@@ -436,3 +561,10 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1)))
     language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1, steps=3)))
     assert (tmp_path / "tiny-work" / "language_model" / "checkpoint-3").is_dir() and cached() != shards
+    # A tower that goes on from another checkpoint's begins with its weights.
+    still = replace(stage, steps=1, learning_rate=1e-9)
+    started = replace(recipe, output=str(tmp_path / "other"), start=str(output), tower=still, num_images=2)
+    other = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(started))
+    before = MCLlavaForConditionalGeneration.from_pretrained(output).model.vision_tower.state_dict()
+    for name, value in other.model.vision_tower.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0.01, atol=1e-4)

@@ -3,16 +3,19 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
+import matplotlib
 import pytest
 import torch
-from helpers import ROOT, write_untrained_tiny
+from helpers import ROOT, picture, write_untrained_tiny
 from PIL import Image
 
 from mc_llava import MCLlavaConfig, scenes
 from mc_llava.estimate import estimate
 from mc_llava.evaluation import running
-from mc_llava.scenes import study, zoom_study
+from mc_llava.evaluation.tasks import PHOTOGRAPH_KINDS
+from mc_llava.scenes import photograph_study, study, zoom_study
 from mc_llava.scenes.study import Setting, Study
 
 
@@ -65,6 +68,28 @@ def test_zoom_is_measured_against_the_grid(folder, tmp_path, monkeypatch):
         assert figure.width > 500
     table = zoom_study.markdown(found).splitlines()
     assert len(table) == 6 and table[2].startswith("| 1/35 | 0 | 8 | 40 | ") and table[2].endswith(" |  |")
+
+
+@pytest.mark.slow
+def test_photographs_are_measured_by_kind(folder, tmp_path, monkeypatch):
+    (tmp_path / "pictures" / "photographs").mkdir(parents=True)
+    picture(90, 60).resize((900, 600)).save(tmp_path / "pictures" / "photographs" / "photo.jpg")
+    (tmp_path / "pictures" / "fonts").symlink_to(Path(matplotlib.get_data_path(), "fonts", "ttf"))
+    settings = [Setting(0, 40, 0, "photographs"), Setting(8, 40, 1, "photographs")]
+    monkeypatch.setattr(photograph_study, "SETTINGS", settings)
+    measured = Study(str(folder), tmp_path / "work", 1, str(tmp_path / "pictures"))
+    found = photograph_study.run_photograph_study(measured, tmp_path)
+    assert json.loads((tmp_path / "study_photographs.json").read_text()) == found
+    for row in found["settings"]:
+        assert set(row["accuracy"]) == {*PHOTOGRAPH_KINDS, "all"} and row["accuracy"]["all"]["questions"] == 8
+    whole, zoomed = found["settings"]
+    assert whole["crops"] == 1 < zoomed["crops"] and (whole["zoom"], zoomed["zoom"]) == (0, 1)
+    table = photograph_study.markdown(found).splitlines()
+    assert (
+        len(table) == 4
+        and table[2].startswith("| 0 | 0 | 40 | 1 | ")
+        and "existence | absent | large | all" in table[0]
+    )
 
 
 def test_a_named_thing_is_inside_if_a_closer_crop_holds_all_of_it():

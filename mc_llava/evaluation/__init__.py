@@ -12,4 +12,4 @@ Only `running` and `lmms_eval_model` need torch.
 """
 
 # The names of `tasks.TASKS`, for help texts that load nothing.
-TASK_NAMES = ("textvqa", "gqa", "vqav2", "vizwiz", "vstar", "scenes", "scenes70", "scenes140", "large")
+TASK_NAMES = ("textvqa", "gqa", "vqav2", "vizwiz", "vstar", "scenes", "scenes70", "scenes140", "large", "photographs")

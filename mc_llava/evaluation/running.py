@@ -33,6 +33,13 @@ CODE = (
     "evaluation/results.py",
     "evaluation/metrics.py",
     "evaluation/tasks.py",
+    "scenes/backgrounds.py",
+    "scenes/camera.py",
+    "scenes/drawing.py",
+    "scenes/fonts.py",
+    "scenes/making.py",
+    "scenes/materials.py",
+    "scenes/photographs.py",
     "scenes/questions.py",
     "scenes/scene.py",
 )

@@ -32,6 +32,7 @@ VSTAR_PARTS = ("direct_attributes", "relative_position", "OCR", "GPT4V-hard")
 VSTAR_OVERALL = VSTAR_PARTS[:2]  # the benchmark's own 191 questions
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 NUM_SCENES = 500
+PHOTOGRAPH_KINDS = (*scenes.KINDS_ON_PHOTOGRAPHS, "large")
 
 
 @dataclass(frozen=True)
@@ -296,6 +297,24 @@ def _read_scenes(source: str, size: int, kinds: tuple[str, ...]) -> tuple[int, I
     return NUM_SCENES * len(kinds), questions()
 
 
+def _read_photographs(source: str) -> tuple[int, Iterator[Question]]:
+    """A question of each kind about each scene on a photograph, and about one with a large thing."""
+    kinds = PHOTOGRAPH_KINDS
+    materials = scenes.materials_of_test(source)
+    materials.check()
+
+    def questions():
+        for seed in range(NUM_SCENES):
+            drawn = None
+            for kind in kinds:
+                scene, question = scenes.photograph_question(seed, kind, materials)
+                if scene != drawn:
+                    drawn, image = scene, scenes.draw_scene(scene)
+                yield Question(f"{kind}-{seed}", question.text, image, question.key, kind)
+
+    return NUM_SCENES * len(kinds), questions()
+
+
 def _scenes_task(size: int = 35, kinds: tuple[str, ...] = scenes.KINDS) -> Task:
     return Task("", partial(_read_scenes, size=size, kinds=kinds), "", "accuracy", _score_scene)
 
@@ -339,4 +358,5 @@ TASKS = {
     "scenes70": _scenes_task(size=70),
     "scenes140": _scenes_task(size=140),
     "large": _scenes_task(kinds=("large",)),
+    "photographs": Task("", _read_photographs, "", "accuracy", _score_scene),
 }

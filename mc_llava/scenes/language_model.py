@@ -8,44 +8,49 @@ once, and the language model, the projector and the coordinate embedding train o
 import json
 import os
 import random
-import re
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import torch
-from datasets import Dataset
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
-from safetensors.torch import load_file, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tqdm import tqdm
 from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig, Trainer, TrainingArguments
 
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaModel, MCLlavaProcessor
-from ..journal import replacing, write_json
+from ..journal import write_json
+from ..loading import load_model
 from ..training import StopIfDiverged, checked, last_checkpoint, set_trainable
-from .questions import KINDS, SceneQuestion, ask, caption, is_correct
-from .scene import SIDE, Scene, Thing, draw_scene, legible_height, make_scene, outline
+from ..zoom_heads import choose_heads, write_heads
+from ..zoom_heads import measure as measure_heads
+from .conversations import ANSWERING_LAYER, KIND_WEIGHTS, LOOKING_HEADS, NAMING_LAYER, SceneCollator, scene_rows
+from .encoding import (
+    MOST_TOKENS,
+    NUM_TOKENS,
+    PATCH_SIZE,
+    Budget,
+    CachedImage,
+    cache_scenes,
+    encode_scenes,
+    image_fields,
+    last_tokens,
+    mixture,
+)
+from .making import make_scene
+from .materials import Materials
+from .photographs import make_photograph_scene, training_scene
+from .questions import KINDS, KINDS_ON_PHOTOGRAPHS, ask, can_ask, caption, is_correct
+from .scene import SIDE
 from .tower import MuonAndAdamW, Report, Stage, pretrain_tower
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>", "<pad>"]
-VOCABULARY = 512  # at most
-PATCH_SIZE = 8
-MAX_CROPS, NUM_TOKENS = 32, 128
-# How often the training scenes are cut with each max_crops, in percent.
-CROP_BUDGETS = {0: 4, 2: 4, 4: 6, 8: 10, 16: 16, 32: 48, 64: 12}
-
-SHARD = 500  # images of one file of the cache
+VOCABULARY = 768  # at most
+MAX_CROPS = 32
 TURNS = 8  # at most, of one conversation
-KIND_WEIGHTS = {"ocr": 3, "attribute": 1, "position": 1, "hard": 2}  # how often they are asked: reading comes last
 CAPTIONS = 0.05  # share of the conversations that are a caption, in batches that are not short
-MANY_CROPS = 16  # max_crops at least, of the scenes of the short steps
-SPACINGS = (1, 1, 2, 4, 8, 16)  # of the visual tokens of short batches
-READABLE = 6.5  # pixels of the tower, of a glyph
-# Heads, the first of a layer, that learn where to look: from a thing's name, and from each word about it.
-NAMING_LAYER, ANSWERING_LAYER, LOOKING_HEADS = 1, 2, 2
 PLACE_WEIGHT = 4.0  # two places can be compared once each can be read off its name
 FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
+SCENES_FOR_HEADS = 300  # that zoom's heads are measured on
 MADE_OF = "recipe.json"
 LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
 
@@ -62,6 +67,10 @@ class TinyRecipe:
         num_images: how many scenes are encoded for the language model.
         short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
         num_tested: how many scenes that are never trained on are asked about during training.
+        start: a checkpoint of the same sizes whose tower is trained further; None for random weights.
+        photographs: folder of photographs for half of the scenes, see `Materials`; None if all are drawn.
+        objects: folder of cut-out objects, with photographs only.
+        fonts: folder of fonts for scenes with photographs; None for the system's.
         tower_width, tower_layers, width, layers: sizes of the SigLIP and of the Phi architecture.
         workers: processes that draw.
     """
@@ -72,22 +81,38 @@ class TinyRecipe:
     num_images: PositiveInt
     short_steps: NonNegativeInt
     num_tested: PositiveInt = 200
+    start: str | None = None
+    photographs: str | None = None
+    objects: str | None = None
+    fonts: str | None = None
     tower_width: PositiveInt = 128
     tower_layers: PositiveInt = 6
     width: PositiveInt = 192
     layers: Annotated[int, Field(gt=ANSWERING_LAYER)] = 4
     workers: NonNegativeInt = 1
 
+    def materials(self) -> Materials | None:
+        """
+        Raises:
+            ValueError: if there are objects without photographs.
+        """
+        if self.photographs is None and (self.objects or self.fonts):
+            raise ValueError(
+                f"objects ({self.objects}) and fonts ({self.fonts}) are for scenes on photographs: set photographs to "
+                "a folder, or the others to null too"
+            )
+        return Materials(self.photographs, self.objects, self.fonts) if self.photographs else None
 
-def build_processor() -> MCLlavaProcessor:
+
+def build_processor(materials: Materials | None = None) -> MCLlavaProcessor:
     """A byte-level BPE trained on questions and answers about scenes. The signs' characters stay single tokens."""
-    rng = random.Random(0)
-    texts = ["user\nassistant\nsystem\n"] * 100
+    rng, objects = random.Random(0), tuple(materials.renderings) if materials else ()
+    texts = ["user\nassistant\nsystem\n"] * 100 + [f"There is no {name}." for name in objects] * 10
     for seed in range(300):
-        scene, said = make_scene(seed), []
+        scene, said = training_scene(seed, materials), []
         said += caption(scene, rng)
-        for kind in KINDS:
-            question = ask(scene, kind, rng)
+        for kind in (kind for kind in KIND_WEIGHTS if can_ask(scene, kind)):
+            question = ask(scene, kind, rng, objects)
             said += [question.text, question.answer]
         signs = {thing.text for thing in scene.things if thing.text}
         texts += [" ".join(word for word in text.split(" ") if word.strip(".,?") not in signs) for text in said]
@@ -153,96 +178,6 @@ def build_model(processor: MCLlavaProcessor, vision: SiglipVisionConfig, width: 
         pad_token_id=tokenizer.pad_token_id,
     )
     return MCLlavaForConditionalGeneration(config)
-
-
-class CachedImage(NamedTuple):
-    """A scene's crops behind the frozen tower."""
-
-    seed: int  # of the scene
-    budget: tuple[int, int]  # max_crops, num_tokens
-    features: torch.Tensor  # float16[tokens, vision_hidden], without coordinates
-    boxes: torch.Tensor  # int64[crops, 4]
-    coords: torch.Tensor  # float32[crops, 2]
-    num_tokens: torch.Tensor  # int64[crops]
-
-    OF_CROPS = ("boxes", "coords", "num_tokens")
-
-
-class SceneCrops(torch.utils.data.Dataset):
-    """Scenes drawn and cut into crops: what the image processor returns for each of `seeds` under its budget."""
-
-    def __init__(self, image_processor, seeds, split: str, budgets):
-        self.image_processor, self.seeds, self.split, self.budgets = image_processor, seeds, split, budgets
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        image = draw_scene(make_scene(self.seeds[index], self.split))
-        max_crops, num_tokens = self.budgets[index]
-        return dict(self.image_processor(image, max_crops=max_crops, num_tokens=num_tokens, return_tensors="pt"))
-
-
-@torch.no_grad()
-def encode_scenes(model, processor, seeds, split: str, budgets, workers: int = 0) -> list[CachedImage]:
-    """Encode drawn scenes. `budgets` has (max_crops, num_tokens) for each of `seeds`."""
-    device = model.device
-    images = []
-    crops = SceneCrops(processor.image_processor, seeds, split, budgets)
-    loader = torch.utils.data.DataLoader(crops, batch_size=None, num_workers=workers)
-    for seed, budget, inputs in zip(seeds, budgets, loader):
-        kept = inputs["crop_num_tokens"]
-        with torch.autocast(device.type, torch.bfloat16):
-            features = model.model.keep_last(model.model.encode_crops(inputs["pixel_values"].to(device)), kept)
-        of_crops = inputs["crop_boxes"], inputs["crop_coords"], kept
-        images.append(CachedImage(seed, budget, features.half().cpu(), *of_crops))
-    return images
-
-
-def cache_scenes(model, processor, folder: Path, count: int, workers: int) -> list[CachedImage]:
-    """
-    The first `count` training scenes, each under a budget drawn from `CROP_BUDGETS`. Those that an earlier run left in
-    `folder` are reused.
-    """
-    images, names = [], ("features", *CachedImage.OF_CROPS)
-    folder.mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, count, SHARD), desc="Encoding scenes", unit_scale=SHARD, unit="scene"):
-        seeds = range(start, min(start + SHARD, count))
-        path = folder / f"scenes-{seeds.start}-{seeds.stop}.safetensors"
-        rng = random.Random(start)
-        budgets = []
-        for max_crops in rng.choices(list(CROP_BUDGETS), list(CROP_BUDGETS.values()), k=len(seeds)):
-            budgets.append((max_crops, NUM_TOKENS if rng.random() < 0.7 else rng.randint(48, 256)))
-        if not path.exists():
-            shard = encode_scenes(model, processor, seeds, "train", budgets, workers)
-            tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in names}
-            tensors["crops"] = torch.tensor([len(image.coords) for image in shard])
-            with replacing(path) as file:
-                file.write(save(tensors))
-        shard = load_file(path)
-        crops = shard["crops"].tolist()
-        tokens = [int(kept.sum()) for kept in shard["num_tokens"].split(crops)]
-        parts = shard["features"].split(tokens), *(shard[name].split(crops) for name in CachedImage.OF_CROPS)
-        images += [CachedImage(seed, budget, *image) for seed, budget, image in zip(seeds, budgets, zip(*parts))]
-    return images
-
-
-def scene_rows(images: list[CachedImage], stage: Stage, short_steps: int) -> Dataset:
-    """
-    The input of `SceneCollator`, in training's order: each part repeats all images that suit it, reshuffled each time,
-    and each row has its own seed. A longer run begins like a shorter one.
-    """
-    everything = range(len(images))
-    many = [index for index in everything if images[index].budget[0] >= MANY_CROPS] or everything
-    short_steps = min(short_steps, stage.steps)
-    rows = []
-    for short, pool, steps in ((True, many, short_steps), (False, everything, stage.steps - short_steps)):
-        rng, part = random.Random(f"{stage.seed} {short}"), []
-        while len(part) < steps * stage.batch_size:
-            chosen = rng.sample(pool, len(pool))
-            part += [{"image": index, "short": short, "seed": rng.getrandbits(62)} for index in chosen]
-        rows += part[: steps * stage.batch_size]
-    return Dataset.from_list(rows)
 
 
 class CachedTower(MCLlavaModel):
@@ -312,147 +247,6 @@ def looking_loss(
     return sum(losses)
 
 
-def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
-    """The inputs of a `LanguageModelTrainee` for a batch of images."""
-    counts = torch.cat([image.num_tokens for image in images])
-    longest = int(counts.max())
-    features = torch.zeros(len(counts), longest, images[0].features.shape[1])
-    features[torch.arange(longest) >= longest - counts[:, None]] = torch.cat([i.features for i in images]).float()
-    return {
-        "pixel_values": features,
-        "crop_coords": torch.cat([image.coords for image in images]),
-        "crop_num_tokens": counts,
-        "image_grid_thw": torch.tensor([[len(image.coords), 1, 1] for image in images]),
-    }
-
-
-class Look(NamedTuple):
-    """The positions that the language model should attend to from one position of a conversation."""
-
-    layer: int
-    position: int
-    targets: list[int]  # positions
-    place: tuple[float, float]  # of the thing there, (x / width, y / height)
-
-
-class SceneCollator:
-    """
-    Fresh conversations about cached images: some questions of all kinds, or a caption, with the loss on the answers.
-    They depend on the rows alone: a resumed run draws the same as an uninterrupted one.
-
-    Each conversation also has its attention targets, as the generator knows which crops contain an object. A language
-    model is slow to find these among thirty crops by itself:
-
-        visual tokens              question                       answer
-        [whole] [1] [2] ... [31]   What does the red sign say?    It says 48H7.
-                     ^                                |            |  |  |
-                     +--- last token of the crop -----+------------+--+--+
-
-    Short batches show the last token of each crop alone, where the tower has learned to gather it, and hold many
-    questions: a step takes half the time. Their positions are spread as if each crop had more tokens, for the heads to
-    look as far as in long sequences. The other batches show the tokens of each image's own budget.
-
-    Args:
-        captions: share of the conversations that are a caption, in batches that are not short.
-        turns: the most questions of one conversation.
-    """
-
-    def __init__(self, processor, images: list[CachedImage], captions: float, turns: int):
-        self.tokenizer = processor.tokenizer
-        self.image_token_id = processor.image_token_id
-        self.images, self.captions, self.turns = images, captions, turns
-
-    def questions(self, scene: Scene, captions: float, turns: int, rng: random.Random) -> list[SceneQuestion]:
-        if rng.random() < captions:
-            text, answer = caption(scene, rng)
-            return [SceneQuestion("caption", text, answer, answer)]
-        return [ask(scene, *rng.choices(list(KIND_WEIGHTS), KIND_WEIGHTS.values()), rng) for _ in range(turns)]
-
-    def conversation(
-        self, image: CachedImage, scene: Scene, questions: list[SceneQuestion]
-    ) -> tuple[list[int], list[int], list[Look]]:
-        """Token ids, labels, and where to look."""
-        seen = self.last_tokens_showing(image, scene)
-        ids, labels, looks = [], [], []
-        for question in questions:
-            picture, newline = ("", "\n") if ids else ("<image>" * int(image.num_tokens.sum()) + "\n", "")
-            before = f"{newline}<|im_start|>user\n{picture}"
-            asked = self.tokenizer(
-                f"{before}{question.text}<|im_end|>\n<|im_start|>assistant\n", return_offsets_mapping=True
-            )
-            if picture:
-                first = asked["input_ids"].index(self.image_token_id)
-            replied = self.tokenizer.encode(f"{question.answer}<|im_end|>")
-            answer_start = len(ids) + len(asked["input_ids"])
-            for name, thing in question.named:
-                targets = [first + token for token in seen[thing]]
-                if not targets:
-                    continue
-                place = thing.center[0] / scene.width, thing.center[1] / scene.height
-                end = len(before) + re.search(rf"\b{name}\b", question.text).end()
-                inside = [start < end <= stop for start, stop in asked["offset_mapping"]]
-                looks.append(Look(NAMING_LAYER, len(ids) + inside.index(True), targets, place))
-                if len(question.named) == 1:
-                    # The position that predicts each token of the reply, except its end.
-                    positions = range(answer_start - 1, answer_start + len(replied) - 2)
-                    looks += [Look(ANSWERING_LAYER, position, targets, place) for position in positions]
-            ids += asked["input_ids"] + replied
-            labels += [-100] * len(asked["input_ids"]) + replied
-        return ids, labels, looks
-
-    def last_tokens_showing(self, image: CachedImage, scene: Scene) -> dict[Thing, list[int]]:
-        """Thing -> the last token of each crop in which it and its neighbor can be told, of the image's tokens."""
-        last = (image.num_tokens.cumsum(0) - 1).tolist()
-        showing = {}
-        for group in scene.groups:
-            box, glyph = outline(group), min(thing.glyph for thing in group)
-            heights = [legible_height(box, glyph, [crop]) for crop in image.boxes.tolist()]
-            showing |= dict.fromkeys(group, [token for token, height in zip(last, heights) if height >= READABLE])
-        return showing
-
-    def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        rng = random.Random(rows[0]["seed"])
-        # The same in all rows, so that few positions are padding.
-        short = rows[0]["short"]
-        turns = rng.randint((self.turns + 1) // 2 if short else 1, self.turns)
-        captions = 0.0 if short else self.captions
-        images = [self.images[row["image"]] for row in rows]
-        if short:
-            images = [last_tokens(image) for image in images]
-        drawn = [make_scene(image.seed) for image in images]
-        questions = [self.questions(scene, captions, turns, rng) for scene in drawn]
-        talks = [self.conversation(*talk) for talk in zip(images, drawn, questions)]
-        longest = max(len(ids) for ids, _, _ in talks)
-        pad = self.tokenizer.pad_token_id
-        looks = [(row, look) for row, (_, _, found) in enumerate(talks) for look in found]
-        targets = torch.zeros(len(looks), longest, dtype=torch.bool)
-        for index, (_, look) in enumerate(looks):
-            targets[index, look.targets] = True
-        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _, _ in talks])
-        spacing = rng.choice(SPACINGS) if short else 1
-        is_visual = input_ids == self.image_token_id
-        return {
-            "input_ids": input_ids,
-            "position_ids": torch.arange(longest) + (spacing - 1) * is_visual.cumsum(-1),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _, _ in talks]),
-            "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels, _ in talks]),
-            **image_fields(images),
-            "looks": {
-                "layers": torch.tensor([look.layer for _, look in looks], dtype=torch.long),
-                "rows": torch.tensor([row for row, _ in looks], dtype=torch.long),
-                "positions": torch.tensor([look.position for _, look in looks], dtype=torch.long),
-                "targets": targets,
-                "places": torch.tensor([look.place for _, look in looks]).reshape(-1, 2),
-            },
-        }
-
-
-def last_tokens(image: CachedImage) -> CachedImage:
-    """The image with one token a crop."""
-    last = image.num_tokens.cumsum(0) - 1
-    return image._replace(features=image.features[last], num_tokens=torch.ones_like(image.num_tokens))
-
-
 @torch.no_grad()
 def answer_cached(
     model, processor, images: list[CachedImage], questions: list[str], batch_size: int = 64
@@ -481,17 +275,20 @@ def prompt(processor, question: str, num_tokens: int) -> str:
     return written.replace(processor.image_token, processor.image_token * num_tokens)
 
 
-def measure_language_model(model, processor, images: list[CachedImage], split: str) -> dict[str, float]:
-    """Percent of right replies for each kind of question, one of each about every image."""
+def measure_language_model(
+    model, processor, images: list[CachedImage], kinds: tuple[str, ...], objects: tuple[str, ...] | None = None
+) -> dict[str, float]:
+    """Percent of right replies for each kind of question, one of each about every image that has what it is about."""
     was_training = model.training
     model.eval()
     rng = random.Random(0)
     accuracies = {}
-    for kind in KINDS:
-        questions = [ask(make_scene(image.seed, split), kind, rng) for image in images]
-        replies = answer_cached(model, processor, images, [question.text for question in questions])
+    for kind in kinds:
+        asked = [image for image in images if can_ask(image.scene, kind)]
+        questions = [ask(image.scene, kind, rng, objects) for image in asked]
+        replies = answer_cached(model, processor, asked, [question.text for question in questions])
         right = [is_correct(question.key, reply) for question, reply in zip(questions, replies)]
-        accuracies[kind] = round(100 * sum(right) / len(right), 1)
+        accuracies[kind] = round(100 * sum(right) / max(1, len(right)), 1)
     model.train(was_training)
     return accuracies
 
@@ -513,21 +310,44 @@ def whiten_projector(projector: torch.nn.Module, images: list[CachedImage]):
     projector.linear_1.bias.copy_(-mixing @ whitening @ mean)
 
 
+def tested_images(model, processor, number: int, materials: Materials | None) -> dict[str, list[CachedImage]]:
+    """Scenes that are measured during training and not trained on: drawn ones, and photographs with other fonts."""
+    seeds = range(FIRST_TESTED, FIRST_TESTED + number)
+    drawn = [make_scene(seed, "test") for seed in seeds]
+
+    def encoded(scenes, budget):
+        return encode_scenes(model, processor, scenes, [budget] * number)
+
+    found = {"crops": encoded(drawn, Budget(MAX_CROPS, NUM_TOKENS)), "whole": encoded(drawn, Budget(0, NUM_TOKENS))}
+    found["most"] = encoded(drawn, Budget(100, MOST_TOKENS))
+    if materials:
+        scenes = [make_photograph_scene(seed, "test", materials) for seed in seeds]
+        found["photographs"] = encoded(scenes, Budget(MAX_CROPS, NUM_TOKENS))
+    return found
+
+
 def train_language_model(
-    model, processor, images: list[CachedImage], output: Path, stage: Stage, short_steps: int, num_tested: int
+    model,
+    processor,
+    images: list[CachedImage],
+    output: Path,
+    stage: Stage,
+    short_steps: int,
+    num_tested: int,
+    materials: Materials | None = None,
 ):
     """Train all but the tower on cached images, or resume from the last checkpoint in `output`."""
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
-    seeds = range(FIRST_TESTED, FIRST_TESTED + num_tested)
-    with_crops = encode_scenes(model, processor, seeds, "test", [(MAX_CROPS, NUM_TOKENS)] * num_tested)
-    without = encode_scenes(model, processor, seeds, "test", [(0, NUM_TOKENS)] * num_tested)
+    objects = tuple(materials.renderings) if materials else ()
+    tested = tested_images(model, processor, num_tested, materials) | {"seen": images[:num_tested]}
 
     def measured(trainee):
-        return {
-            "crops": measure_language_model(trainee, processor, with_crops, "test"),
-            "whole": measure_language_model(trainee, processor, without, "test"),
-            "seen": measure_language_model(trainee, processor, images[:num_tested], "train"),
-        }
+        found = {}
+        for name, seen in tested.items():
+            benchmark = name in ("crops", "whole", "most")
+            kinds, names = (KINDS, None) if benchmark else (KINDS_ON_PHOTOGRAPHS, objects)
+            found[name] = measure_language_model(trainee, processor, seen, kinds, names)
+        return found
 
     whiten_projector(model.model.multi_modal_projector, images)
     trainee = LanguageModelTrainee(model.config)
@@ -540,7 +360,7 @@ def train_language_model(
         trainee,
         TrainingArguments(**stage.options(output), train_sampling_strategy="sequential"),
         train_dataset=scene_rows(images, stage, short_steps),
-        data_collator=SceneCollator(processor, images, CAPTIONS, TURNS),
+        data_collator=SceneCollator(processor, images, CAPTIONS, TURNS, objects),
         processing_class=processor,
         optimizers=(MuonAndAdamW(trainee, stage.learning_rate, stage.weight_decay), None),
         callbacks=[Report(stage.save_steps, measured), StopIfDiverged()],
@@ -556,8 +376,10 @@ def made_of(recipe: TinyRecipe) -> dict[str, dict]:
         {f"{stage}.{name}": value for name, value in values[stage].items() if name not in LENGTHS}
         for stage in ("tower", "language_model")
     )
-    tower |= {name: values[name] for name in ("tower_width", "tower_layers")}
-    images = tower | {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")}
+    tower |= {name: values[name] for name in ("tower_width", "tower_layers", "start")}
+    materials = recipe.materials()
+    tower["photographs, objects and fonts"] = materials and materials.digest()
+    images = tower | {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")} | {"mixture": mixture()}
     language_model |= images | {name: values[name] for name in ("width", "layers", "num_images", "short_steps")}
     return {"tower": tower, "images": images, "language_model": language_model}
 
@@ -582,9 +404,26 @@ def check_made_of(folder: Path, wanted: dict):
     write_json(path, wanted)
 
 
+def load_tower(folder: str, vision: SiglipVisionConfig) -> dict[str, torch.Tensor]:
+    """
+    The weights of a checkpoint's tower.
+
+    Raises:
+        ValueError: if there is no such folder, or its tower has other sizes.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"start: there is no folder {folder}; docs/tiny.md says what to put there, or set start=null")
+    model = load_model(folder, "float32", "cpu")
+    for name in ("hidden_size", "num_hidden_layers", "patch_size", "image_size"):
+        found, wanted = getattr(model.config.vision_config, name), getattr(vision, name)
+        if found != wanted:
+            raise ValueError(f"the tower of {folder} has {name} {found}, the recipe's {wanted}: set start to another")
+    return model.model.vision_tower.state_dict()
+
+
 def train_tiny(recipe: TinyRecipe) -> Path:
     """
-    Make `tiny` from scratch, or resume an interrupted call. Returns the model's folder.
+    Make `tiny`, or resume an interrupted call. Zoom's heads are measured at the end. Returns the model's folder.
 
     Raises:
         ValueError: if the earlier call had a recipe that this one can't resume.
@@ -596,15 +435,18 @@ def train_tiny(recipe: TinyRecipe) -> Path:
         if (work / name).exists():
             check_made_of(work / name, stages[name])
     check_made_of(work / "tower", stages["tower"])
-    processor = build_processor()
+    if (materials := recipe.materials()) is not None:
+        materials.check()
+    processor = build_processor(materials)
     vision = vision_config(recipe.tower_width, recipe.tower_layers)
     torch.manual_seed(recipe.language_model.seed)
     model = build_model(processor, vision, recipe.width, recipe.layers)
-    pretrained = pretrain_tower(work / "tower", vision, recipe.tower, recipe.workers).tower
+    start = load_tower(recipe.start, vision) if recipe.start else None
+    pretrained = pretrain_tower(work / "tower", vision, recipe.tower, recipe.workers, materials, start).tower
     model.model.vision_tower.load_state_dict(pretrained.state_dict())
     model.eval().to(pretrained.device)
     check_made_of(work / "images", stages["images"])
-    images = cache_scenes(model, processor, work / "images", recipe.num_images, recipe.workers)
+    images = cache_scenes(model, processor, work / "images", recipe.num_images, recipe.workers, materials)
     check_made_of(work / "language_model", stages["language_model"])
     train_language_model(
         model,
@@ -614,7 +456,9 @@ def train_tiny(recipe: TinyRecipe) -> Path:
         recipe.language_model,
         recipe.short_steps,
         recipe.num_tested,
+        materials,
     )
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
+    write_heads(output, choose_heads(measure_heads(model, processor, SCENES_FOR_HEADS), LOOKING_HEADS))
     return output

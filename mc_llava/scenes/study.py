@@ -18,7 +18,7 @@ from ..engine import GREEDY, Engine, ask_about
 from ..estimate import estimate
 from ..evaluation.metrics import wilson_interval
 from ..evaluation.running import evaluate
-from ..evaluation.tasks import NUM_SCENES
+from ..evaluation.tasks import NUM_SCENES, PHOTOGRAPH_KINDS
 from ..journal import write_json
 from ..loading import load
 from .questions import DIRECTIONS, KINDS, is_correct
@@ -56,15 +56,16 @@ class Study:
     Args:
         work: folder for every reply, one results file of `evaluate` per setting.
         num_scenes: of the test split, from the first on, with a question of each kind.
+        photographs: the data of the task photographs.
 
     Raises:
         ValueError: if there are fewer scenes.
     """
 
-    def __init__(self, model_path: str, work: Path, num_scenes: int):
+    def __init__(self, model_path: str, work: Path, num_scenes: int, photographs: str = ""):
         if num_scenes > NUM_SCENES:
             raise ValueError(f"num_scenes must be at most {NUM_SCENES}, got {num_scenes}")
-        self.model_path, self.work, self.num_scenes = model_path, work, num_scenes
+        self.model_path, self.work, self.num_scenes, self.photographs = model_path, work, num_scenes, photographs
         self.model, self.processor, self.revision = load(model_path)
 
     @property
@@ -85,13 +86,14 @@ class Study:
         """
         zoom = f"-zoom-{setting.zoom}" * (setting.zoom > 0)
         folder = self.work / f"crops-{setting.max_crops}-tokens-{setting.num_tokens}{zoom}"
-        kinds = 1 if setting.task == "large" else len(KINDS)
+        kinds = {"large": 1, "photographs": len(PHOTOGRAPH_KINDS)}.get(setting.task, len(KINDS))
         results = evaluate(
             setting.task,
             self.engine(setting),
             folder,
             model=self.model_path,
             revision=self.revision,
+            data=self.photographs if setting.task == "photographs" else None,
             limit=self.num_scenes * kinds,
         )
         records = results["questions"]

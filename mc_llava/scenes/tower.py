@@ -11,6 +11,7 @@ are dropped afterwards:
 """
 
 import json
+import math
 import os
 import random
 import time
@@ -24,6 +25,9 @@ from torch import nn
 from transformers import AutoModel, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
 from ..training import StopIfDiverged, checked, last_checkpoint
+from .drawing import character_centers, draw_scene
+from .making import make_group
+from .materials import Materials
 from .scene import (
     BACKGROUNDS,
     CHARACTERS,
@@ -34,10 +38,7 @@ from .scene import (
     SPLITS,
     Scene,
     Thing,
-    character_centers,
     distance,
-    draw_scene,
-    make_group,
     move,
     outline,
 )
@@ -54,78 +55,136 @@ GATHERING_LAYERS = 2
 # How often the gather head reads from the last 1, 3, 8 and 24 patches.
 GATHERED = (1, 3, 3, 3, 8, 24)
 
-# The targets of a crop, see `label_crop`: name -> number of classes and the weight of class 0 (nothing there).
-PATCH_TARGETS = {
-    "patch_names": (1 + len(CHARACTERS) + len(NAMES), 0.05),
-    "patch_colors": (1 + len(COLORS), 0.05),
-    "patch_orders": (1 + LONGEST_SIGN, 0.05),
-}
-CROP_TARGETS = {
-    "sign_texts": ((len(COLORS), LONGEST_SIGN), 1 + len(CHARACTERS), 0.03),
-    "sign_neighbors": ((len(COLORS),), 1 + len(NAMES), 0.1),
-    "shape_colors": ((len(NAMES),), 1 + len(COLORS), 0.1),
-    # Steps on the way to `sign_texts`: no color has to be bound to these.
-    "characters": ((len(CHARACTERS),), 2, 0.1),
-    "ordered_characters": ((LONGEST_SIGN, len(CHARACTERS)), 2, 0.05),
-}
+
+def patch_targets(objects: tuple[str, ...]) -> dict[str, tuple[int, float]]:
+    """The targets of a patch, see `label_crop`: name -> number of classes, and the weight of class 0, nothing."""
+    return {
+        "patch_names": (1 + len(CHARACTERS) + len(NAMES) + len(objects), 0.05),
+        "patch_colors": (1 + len(COLORS), 0.05),
+        "patch_orders": (1 + LONGEST_SIGN, 0.05),
+    }
 
 
-def make_crop(seed: int, split: str, side: int) -> tuple[Scene, tuple[int, int, int, int]]:
+def crop_targets(objects: tuple[str, ...]) -> dict[str, tuple[tuple[int, ...], int, float]]:
+    """The targets of a crop: name -> shape, number of classes and the weight of class 0."""
+    return {
+        "sign_texts": ((len(COLORS), LONGEST_SIGN), 1 + len(CHARACTERS), 0.03),
+        "sign_neighbors": ((len(COLORS),), 1 + len(NAMES) + len(objects), 0.1),
+        "shape_colors": ((len(NAMES),), 1 + len(COLORS), 0.1),
+        "objects": ((len(objects),), 2, 0.02),
+        # Steps on the way to `sign_texts`: no color has to be bound to these.
+        "characters": ((len(CHARACTERS),), 2, 0.1),
+        "ordered_characters": ((LONGEST_SIGN, len(CHARACTERS)), 2, 0.05),
+    }
+
+
+def make_crop(
+    seed: int, split: str, side: int, materials: Materials | None = None
+) -> tuple[Scene, tuple[int, int, int, int]]:
     """
     A scene and the box of a crop in which some of its things lie, whole or cut by the edge.
 
-    It costs a twentieth of a full scene: nothing outside the crop is drawn.
+    It costs a twentieth of a full scene: nothing outside the crop is drawn. Glyphs are 7 to 15 pixels of the tower
+    high in half of the crops, as in the usual grids, up to 40 in a third, as in those that zoom cuts, and hardly
+    legible in the others, as in its scouts.
     """
     rng = random.Random(f"crop {split} {seed}")
-    scale = rng.uniform(1.5, 3.2)  # pixels of the scene to one of the tower
+    # Pixels of the scene to one of the tower. Zoom cuts crops that are smaller than the tower's side; those of large
+    # pictures look like ones of twice the tower's side, which take less time.
+    scale = rng.uniform(1.3, 2.2) if rng.random() < 0.6 else math.exp(rng.uniform(math.log(0.6), math.log(2.2)))
     width = height = round(side * scale)
     if rng.random() < 0.3:  # the last column or row of a grid is stretched
         stretch = rng.uniform(1, 1.5)
         width, height = (round(width * stretch), height) if rng.random() < 0.5 else (width, round(height * stretch))
-    glyph = scale * (rng.uniform(7, 15) if rng.random() < 0.85 else rng.uniform(3.5, 7))
-    left, top = width * rng.randint(0, 3), height * rng.randint(0, 3)
-
-    colors = rng.sample(list(COLORS), len(COLORS))
-    names = rng.sample(NAMES, len(NAMES))
+    photographed = materials is not None and rng.random() < 0.7
+    real = photographed and rng.random() < 0.8
+    cast = _CropCast(rng, split, materials, photographed, real)
+    # A large crop shows all of a small photograph, the others a part.
+    spread = rng.choice((1, 4, 4)) if photographed else 4
+    left, top = (side * rng.randint(0, spread - 1) for side in (width, height))
     groups = []
-    for _ in range(rng.choice((0, 1, 1, 1, 1, 1, 2, 2, 2, 3))):
-        chance = rng.random()
-        text = "".join(rng.choices(CHARACTERS, k=rng.choice((2, 3, 4))))
-        signs = [(colors.pop(), text)] if chance < 0.75 else []
-        shapes = [(names.pop(), rng.choice(list(COLORS)))] if chance < 0.45 or not signs else []
-        group = make_group(rng, glyph, signs, shapes, FONTS[split])
+    size = _glyph(rng)
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 2, 2, 2, 3, 3))):
+        group = cast.group(scale, size, width)
         _, _, right, bottom = outline(group)
         # Of two groups in three all lies inside, else at least a quarter.
         over = 0.0 if rng.random() < 0.67 else 0.75
-        for _ in range(10):
+        for _ in range(20):
             x = left + rng.uniform(-right * over, max(0, width - right * (1 - over)))
             y = top + rng.uniform(-bottom * over, max(0, height - bottom * (1 - over)))
-            x, y = round(x), round(y)
-            moved = move(group, x, y)
+            moved = move(group, round(x), round(y))
             boxes = [outline(other) for other in groups]
-            if all(distance(outline(moved), box) > glyph * 0.5 for box in boxes):
+            if all(distance(outline(moved), box) > scale * 0.5 * min(size, 15) for box in boxes):
                 groups.append(moved)
                 break
-    scene = Scene(4 * width, 4 * height, rng.choice(BACKGROUNDS[split]), rng.getrandbits(7), tuple(groups))
+        if rng.random() < 0.4:
+            size = _glyph(rng)
+    background = rng.choice(materials.backgrounds if photographed else BACKGROUNDS[split])
+    camera = rng.getrandbits(32) if rng.random() < (0.85 if photographed else 0.25) else None
+    # Few drawn backgrounds, for they are kept; of photographs any part.
+    seed = rng.getrandbits(32 if photographed else 7)
+    scene = Scene(spread * width, spread * height, background, seed, tuple(groups), camera)
     return scene, (left, top, left + width, top + height)
 
 
-def label_crop(scene: Scene, box: tuple[int, int, int, int], side: int, patch_size: int) -> dict[str, np.ndarray]:
+def _glyph(rng: random.Random) -> float:
+    """Pixels of the tower."""
+    chance = rng.random()
+    if chance < 0.52:
+        return rng.uniform(7, 15)
+    return rng.uniform(3.5, 7) if chance < 0.65 else math.exp(rng.uniform(math.log(13), math.log(40)))
+
+
+class _CropCast:
+    """What the groups of one crop are made of: no two signs have one color, no two other things one name."""
+
+    def __init__(self, rng: random.Random, split: str, materials: Materials | None, photographed: bool, real: bool):
+        self.rng, self.real = rng, real
+        self.colors, self.names = rng.sample(list(COLORS), len(COLORS)), rng.sample(NAMES, len(NAMES))
+        self.renderings = materials.renderings if materials else {}
+        self.objects = rng.sample(list(self.renderings), min(4, len(self.renderings)))
+        # In photographs of the test split all fonts are the split's own.
+        self.fonts = FONTS[split]
+        if materials and (photographed and split == "test" or rng.random() < 0.75):
+            self.fonts = rng.choice(materials.families[split])
+
+    def group(self, scale: float, size: float, width: int) -> tuple[Thing, ...]:
+        """Things of which a glyph has `size` pixels of the tower, `scale` of the scene each."""
+        rng, chance = self.rng, self.rng.random()
+        longest = max(2, min(LONGEST_SIGN, int(width / scale / size / 0.9)))
+        text = "".join(rng.choices(CHARACTERS, k=rng.randint(2, longest)))
+        signs = [(self.colors.pop(), text)] if chance < 0.7 else []
+        shapes, objects = [], []
+        if chance < 0.4 or not signs:
+            if self.objects and rng.random() < 0.65:
+                name = self.objects.pop()
+                objects = [(name, rng.choice(self.renderings[name]))]
+            else:
+                shapes = [(self.names.pop(), rng.choice(list(COLORS)))]
+        # In a crop of few pixels not all heights are possible.
+        return make_group(rng, max(4, scale * size), signs, shapes, self.fonts, objects, self.real)
+
+
+def label_crop(
+    scene: Scene, box: tuple[int, int, int, int], side: int, patch_size: int, objects: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
     """
-    The labels of a crop. 0 is nothing; `IGNORED` is undecidable: things cut by the edge or too small.
+    The labels of a crop. 0 is nothing; `IGNORED` is undecidable: things cut by the edge or too small. `objects` are
+    the names of all cut-out objects; they have no color.
 
     Returns:
-        patch_names: int[patches], 1 + the character, or 1 + len(CHARACTERS) + the shape, centred in the patch.
+        patch_names: int[patches], 1 + the character, or 1 + len(CHARACTERS) + the shape or object, centred in it.
         patch_colors: int[patches], 1 + the color of that plate or shape.
         patch_orders: int[patches], the character's number in its sign, from 1: without it no text can be put together.
         sign_texts: int[colors, LONGEST_SIGN], 1 + the characters of the sign of each color.
-        sign_neighbors: int[colors], 1 + the shape next to that sign.
+        sign_neighbors: int[colors], 1 + the shape or object next to that sign.
         shape_colors: int[names], 1 + the color of each shape.
+        objects: int[objects], 1 where the crop shows it.
         characters: int[characters], 1 where the crop shows it.
         ordered_characters: int[LONGEST_SIGN, characters], 1 where some sign that is not cut has it there.
-        places: float[colors + names, 2], where the signs and shapes lie, from 0 to 1; NaN where they don't.
+        places: float[colors + names + objects, 2], where the things lie, from 0 to 1; NaN where they don't.
     """
-    labels = CropLabels(box, side, patch_size)
+    labels = CropLabels(box, side, patch_size, objects)
     for group in scene.groups:
         shape = next((thing for thing in group if not thing.text), None)
         for thing in group:
@@ -139,21 +198,25 @@ def label_crop(scene: Scene, box: tuple[int, int, int, int], side: int, patch_si
 class CropLabels:
     """The labels of one crop, filled in thing by thing: see `label_crop`."""
 
-    def __init__(self, box: tuple[int, int, int, int], side: int, patch_size: int):
+    def __init__(self, box: tuple[int, int, int, int], side: int, patch_size: int, objects: tuple[str, ...]):
         self.left, self.top, self.right, self.bottom = box
         self.grid = side // patch_size
         self.scale = side / max(self.right - self.left, self.bottom - self.top)  # pixels of the tower per scene's
-        self.arrays = {name: np.zeros(self.grid**2, np.int64) for name in PATCH_TARGETS}
-        self.arrays |= {name: np.zeros(shape, np.int64) for name, (shape, _, _) in CROP_TARGETS.items()}
-        self.arrays["places"] = np.full((len(COLORS) + len(NAMES), 2), np.nan, np.float32)
+        self.name_ids = NAME_IDS | {name: len(NAMES) + index for index, name in enumerate(objects)}
+        self.arrays = {name: np.zeros(self.grid**2, np.int64) for name in patch_targets(objects)}
+        self.arrays |= {name: np.zeros(shape, np.int64) for name, (shape, _, _) in crop_targets(objects).items()}
+        self.arrays["places"] = np.full((len(COLORS) + len(self.name_ids), 2), np.nan, np.float32)
 
     def add_shape(self, shape: Thing):
-        index, shown, small = NAME_IDS[shape.name], self.shown(shape), self.is_small(shape)
+        index, shown, small = self.name_ids[shape.name], self.shown(shape), self.is_small(shape)
         self.note_place(len(COLORS) + index, shape)
         self.note_patch(shape.center, IGNORED if small else 1 + len(CHARACTERS) + index, shape.color, order=0)
         if shown > 0.25:
             unclear = small or shown < 0.7
-            self.arrays["shape_colors"][index] = IGNORED if unclear else 1 + COLOR_IDS[shape.color]
+            if shape.picture is not None:
+                self.arrays["objects"][index - len(NAMES)] = IGNORED if unclear else 1
+            else:
+                self.arrays["shape_colors"][index] = IGNORED if unclear else 1 + COLOR_IDS[shape.color]
 
     def add_sign(self, sign: Thing, neighbor: Thing | None):
         color, shown, small = COLOR_IDS[sign.color], self.shown(sign), self.is_small(sign)
@@ -166,7 +229,7 @@ class CropLabels:
             self.arrays["sign_texts"][color] = padded if legible else IGNORED
             if neighbor is not None:
                 clear = shown > 0.7 and self.shown(neighbor) > 0.7 and not small
-                self.arrays["sign_neighbors"][color] = 1 + NAME_IDS[neighbor.name] if clear else IGNORED
+                self.arrays["sign_neighbors"][color] = 1 + self.name_ids[neighbor.name] if clear else IGNORED
 
     def note_characters(self, sign: Thing):
         uncut, small = self.is_uncut(sign), self.is_small(sign)
@@ -191,7 +254,7 @@ class CropLabels:
         if patch is not None:
             taken = self.arrays["patch_names"][patch] != 0
             self.arrays["patch_names"][patch] = IGNORED if taken else name
-            self.arrays["patch_colors"][patch] = 1 + COLOR_IDS[color]
+            self.arrays["patch_colors"][patch] = 1 + COLOR_IDS[color] if color else IGNORED
             self.arrays["patch_orders"][patch] = IGNORED if taken else order
 
     def relative(self, point: tuple[float, float]) -> tuple[float, float]:
@@ -210,7 +273,7 @@ class CropLabels:
         return max(0, across) * max(0, down) / ((right - left) * (bottom - top))
 
     def is_small(self, thing: Thing) -> bool:
-        return thing.glyph * self.scale < (5 if thing.text else 4)
+        return thing.glyph * self.scale < (5 if thing.text else 9 if thing.picture else 4)
 
     def is_uncut(self, sign: Thing) -> bool:
         """Whether the whole text is in the crop; the plate's margin may be cut."""
@@ -223,17 +286,27 @@ class CropLabels:
 class CropDataset(torch.utils.data.Dataset):
     """Crops that are drawn and labelled on demand; number i is always the same."""
 
-    def __init__(self, size: int, split: str, side: int, patch_size: int, first: int = 0):
+    def __init__(
+        self,
+        size: int,
+        split: str,
+        side: int,
+        patch_size: int,
+        first: int = 0,
+        materials: Materials | None = None,
+        objects: tuple[str, ...] = (),
+    ):
         self.size, self.split, self.side, self.patch_size, self.first = size, split, side, patch_size, first
+        self.materials, self.objects = materials, objects
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        scene, box = make_crop(self.first + index, self.split, self.side)
+        scene, box = make_crop(self.first + index, self.split, self.side, self.materials)
         image = draw_scene(scene, box).resize((self.side, self.side), Image.Resampling.BICUBIC)
         pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
-        return {"pixel_values": pixels} | label_crop(scene, box, self.side, self.patch_size)
+        return {"pixel_values": pixels} | label_crop(scene, box, self.side, self.patch_size, self.objects)
 
 
 def _weighted_loss(logits: torch.Tensor, targets: torch.Tensor, nothing: float, ends: bool = False) -> torch.Tensor:
@@ -269,8 +342,9 @@ def sine_positions(grid: int, width: int) -> torch.Tensor:
 class TowerForPretraining(nn.Module):
     """A SigLIP tower with the two heads. It reads the last block before `post_layernorm`, as MC-LLaVA does."""
 
-    def __init__(self, vision_config: PreTrainedConfig):
+    def __init__(self, vision_config: PreTrainedConfig, objects: tuple[str, ...] = ()):
         super().__init__()
+        self.patch_targets, self.crop_targets = patch_targets(objects), crop_targets(objects)
         width = vision_config.hidden_size
         # The backward pass of fused attention takes half of a step on a CPU, and this one a tenth.
         attention = "sdpa" if torch.cuda.is_available() else "eager"
@@ -279,9 +353,9 @@ class TowerForPretraining(nn.Module):
             grid = vision_config.image_size // vision_config.patch_size
             self.tower.embeddings.position_embedding.weight.copy_(sine_positions(grid, width))
         self.patch_norm, self.gather_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.patch_head = nn.Linear(width, sum(classes for classes, _ in PATCH_TARGETS.values()))
-        self.crop_sizes = [int(np.prod(shape)) * classes for shape, classes, _ in CROP_TARGETS.values()]
-        self.num_places = len(COLORS) + len(NAMES)
+        self.patch_head = nn.Linear(width, sum(classes for classes, _ in self.patch_targets.values()))
+        self.crop_sizes = [int(np.prod(shape)) * classes for shape, classes, _ in self.crop_targets.values()]
+        self.num_places = len(COLORS) + len(NAMES) + len(objects)
         self.gather_head = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, sum(self.crop_sizes) + 2 * self.num_places)
         )
@@ -298,23 +372,26 @@ class TowerForPretraining(nn.Module):
         return read, hidden_states
 
     def read(self, early: torch.Tensor, late: torch.Tensor, gathered: int) -> dict[str, torch.Tensor]:
-        """Logits of all targets: [crops, ..., classes]; `places` are [crops, colors + names, 2]."""
-        sizes = [classes for classes, _ in PATCH_TARGETS.values()]
+        """Logits of all targets: [crops, ..., classes]; `places` are [crops, colors + names + objects, 2]."""
+        sizes = [classes for classes, _ in self.patch_targets.values()]
         patch_logits = self.patch_head(self.patch_norm(early)).split(sizes, -1)
-        logits = dict(zip(PATCH_TARGETS, patch_logits))
+        logits = dict(zip(self.patch_targets, patch_logits))
         last = self.gather_norm(late[:, -gathered:]).mean(1)
         *crop_logits, places = self.gather_head(last).split([*self.crop_sizes, 2 * self.num_places], -1)
-        for (name, (shape, classes, _)), values in zip(CROP_TARGETS.items(), crop_logits):
+        for (name, (shape, classes, _)), values in zip(self.crop_targets.items(), crop_logits):
             logits[name] = values.unflatten(-1, (*shape, classes))
         logits["places"] = places.unflatten(-1, (-1, 2)).float()
         return logits
 
     def forward(self, pixel_values: torch.Tensor, **targets: torch.Tensor) -> dict[str, torch.Tensor]:
         logits = self.read(*self.encode(pixel_values), random.choice(GATHERED))
-        losses = [_weighted_loss(logits[name], targets[name], nothing) for name, (_, nothing) in PATCH_TARGETS.items()]
+        losses = [
+            _weighted_loss(logits[name], targets[name], nothing) for name, (_, nothing) in self.patch_targets.items()
+        ]
         losses += [
             _weighted_loss(logits[name], targets[name], nothing, ends=name == "sign_texts")
-            for name, (_, _, nothing) in CROP_TARGETS.items()
+            for name, (shape, _, nothing) in self.crop_targets.items()
+            if shape[0]
         ]
         known = ~targets["places"].isnan()
         errors = (logits["places"] - targets["places"].nan_to_num()).abs() * known
@@ -334,7 +411,8 @@ def measure_tower(model: TowerForPretraining, dataset: CropDataset, gathered: in
     """
     was_training = model.training
     model.eval()
-    right = {name: [] for name in ("characters", "orders", "texts", "signs", "neighbors", "shapes", "places")}
+    measured = ("characters", "orders", "texts", "signs", "neighbors", "shapes", "objects", "places")
+    right = {name: [] for name in measured}
     for batch in torch.utils.data.DataLoader(dataset, batch_size):
         device = model.patch_head.weight.device
         with torch.autocast(device.type, torch.bfloat16):
@@ -348,6 +426,7 @@ def measure_tower(model: TowerForPretraining, dataset: CropDataset, gathered: in
         right["signs"] += hits["sign_texts"].all(-1)[batch["sign_texts"][..., 0] > 0].tolist()
         right["neighbors"] += hits["sign_neighbors"][batch["sign_neighbors"] > 0].tolist()
         right["shapes"] += hits["shape_colors"][batch["shape_colors"] > 0].tolist()
+        right["objects"] += hits["objects"][batch["objects"] > 0].tolist()
         right["places"] += (logits["places"] - batch["places"]).abs()[~batch["places"].isnan()].tolist()
     model.train(was_training)
     return {name: round(100 * sum(values) / max(1, len(values)), 1) for name, values in right.items()}
@@ -434,10 +513,21 @@ class Report(TrainerCallback):
 
 
 def pretrain_tower(
-    output: Path, vision_config: PreTrainedConfig, stage: Stage, workers: int = 1
+    output: Path,
+    vision_config: PreTrainedConfig,
+    stage: Stage,
+    workers: int = 1,
+    materials: Materials | None = None,
+    start: dict[str, torch.Tensor] | None = None,
 ) -> TowerForPretraining:
     """
     Train a tower, or resume from the last checkpoint in `output`.
+
+    It is measured on crops that are not trained on: of the training split, of drawn scenes of the test split, and of
+    photographs with the test split's fonts.
+
+    Args:
+        start: the weights of a tower to begin with; None for random ones.
 
     Returns:
         The trained tower, with its heads.
@@ -445,14 +535,23 @@ def pretrain_tower(
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
     torch.manual_seed(stage.seed)
     torch.set_flush_denormal(True)  # without it steps take longer and longer on a CPU
-    model = TowerForPretraining(vision_config)
+    objects = tuple(materials.renderings) if materials else ()
+    model = TowerForPretraining(vision_config, objects)
+    if start is not None:
+        model.tower.load_state_dict(start)
     for layer in model.tower.encoder.layers:
         layer.compile()  # saves a quarter of a step's time on a CPU; needs a C++ compiler
     side, patch_size = vision_config.image_size, vision_config.patch_size
-    seen = {split: CropDataset(384, split, side, patch_size, first=10**9) for split in SPLITS}
+
+    def crops(size: int, split: str, first: int, materials: Materials | None) -> CropDataset:
+        return CropDataset(size, split, side, patch_size, first, materials, objects)
+
+    seen = {split: crops(384, split, 10**9, materials if split == "train" else None) for split in SPLITS}
+    if materials:
+        seen["photographs"] = crops(384, "test", 10**9 + 1000, materials)
 
     def measured(tower):
-        return {split: measure_tower(tower, crops) for split, crops in seen.items()}
+        return {name: measure_tower(tower, crops) for name, crops in seen.items()}
 
     trainer = Trainer(
         model,
@@ -461,14 +560,9 @@ def pretrain_tower(
         ),
         # One epoch of exactly as many crops as the steps take: none is seen twice, a longer run continues in the same
         # order, and a finished run that is started again takes no further step.
-        train_dataset=CropDataset(stage.steps * stage.batch_size, "train", side, patch_size),
+        train_dataset=crops(stage.steps * stage.batch_size, "train", 0, materials),
         optimizers=(MuonAndAdamW(model, stage.learning_rate, stage.weight_decay), None),
-        callbacks=[
-            Report(
-                stage.save_steps, lambda model: {split: measure_tower(model, crops) for split, crops in seen.items()}
-            ),
-            StopIfDiverged(),
-        ],
+        callbacks=[Report(stage.save_steps, measured), StopIfDiverged()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     return model
