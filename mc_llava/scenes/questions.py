@@ -57,13 +57,18 @@ def ask(scene: Scene, kind: str, rng: random.Random) -> SceneQuestion:
 
     Args:
         kind: one of `KINDS`: the text of a sign; the color of a thing; where a thing lies as seen from another;
-            something about the neighbor of a thing. Or "large", of a scene that has a large thing: what it is.
+            something about the neighbor of a thing. Or "large", for a scene with a large thing: what it is.
 
     Raises:
         ValueError: if `kind` is unknown, or asks for a large thing and there is none.
     """
-    asking = {"ocr": _ask_text, "attribute": _ask_color, "position": _ask_position, "hard": _ask_neighbor}
-    asking["large"] = _ask_largest
+    asking = {
+        "ocr": _ask_text,
+        "attribute": _ask_color,
+        "position": _ask_position,
+        "hard": _ask_neighbor,
+        "large": _ask_largest,
+    }
     if kind not in asking:
         raise ValueError(f"kind must be one of {', '.join(asking)}, got {kind!r}")
     return asking[kind](scene, rng)
