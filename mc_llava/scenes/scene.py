@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .. import plan_crops
 
 
-# Without I and O, as on licence plates: some fonts draw them like 1 and 0.
+# Without I and O, as on license plates: some fonts draw them like 1 and 0.
 CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
 COLORS = {
     "red": (212, 32, 38),
