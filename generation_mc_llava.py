@@ -14,6 +14,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from .encoded_images_mc_llava import check_counts, check_places, count_places, read_integers, sum_per_image
+from .feature_cache_mc_llava import FeatureCache
 from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
 from .prefix_cache_mc_llava import PrefixCache, refuse_prefixes
 
@@ -136,7 +137,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
         image_features=None,
-        feature_cache=None,
+        feature_cache: FeatureCache | None = None,
         prefix_cache: PrefixCache | None = None,
         **kwargs,
     ) -> torch.LongTensor | ModelOutput:
@@ -296,7 +297,12 @@ class MCLlavaGenerationMixin(GenerationMixin):
         return (input_ids != pad_token_id).long()
 
     def _pass_on_images(
-        self, request: GenerationRequest, feature_cache, as_features: bool, generation_config, kwargs: dict
+        self,
+        request: GenerationRequest,
+        feature_cache: FeatureCache | None,
+        as_features: bool,
+        generation_config,
+        kwargs: dict,
     ):
         """
         Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the `Looks` of
@@ -316,7 +322,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 "feature_cache needs the pictures, which the processor returns only with zoom: pass feature_cache and "
                 "the model to the processor instead, or call it with zoom"
             )
-        # Those of the sequences are wanted: the tower's would take a second pass and much memory.
+        # Only the language model's are wanted: those of the tower would take a second pass and much memory.
         has_states = any(
             self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
         )

@@ -326,11 +326,6 @@ class MCLlavaImageProcessor(PilBackend):
         *,
         size,
         resample,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean,
-        image_std,
         max_crops: int,
         num_tokens: int,
         zoom: int,
@@ -351,15 +346,7 @@ class MCLlavaImageProcessor(PilBackend):
         else:
             plans = make_plans(sizes, plans, max_crops, num_tokens, side, patch_size)
 
-        table = self.values_of_bytes(
-            {
-                "do_rescale": do_rescale,
-                "rescale_factor": rescale_factor,
-                "do_normalize": do_normalize,
-                "image_mean": image_mean,
-                "image_std": image_std,
-            }
-        )
+        table = self.values_of_bytes(kwargs)
         device = torch.device("cpu" if device is None else device)
         if device.type != "cpu" and return_tensors != "pt":
             raise ValueError(f'tensors on {device} need return_tensors="pt", got {return_tensors!r}')
@@ -378,11 +365,9 @@ class MCLlavaImageProcessor(PilBackend):
             "image_grid_thw": np.array([[len(plan), 1, 1] for plan in plans], dtype=np.int64),
         }
         if is_zooming:
-            knobs = {"zoom": min(zoom, MOST_CROPS), "max_crops": min(max_crops, MOST_CROPS), "num_tokens": num_tokens}
-            rows = [
-                [count_closer(width, height, side=side, **knobs)[0], knobs["max_crops"], height, width, int(resample)]
-                for width, height in sizes
-            ]
+            most = min(max_crops, MOST_CROPS)
+            rounds = [count_closer(*size, min(zoom, MOST_CROPS), most, num_tokens, side)[0] for size in sizes]
+            rows = [[number, most, height, width, int(resample)] for number, (width, height) in zip(rounds, sizes)]
             data["zoom_options"] = np.array(rows, dtype=np.int64)
             data["zoom_pictures"] = _concatenate(images)
             data["zoom_values"] = np.ascontiguousarray(table)
