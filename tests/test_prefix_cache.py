@@ -1,4 +1,4 @@
-"""Keys and values of prompts' beginnings: what is not computed again, what makes it so, and what is refused."""
+"""Cached keys and values of prompts: when they are reused, when they must not be, and what is refused."""
 
 import copy
 import threading
