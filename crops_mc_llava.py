@@ -25,7 +25,7 @@ class Crop(NamedTuple):
 
 
 def center_of(box: Box, width: int, height: int) -> tuple[float, float]:
-    """The centre of a box in an image of width x height pixels, as (x / width, y / height)."""
+    """The center of a box in an image of width x height pixels, as (x / width, y / height)."""
     left, top, right, bottom = box
     return (left + right) / 2 / width, (top + bottom) / 2 / height
 

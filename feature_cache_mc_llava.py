@@ -1,4 +1,4 @@
-"""A cache of what the vision tower made of crops, by picture, box and weights."""
+"""A cache of the vision tower's outputs by picture, box and weights."""
 
 import hashlib
 from collections import Counter, OrderedDict
@@ -15,11 +15,11 @@ from PIL import Image
 from .crops_mc_llava import Box, Crop, center_of, check_plans
 from .encoded_images_mc_llava import EncodedImages, input_device
 from .image_loading_mc_llava import load_image
-from .image_processing_mc_llava import check_size, look_up_bytes
+from .image_processing_mc_llava import CROPS_PER_LOOK_UP, check_size, look_up_bytes
 from .resizing_mc_llava import cut_to
 
 
-MOST_CUT_AHEAD = 128 * 2**20  # bytes of a picture's crops
+MOST_CUT_AHEAD = 128 * 2**20  # bytes of a picture's crops that are cut before they are encoded
 
 
 def check_processor(model, image_processor, options: dict | None = None):
@@ -34,7 +34,7 @@ def check_processor(model, image_processor, options: dict | None = None):
 
 @dataclass
 class _KeptCrop:
-    """The last patches of a crop, of which the last `asked` were asked for: float[at least asked, vision_hidden]."""
+    """The last patches of a crop, float[patches, vision_hidden], and how many of them calls have asked for at most."""
 
     patches: torch.Tensor
     asked: int
@@ -42,23 +42,23 @@ class _KeptCrop:
 
 class FeatureCache:
     """
-    Keeps what the vision tower made of the most recently used crops. The processor takes it as `feature_cache`, and so
-    do `generate` and `zoom` for guided zoom.
+    Keeps the vision tower's outputs for the most recently used crops. Pass it to the processor as `feature_cache` or,
+    for guided zoom, to `generate` and `zoom`.
 
-    A crop is known by its picture's pixels, its box, how its pixels are made (`resample`, rescaling, normalization),
-    the weights that encode it and the dtype that they compute in. Another question, another round of zoom or other
-    knobs thus encode only crops that are new. Threads may share a cache.
+    A crop is identified by its picture's pixels, its box, how its pixels are made (`resample`, rescaling,
+    normalization), the weights that encode it and the dtype that they compute in. With another question, another round
+    of zoom or other knobs, only new crops are encoded. Threads may share a cache.
 
     All patches of a crop are kept, to serve any `num_tokens`. When the cache is full, the least recently used crops
-    are cut down to the patches that were asked for, and dropped once that is not enough.
+    are first reduced to the patches that were asked for, and then dropped.
 
     Args:
-        max_bytes: upper bound of the patches' size in bytes. They stay on the device that computed them.
+        max_bytes: upper bound of the size of all patches in bytes. They stay on the device that computed them.
 
     Attributes:
         nbytes: size of the patches in the cache, in bytes.
         hits, misses: how often all crops of a picture were found in the cache, and how often some had to be encoded.
-            Each round of zoom counts.
+            Each round of zoom counts separately.
 
     Raises:
         ValueError: if `max_bytes` is negative.
@@ -70,9 +70,9 @@ class FeatureCache:
         self.max_bytes = max_bytes
         self.nbytes = self.hits = self.misses = 0
         self._crops = OrderedDict()  # the least recently used first
-        self._uncut = OrderedDict()  # keys of those with patches that nobody asked for, in the same order
+        self._uncut = OrderedDict()  # keys of those that still have all patches, in the same order
         self._prepared = WeakValueDictionary()
-        self._made_by = ()  # what the last call of `encode` found: crops are known by it
+        self._made_by = ()  # `describe_encoder` in the last call of `encode`, a part of the keys
         self._lock = Lock()
 
     def __len__(self) -> int:
@@ -82,13 +82,13 @@ class FeatureCache:
         self, model, image_processor, images: list, plans: list | None = None, **options
     ) -> list[EncodedImages]:
         """
-        Encode images, as far as the cache doesn't have their crops.
+        Encode images. Only crops that the cache lacks pass the vision tower.
 
         Args:
             model: `MCLlavaForConditionalGeneration`.
             image_processor: `MCLlavaImageProcessor`.
-            images: anything that `load_image` reads, or what `prepare` returned. Crops of all of them share passes of
-                the vision tower.
+            images: anything that `load_image` reads, or what `prepare` returned. Their crops share passes of the
+                vision tower.
             plans, options: arguments of the image processor's call.
 
         Returns:
@@ -99,7 +99,7 @@ class FeatureCache:
                 images differ, or if weights are offloaded to disk.
         """
         if not images:
-            return []  # and no weights are read for it
+            return []  # without reading weights for their hash
         prepared = self._prepare(model, image_processor, images, plans, options)
         device, made_by = input_device(model), describe_encoder(model)
         self._made_by = made_by
@@ -125,10 +125,10 @@ class FeatureCache:
         self, model, image_processor, images: list, plans: list | None = None, **options
     ) -> "list[PreparedImage]":
         """
-        Do what `encode` does without the model: load images, and cut the crops that the cache lacks. `encode` then
-        takes them as its images. Another thread can thus prepare images while the model works.
+        Do the part of `encode` that needs no model: load images, and cut the crops that the cache lacks. Another
+        thread can do this while the model works.
 
-        Args, raises: as `encode`, whose options must be the same.
+        Arguments and errors are those of `encode`, which takes the result as `images`, with the same options.
         """
         prepared, device = self._prepare(model, image_processor, images, plans, options), input_device(model)
         for image in prepared:
@@ -139,7 +139,7 @@ class FeatureCache:
         return prepared
 
     def _prepare(self, model, image_processor, images: list, plans, options: dict) -> "list[PreparedImage]":
-        """The images as they are before they are cut. Equal ones are one object, to be cut once."""
+        """The images before they are cut. Equal images become one object, so that they are cut once."""
         if plans is not None:
             plans = check_plans(plans, len(images))
         if image_processor.asks_to_zoom({**options, "plans": plans}):
@@ -162,7 +162,7 @@ class FeatureCache:
         return found
 
     def _project(self, model, image: "PreparedImage", patches: torch.Tensor, made_by: tuple) -> EncodedImages:
-        """One picture's features, of the patches of its crops: each is projected alone."""
+        """The features of one picture, from the patches of all its crops."""
         fields = {
             "crop_boxes": [crop.box for crop in image.plan],
             "crop_coords": [center_of(crop.box, *image.picture.size) for crop in image.plan],
@@ -181,8 +181,8 @@ class FeatureCache:
 
         Args:
             keys: (what `picture_key` returns, box) of each crop.
-            counts: how many patches are asked for of each.
-            encode: given the numbers of crops that are new, in order, returns all patches of one after another.
+            counts: how many patches are asked for of each crop.
+            encode: given the indices of new crops, in order, returns all patches of each.
         """
         asked, of_picture = {}, Counter()
         for key, count in zip(keys, counts):
@@ -198,7 +198,7 @@ class FeatureCache:
         if missing:
             numbers = {key: index for index, key in reversed(list(enumerate(keys)))}
             for key, patches in zip(missing, encode([numbers[key] for key in missing]), strict=True):
-                found[key] = patches[-asked[key] :].clone()  # the others' memory is free after the pass
+                found[key] = patches[-asked[key] :].clone()  # a view would keep the whole pass in memory
                 row = patches[0].nbytes
                 # What is too large for the cache must not empty it.
                 if of_picture[key[0]] * row <= self.max_bytes:
@@ -218,7 +218,7 @@ class FeatureCache:
 
     def _put(self, key: tuple, crop: _KeptCrop):
         with self._lock:
-            if (old := self._crops.pop(key, None)) is not None:  # with fewer patches, or of a faster thread
+            if (old := self._crops.pop(key, None)) is not None:  # with fewer patches, or from a faster thread
                 self.nbytes -= old.patches.nbytes
                 self._uncut.pop(key, None)
                 crop.asked = max(crop.asked, old.asked)
@@ -238,7 +238,7 @@ class FeatureCache:
 
 
 def _one_ahead(parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The same parts, of which a thread makes the next one while the model works on the last."""
+    """The same parts. A thread makes the next one while the model works on the current one."""
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(next, parts, None)
         while (part := following.result()) is not None:
@@ -257,7 +257,7 @@ class PreparedImage:
         values: float32[3, 256], what each byte becomes in each channel.
 
     Attributes:
-        name: what a `FeatureCache` knows the picture by, but for the weights.
+        name: the part of the picture's key in a `FeatureCache` that doesn't depend on the weights.
     """
 
     def __init__(self, picture: Image.Image, plan: list[Crop], side: int, resample: int, values: np.ndarray):
@@ -267,29 +267,29 @@ class PreparedImage:
 
     @property
     def nbytes(self) -> int:
-        """The memory that it takes, in bytes: Pillow's four for each pixel, and the crops."""
+        """Size in memory, in bytes: four per pixel of the picture, as in Pillow, and the crops that are cut."""
         return 4 * self.picture.width * self.picture.height + 3 * self.side**2 * len(self._cut)
 
     def cut_ahead(self, boxes: list[Box], device: torch.device):
-        """Cut crops, and keep them for the next call of `pixels`; not if they are too many to be kept."""
+        """Cut crops and keep them for the next call of `pixels`, unless they take more than `MOST_CUT_AHEAD`."""
         with self._lock:
             new = [box for box in boxes if box not in self._cut]
             if new and 3 * self.side**2 * (len(self._cut) + len(new)) <= MOST_CUT_AHEAD:
                 self._cut |= zip(new, cut_to(device, self.picture, new, self.side, self.resample))
 
     def pixels(self, boxes: list[Box], device: torch.device) -> Iterator[torch.Tensor]:
-        """float32[up to 16, 3, side, side] of the crops, one part after another."""
+        """The pixel values of crops, in parts of float32[up to `CROPS_PER_LOOK_UP`, 3, side, side]."""
         with self._lock:
             kept = {box: self._cut.pop(box) for box in boxes if box in self._cut}
         if new := [box for box in boxes if box not in kept]:
             kept |= zip(new, cut_to(device, self.picture, new, self.side, self.resample))
         values = torch.from_numpy(self.values).to(device)
-        for start in range(0, len(boxes), 16):
-            yield look_up_bytes([kept.pop(box) for box in boxes[start : start + 16]], values)
+        for start in range(0, len(boxes), CROPS_PER_LOOK_UP):
+            yield look_up_bytes([kept.pop(box) for box in boxes[start : start + CROPS_PER_LOOK_UP]], values)
 
 
 def is_prepared(value) -> bool:
-    """Whether a value is a `PreparedImage`, of any copy of the code, as `is_encoded`."""
+    """Whether a value is a `PreparedImage` of any copy of the code, see `is_encoded`."""
     return hasattr(value, "cut_ahead")
 
 
@@ -302,11 +302,11 @@ def describe_encoder(model) -> tuple[str, str]:
 
 def picture_key(pixels: bytes, size: tuple[int, int], resample: int | None, values: bytes, made_by: tuple) -> tuple:
     """
-    What a `FeatureCache` knows a picture's crops by, beside their boxes.
+    The key of a picture in a `FeatureCache`. A crop's key is this and its box.
 
     Args:
-        pixels, size: of the RGB picture, with its width and height.
-        resample: the filter by which crops are resized.
+        pixels, size: the bytes of the RGB picture, and its width and height.
+        resample: the filter that resizes crops.
         values: float32[3, 256], what each byte becomes in each channel.
         made_by: what `describe_encoder` returns.
     """

@@ -2,7 +2,7 @@
 
 import inspect
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 
@@ -14,6 +14,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from .encoded_images_mc_llava import check_counts, check_places, count_places, read_integers, sum_per_image
+from .feature_cache_mc_llava import FeatureCache
 from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
 from .prefix_cache_mc_llava import PrefixCache, refuse_prefixes
 
@@ -26,8 +27,8 @@ CACHE = next(
 )
 
 
-# Options of `generate` that a `PrefixCache` can't be combined with: other caches and other ways to use them, and the
-# states of prompts that are not computed.
+# Options of `generate` that can't be combined with a `PrefixCache`: other caches and other ways to fill them, and
+# outputs for all tokens of the prompt, some of which are not computed again.
 NOT_WITH_PREFIXES = (
     *CACHE_NAMES,
     "cache_implementation",
@@ -63,11 +64,13 @@ class GenerationRequest:
         input_ids: int[batch, length] as passed, or None.
         new_ids: int[batch, new], the ids that are not in a cache, or zeros if embeddings were passed. None without a
             prompt.
-        attention_mask: int[batch, all], including tokens in a cache. None without a prompt.
+        attention_mask: int[batch, all], including tokens in a cache.
         encoded: the encoded images in the form that transformers passes around, or None.
         tokens_per_image: the number of visual tokens of each image, whether passed as pixels or encoded.
-        lengths: the number of tokens of each row, without padding.
-        run_ends: where `new_ids` have `<image>` tokens, as `find_run_ends` says it.
+        lengths: the number of tokens of each row, including those in a cache, without padding.
+        run_ends: where `new_ids` have `<image>` tokens, see `find_run_ends`.
+        is_short: whether `input_ids` have one `<image>` per image instead of one per visual token. `_expand_prompt`
+            replaces `new_ids`, `attention_mask`, `lengths` and `run_ends` by those of the long form.
     """
 
     input_ids: torch.LongTensor | None
@@ -77,16 +80,12 @@ class GenerationRequest:
     tokens_per_image: list[int]
     lengths: list[int]
     run_ends: list[list[int]]
+    is_short: bool
 
     @property
-    def places(self) -> int:
-        """The number of `<image>` tokens in `new_ids`."""
-        return sum(count_places(self.run_ends))
-
-    @property
-    def is_short(self) -> bool:
-        """Whether the prompt has one `<image>` per image instead of one per visual token."""
-        return self.encoded is not None and self.places == len(self.tokens_per_image) != sum(self.tokens_per_image)
+    def prompt_length(self) -> int:
+        """The number of columns of the returned sequences that hold the prompt."""
+        return 0 if self.input_ids is None else self.input_ids.shape[1]
 
 
 class ContextEnd(StoppingCriteria):
@@ -138,7 +137,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
         image_features=None,
-        feature_cache=None,
+        feature_cache: FeatureCache | None = None,
         prefix_cache: PrefixCache | None = None,
         **kwargs,
     ) -> torch.LongTensor | ModelOutput:
@@ -157,9 +156,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
             inputs: int[batch, length], the prompts, padded on the left; also accepted as `input_ids`.
             image_features: what `encode_images` or `get_image_features(...).pooler_output` returns, or one
                 float[images, tokens, hidden] tensor.
-            feature_cache: for guided zoom: crops that this `FeatureCache` holds are not encoded again.
-            prefix_cache: keys and values that this `PrefixCache` holds of the prompts' beginnings are not computed
-                again, and those that are computed are put into it.
+            feature_cache: for guided zoom, a `FeatureCache` of crops. Only crops that it lacks are encoded.
+            prefix_cache: a `PrefixCache`. The keys and values that it holds for the beginnings of the prompts are
+                reused, and new ones are stored in it.
             generation_config, logits_processor, stopping_criteria, kwargs: as in transformers. Keys and values of
                 earlier turns may be passed as `cache` or as `past_key_values`, in all releases of transformers.
 
@@ -178,33 +177,19 @@ class MCLlavaGenerationMixin(GenerationMixin):
             self._refuse_options(request.is_short, generation_config, kwargs)
         if prefix_cache is not None:
             self._refuse_with_prefixes(generation_config, kwargs)
-        new_ids, attention_mask, lengths, run_ends = (
-            request.new_ids,
-            request.attention_mask,
-            request.lengths,
-            request.run_ends,
-        )
         if request.is_short:
-            new_ids, attention_mask = self._expand_prompt(request)
-            lengths, run_ends = self._read_prompts(new_ids, attention_mask)
-        if new_ids is not None:
-            self._check_context(lengths, run_ends, request.tokens_per_image)
-        is_kept = prefix_cache is not None and new_ids is not None
-        looked = self._pass_on_images(
-            request, new_ids, attention_mask, generation_config, kwargs, feature_cache, as_features=is_kept
-        )
+            request = self._expand_prompt(request)
+        has_prompt = request.new_ids is not None
+        if has_prompt:
+            self._check_context(request.lengths, request.run_ends, request.tokens_per_image)
+
+        is_kept = has_prompt and prefix_cache is not None
+        looked = self._pass_on_images(request, feature_cache, is_kept, generation_config, kwargs)
         if is_kept:
-            prompts, repeats = self._load_prefixes(prefix_cache, new_ids, attention_mask, generation_config, kwargs)
-        if attention_mask is not None:
-            kwargs["attention_mask"] = attention_mask
-            prompt_length = 0 if request.input_ids is None else request.input_ids.shape[1]
-            room = self.config.text_config.max_position_embeddings - attention_mask.sum(-1)
-            stopping_criteria = StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(prompt_length, room)])
-            # Assisted decoding accepts several tokens between two checks of a criterion.
-            max_new_tokens = self._option("max_new_tokens", generation_config, kwargs)
-            most = self.config.text_config.max_position_embeddings - min(lengths)
-            if max_new_tokens is not None and max_new_tokens > most:
-                kwargs["max_new_tokens"] = most
+            prompts, repeats = self._load_prefixes(prefix_cache, request, generation_config, kwargs)
+        if has_prompt:
+            kwargs["attention_mask"] = request.attention_mask
+            stopping_criteria = self._end_at_context(request, stopping_criteria, generation_config, kwargs)
         output = super().generate(
             request.input_ids,
             generation_config,
@@ -212,11 +197,11 @@ class MCLlavaGenerationMixin(GenerationMixin):
             stopping_criteria,
             **kwargs,
         )
+
         if is_kept:
             sequences = output.sequences if isinstance(output, ModelOutput) else output
-            new = sequences[:, 0 if request.input_ids is None else request.input_ids.shape[1] :]
             # Beams move between rows: only their prompts are known to be alike.
-            new_embeds = self.get_input_embeddings()(new) if repeats == 1 else None
+            new_embeds = self.get_input_embeddings()(sequences[:, request.prompt_length :]) if repeats == 1 else None
             prefix_cache.keep(prompts, kwargs[CACHE], new_embeds, repeats)
         if isinstance(output, ModelOutput):
             if CACHE != "cache":
@@ -227,13 +212,13 @@ class MCLlavaGenerationMixin(GenerationMixin):
 
     def encode_prefix(self, prefix_cache: PrefixCache | None = None, **inputs) -> PrefixCache:
         """
-        Compute prompts without answering them, for other prompts that begin alike:
+        Compute the keys and values of prompts without answering them, for later prompts with the same beginning:
 
             kept = model.encode_prefix(**processor("What is it?", picture))
             model.generate(**processor("Where is it?", picture), prefix_cache=kept)
 
         Args:
-            prefix_cache: where their keys and values go, by default a new `PrefixCache`.
+            prefix_cache: the cache to fill, by default a new `PrefixCache`.
             inputs: the prompts and their images, as `generate` takes them.
 
         Returns:
@@ -291,12 +276,15 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 "the cache holds the images of earlier turns, and the new input_ids have no <image> token: pass "
                 "input_ids and attention_mask with the cache, without images"
             )
-        return GenerationRequest(input_ids, new_ids, attention_mask, encoded, tokens_per_image, lengths, run_ends)
+        is_short = encoded is not None and places == len(tokens_per_image) != sum(tokens_per_image)
+        return GenerationRequest(
+            input_ids, new_ids, attention_mask, encoded, tokens_per_image, lengths, run_ends, is_short
+        )
 
     def _read_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, images: dict | None = None):
         """
-        All that is to be known of prompts, and of images in pixels, before anything is computed: the lengths of rows,
-        `find_run_ends`, and of images the numbers of tokens and of crops. One read of the device.
+        The lengths of the rows, `find_run_ends`, and with images in pixels also the number of tokens of each crop and
+        of crops of each image. They are read from the device at once.
         """
         tensors = [attention_mask.sum(-1), self.model.find_run_ends(input_ids)]
         if images and images.get("pixel_values") is not None:
@@ -311,15 +299,13 @@ class MCLlavaGenerationMixin(GenerationMixin):
     def _pass_on_images(
         self,
         request: GenerationRequest,
-        new_ids,
-        attention_mask,
+        feature_cache: FeatureCache | None,
+        as_features: bool,
         generation_config,
         kwargs: dict,
-        feature_cache,
-        as_features: bool,
     ):
         """
-        Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the looks of
+        Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the `Looks` of
         guided zoom, or None without it.
 
         Args:
@@ -328,49 +314,58 @@ class MCLlavaGenerationMixin(GenerationMixin):
         zoom = {name: value for name in ZOOM_FIELDS if (value := kwargs.pop(name, None)) is not None}
         if zoom:
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
-            looked = self.look(new_ids, attention_mask, {**images, **zoom}, feature_cache)
+            looked = self.look(request.new_ids, request.attention_mask, {**images, **zoom}, feature_cache)
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=looked.features)}
             return looked
         if feature_cache is not None and kwargs.get("pixel_values") is not None:
             raise ValueError(
-                "a feature cache knows crops by their picture, and pixel_values without zoom come without it: pass "
-                "feature_cache and the model to the processor, or call it with zoom"
+                "feature_cache needs the pictures, which the processor returns only with zoom: pass feature_cache and "
+                "the model to the processor instead, or call it with zoom"
             )
+        # Only the language model's are wanted: those of the tower would take a second pass and much memory.
+        has_states = any(
+            self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
+        )
         if request.is_short:
             # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
-            kwargs["inputs_embeds"] = self.model.embed_prompt(new_ids, request.encoded["image"].pooler_output)
+            kwargs["inputs_embeds"] = self.model.fill_places(request.new_ids, request.encoded["image"].pooler_output)
         elif request.encoded:
             kwargs["mm_encoder_outputs"] = request.encoded
-        elif request.tokens_per_image and (
-            as_features
-            or any(
-                self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
-            )
-        ):
-            # The sequences' states and attentions are wanted: those of the tower take a second pass and much memory.
+        elif request.tokens_per_image and (as_features or has_states):
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
 
-    def _load_prefixes(self, prefix_cache, new_ids, attention_mask, generation_config, kwargs: dict):
+    def _load_prefixes(self, prefix_cache: PrefixCache, request: GenerationRequest, generation_config, kwargs: dict):
         """
-        Put the prompts' embeddings and what is known of them into `kwargs`. Returns the prompts, and how many rows
-        each will have.
+        Put the prompts' embeddings, by which the cache identifies tokens, and its keys and values into `kwargs`.
+        Returns the `Prompts`, and the number of rows that each of them will have.
         """
         encoded = kwargs.pop("mm_encoder_outputs", None)
         if kwargs.get("inputs_embeds") is None:
-            # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
             kwargs["inputs_embeds"] = (
-                self.model.fill_places(new_ids, encoded["image"].pooler_output)
+                self.model.fill_places(request.new_ids, encoded["image"].pooler_output)
                 if encoded
-                else self.get_input_embeddings()(new_ids)
+                else self.get_input_embeddings()(request.new_ids)
             )
-        cache, prompts = prefix_cache.load(self, kwargs["inputs_embeds"], attention_mask)
+        cache, prompts = prefix_cache.load(self, kwargs["inputs_embeds"], request.attention_mask)
         names = ("num_beams", "num_return_sequences")
         repeats = max(self._option(name, generation_config, kwargs) or 1 for name in names)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
         kwargs[CACHE] = cache
         return prompts, repeats
+
+    def _end_at_context(
+        self, request: GenerationRequest, stopping_criteria, generation_config, kwargs: dict
+    ) -> StoppingCriteriaList:
+        """The stopping criteria with one more, which ends each row where the context ends."""
+        context = self.config.text_config.max_position_embeddings
+        # Assisted decoding accepts several tokens between two checks of a criterion.
+        max_new_tokens = self._option("max_new_tokens", generation_config, kwargs)
+        if max_new_tokens is not None and max_new_tokens > (most := context - min(request.lengths)):
+            kwargs["max_new_tokens"] = most
+        room = context - request.attention_mask.sum(-1)
+        return StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(request.prompt_length, room)])
 
     def _refuse_with_prefixes(self, generation_config, kwargs: dict):
         """Raise a ValueError for what can't be combined with a prefix cache."""
@@ -418,9 +413,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
                     f"{name} can't be combined with one <image> per image: pass one <image> per visual token"
                 )
 
-    def _expand_prompt(self, request: GenerationRequest) -> tuple[torch.LongTensor, torch.LongTensor]:
+    def _expand_prompt(self, request: GenerationRequest) -> GenerationRequest:
         """
-        Ids and mask with one `<image>` per visual token instead of one per image, padded on the left. For images of 3
+        The request with one `<image>` per visual token instead of one per image, padded on the left. For images of 3
         and 2 tokens:
 
             <pad>  a  <image>  b        a  <image> <image> <image>  b
@@ -431,7 +426,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
         repeats = kept.long().masked_scatter(kept & (ids == self.config.image_token_id), counts)
         (lengths,) = read_integers(repeats.sum(-1))
         ids = ids.flatten().repeat_interleave(repeats.flatten(), output_size=sum(lengths))
-        return self._pad_prompts(list(ids.split(lengths)))
+        new_ids, attention_mask = self._pad_prompts(list(ids.split(lengths)))
+        lengths, run_ends = self._read_prompts(new_ids, attention_mask)
+        return replace(request, new_ids=new_ids, attention_mask=attention_mask, lengths=lengths, run_ends=run_ends)
 
     def _pad_prompts(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Ids and mask of prompts of several lengths, padded on the left: int64[batch, length] each."""
@@ -467,9 +464,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
 __all__ = [
     "CACHE",
     "CACHE_NAMES",
+    "NOT_WITH_PREFIXES",
     "ContextEnd",
     "GenerationRequest",
-    "NOT_WITH_PREFIXES",
     "MCLlavaGenerationMixin",
     "SuppressToken",
     "one_cache",

@@ -102,8 +102,8 @@ PREFIX_BYTES = 2**30  # of keys and values
 
 class EndpointHandler:
     """
-    Loads a model folder and answers requests, on an accelerator if there is one, in the precision that `choose_dtype`
-    says, which is printed.
+    Loads a model folder and answers requests, on an accelerator if there is one. `choose_dtype` chooses the precision,
+    which is printed.
 
     Args:
         path: the model folder.
@@ -365,7 +365,7 @@ class EndpointHandler:
         options = self._check_options(parameters)
         knobs = {name: options.pop(name) for name in KNOBS if name in options}
         stops = options.pop("stop")
-        # A seed promises the same answer. What was kept may differ from what is computed by a rounding error.
+        # A seed promises the same answer, and reused keys and values may differ from new ones by rounding errors.
         prefixes = self.prefixes if options.get("seed") is None else None
         sampling = LogitsProcessorList()
         if options.pop("do_sample", "temperature" in options):

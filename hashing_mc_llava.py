@@ -1,4 +1,4 @@
-"""A hash of weights that a GPU computes by itself."""
+"""A hash of weights that is computed on their device."""
 
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 
-# Of `hash_tensors`: an odd number; the 64-bit words that fit a core's cache; the bytes that are stacked on a device.
-MULTIPLIER = 0x5851F42D4C957F2D
-BLOCK = 2**15
-STACK_BYTES = 256 * 2**20
+MULTIPLIER = 0x5851F42D4C957F2D  # odd, so that multiplying loses no bits
+BLOCK = 2**15  # 64-bit words, which fit a core's cache
+STACK_BYTES = 256 * 2**20  # of tensors that are stacked on a device
 
 
 def hash_tensors(tensors) -> str:
@@ -19,7 +18,7 @@ def hash_tensors(tensors) -> str:
     A hash of the bits, dtypes and shapes of tensors, the same on every device.
 
     Each tensor's 64-bit words are mixed with their positions and summed on the tensor's device: copying a vision tower
-    from a GPU for a hash on the CPU would take longer than encoding a picture. The sums of a device are read at once.
+    from a GPU for a hash on the CPU would take longer than encoding a picture. All sums on a device are read at once.
 
     Raises:
         ValueError: if a tensor is on the meta device, as weights offloaded to disk are.
@@ -42,8 +41,8 @@ def hash_tensors(tensors) -> str:
 
 def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
     """
-    The sum of each tensor's mixed words, for a processor: in blocks that stay in a core's cache. Each thread has
-    tensors of its own, because threads that share a block would wait for each other at every operator.
+    The sum of each tensor's mixed words on a CPU, in blocks that stay in a core's cache. Each thread sums other
+    tensors: threads that shared a block would wait for each other at every operator.
     """
     threads = min(torch.get_num_threads(), len(octets))
     shares = [range(first, len(octets), threads) for first in range(threads)]
@@ -54,9 +53,12 @@ def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
 
 
 def _sum_share(octets: list[torch.Tensor]) -> torch.LongTensor:
-    """`sum_in_blocks` in one thread. The first blocks of all tensors come first, because they have the same keys."""
+    """`sum_in_blocks` in one thread: block by block across tensors, because blocks at the same place share keys."""
     keys = _keys(BLOCK, "cpu")
-    buffers = torch.empty_like(keys), torch.empty_like(keys)  # new memory would take longer than what is done in it
+    buffers = (
+        torch.empty_like(keys),
+        torch.empty_like(keys),
+    )  # allocating memory would take longer than computing in it
     step = (2 * BLOCK * MULTIPLIER + 2**63) % 2**64 - 2**63  # as int64
     sums, order = [], []
     for blocks in zip_longest(*(_to_words(tensor).split(BLOCK) for tensor in octets)):
@@ -70,7 +72,7 @@ def _sum_share(octets: list[torch.Tensor]) -> torch.LongTensor:
 
 
 def sum_stacked(octets: list[torch.Tensor]) -> list[int]:
-    """The sum of each tensor's mixed words, for a device that waits for commands: tensors of a size are stacked."""
+    """The sum of each tensor's mixed words on an accelerator, with few kernels: tensors of equal size are stacked."""
     sizes = {}
     for place, tensor in enumerate(octets):
         if len(tensor):
@@ -107,7 +109,7 @@ def _keys(count: int, device: str | torch.device) -> torch.Tensor:
 def _mix(
     words: torch.Tensor, keys: torch.Tensor, mixed: torch.Tensor | None = None, high: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Words that depend on all bits of each word and its key. `mixed` and `high` are memory to compute in."""
+    """Words that depend on all bits of each word and its key. `mixed` and `high` are buffers, allocated by default."""
     mixed = torch.bitwise_xor(words, keys, out=mixed)
     mixed *= MULTIPLIER
     mixed ^= torch.bitwise_right_shift(mixed, 32, out=high)

@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageChops
 BAND_PIXELS = 2**19
 DEPTHS = (8, 10, 12, 14, 16)  # bits of grey that cameras, X-ray detectors and microscopes give
 MAX_PROFILE_BYTES = 2**22  # of an ICC profile; those of printers have about 2 MB
-ONE_FRAME = ("JPEG", "PNG", "BMP", "PPM")  # formats of RGB files that show one picture, but for animated PNGs
+ONE_FRAME = ("JPEG", "PNG", "BMP", "PPM")  # formats with one picture a file, except for animated PNGs
 PROFILE_SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
 PROFILE_CLASSES = (b"scnr", b"mntr", b"prtr", b"spac")
 SAME_COLOR = 2  # of 255: a profile that moves no color further counts as sRGB
@@ -40,7 +40,7 @@ def image_to_rgb(image: Image.Image, is_ours: bool = False) -> Image.Image:
     without `info`, so that nothing is applied to it twice.
 
     Args:
-        is_ours: nobody else has the image.
+        is_ours: whether the caller has no other use for the image.
     """
     _drop_broken_exif(image)
     image.load()
@@ -59,7 +59,7 @@ def image_to_rgb(image: Image.Image, is_ours: bool = False) -> Image.Image:
 
 
 def _share(image: Image.Image) -> Image.Image:
-    """A plain image with the pixels of a file's: they are copied once either of them is changed."""
+    """A plain image that shares the pixels of a file's image until either of them is changed."""
     picture = image._new(image.im)  # as Pillow's `copy` ends
     picture.info = {}
     picture.readonly = image.readonly = 1
@@ -164,10 +164,10 @@ def _paint(
     size: tuple[int, int], band: Band, profile: Callable | None = None, upright: Image.Transpose | None = None
 ) -> Image.Image:
     """
-    The picture of all bands, turned upright one by one: turned as a whole, it would be in memory twice.
+    The picture of all bands. Each band is turned upright by itself: the whole picture would be in memory twice.
 
     Args:
-        size: of the picture as it is read.
+        size: the picture's size before it is turned.
     """
     picture = Image.new("RGB", size[::-1] if upright in SIDEWAYS else size)
     for top, bottom in _spans(size):

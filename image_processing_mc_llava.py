@@ -60,39 +60,46 @@ FIXED_OPTIONS = {
 CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
 # The code that a folder of an image processor and a tokenizer needs to load as a processor.
 PROCESSOR_FILE = Path(__file__).with_name("processing_mc_llava.py")
+CROPS_PER_LOOK_UP = 16  # bounds the memory of 32-bit indices
 
 
 def _cut_images(
     images: list[Image.Image], plans: list[list[Crop]], side: int, resample: int, table: np.ndarray
 ) -> np.ndarray:
     """float32[crops, 3, side, side]: the values in `table`, float32[3, 256], of the bytes of all crops."""
-    values = np.empty((sum(map(len, plans)), 3, side, side), dtype=np.float32)
-    start = 0
-    for image, plan in zip(images, plans):
+    pixel_values = np.empty((sum(map(len, plans)), 3, side, side), dtype=np.float32)
+    starts = accumulate(map(len, plans), initial=0)
+    for image, plan, start in zip(images, plans, starts):
 
         def write(index: int, crop: Image.Image, start: int = start):
-            _look_up(np.asarray(crop), table, values[start + index])
+            _look_up(np.asarray(crop), table, pixel_values[start + index])
 
         cut_each(image, [crop.box for crop in plan], side, resample, write)
-        start += len(plan)
-    return values
+    return pixel_values
 
 
 def _cut_tensors(
     pictures: list[torch.Tensor], plans: list[list[Crop]], side: int, table: torch.Tensor
 ) -> torch.Tensor:
-    """The same on a device: of pictures uint8[height, width, 3], with the bicubic filter."""
-    values = table.new_empty((sum(map(len, plans)), 3, side, side))
+    """The same on a device, for pictures uint8[height, width, 3], with the bicubic filter."""
+    pixel_values = table.new_empty((sum(map(len, plans)), 3, side, side))
     starts = accumulate(map(len, plans), initial=0)
     for picture, plan, start in zip(pictures, plans, starts):
         crops = cut_on_device(picture, [crop.box for crop in plan], side)
-        for part, out in zip(crops.split(16), values[start : start + len(plan)].split(16)):  # bounds the indices
+        outputs = pixel_values[start : start + len(plan)]
+        for part, out in zip(crops.split(CROPS_PER_LOOK_UP), outputs.split(CROPS_PER_LOOK_UP)):
             out.copy_(look_up_bytes(part, table))
-    return values
+    return pixel_values
 
 
 def look_up_bytes(crops: Sequence[torch.Tensor], values: torch.Tensor) -> torch.Tensor:
-    """float32[crops, 3, side, side]: what `values`, float32[3, 256], has for the bytes of uint8[side, side, 3]."""
+    """
+    The pixel values of crops: float32[crops, 3, side, side].
+
+    Args:
+        crops: uint8[side, side, 3] each, on the device of `values`.
+        values: float32[3, 256], what each byte becomes in each channel, see `MCLlavaImageProcessor.values_of_bytes`.
+    """
     side = crops[0].shape[0]
     if values.device.type == "cpu":
         found = np.empty((len(crops), 3, side, side), dtype=np.float32)
@@ -108,7 +115,7 @@ def look_up_bytes(crops: Sequence[torch.Tensor], values: torch.Tensor) -> torch.
 
 
 def _look_up(crop: np.ndarray, values: np.ndarray, out: np.ndarray):
-    """Writes what `look_up_bytes` gives for one crop."""
+    """Write the pixel values of one crop, float32[3, side, side], into `out`."""
     for channel in range(3):  # without the mode, `take` checks each byte and buffers what it writes
         np.take(values[channel], crop[..., channel], out=out[channel], mode="clip")
 
@@ -192,7 +199,7 @@ class MCLlavaImageProcessor(PilBackend):
     - `pixel_values`, float32 [crops, 3, side, side];
     - `crop_boxes`, int64 [crops, 4]: left, top, right and bottom of each crop in pixels of its picture after the EXIF
       orientation was applied;
-    - `crop_coords`, float32 [crops, 2]: the centre of each crop as (x / width, y / height);
+    - `crop_coords`, float32 [crops, 2]: the center of each crop as (x / width, y / height);
     - `crop_num_tokens`, int64 [crops]: how many tokens the model keeps of each crop;
     - `image_grid_thw`, int64 [images, 3]: rows [crops of the image, 1, 1]. The name and the format are Qwen2-VL's
       (time, height and width of a grid of patches): serving engines such as vLLM know them, and use the product of
@@ -319,11 +326,6 @@ class MCLlavaImageProcessor(PilBackend):
         *,
         size,
         resample,
-        do_rescale: bool,
-        rescale_factor: float,
-        do_normalize: bool,
-        image_mean,
-        image_std,
         max_crops: int,
         num_tokens: int,
         zoom: int,
@@ -344,15 +346,7 @@ class MCLlavaImageProcessor(PilBackend):
         else:
             plans = make_plans(sizes, plans, max_crops, num_tokens, side, patch_size)
 
-        table = self.values_of_bytes(
-            {
-                "do_rescale": do_rescale,
-                "rescale_factor": rescale_factor,
-                "do_normalize": do_normalize,
-                "image_mean": image_mean,
-                "image_std": image_std,
-            }
-        )
+        table = self.values_of_bytes(kwargs)
         device = torch.device("cpu" if device is None else device)
         if device.type != "cpu" and return_tensors != "pt":
             raise ValueError(f'tensors on {device} need return_tensors="pt", got {return_tensors!r}')
@@ -371,26 +365,24 @@ class MCLlavaImageProcessor(PilBackend):
             "image_grid_thw": np.array([[len(plan), 1, 1] for plan in plans], dtype=np.int64),
         }
         if is_zooming:
-            knobs = {"zoom": min(zoom, MOST_CROPS), "max_crops": min(max_crops, MOST_CROPS), "num_tokens": num_tokens}
-            rows = [
-                [count_closer(width, height, side=side, **knobs)[0], knobs["max_crops"], height, width, int(resample)]
-                for width, height in sizes
-            ]
+            most = min(max_crops, MOST_CROPS)
+            rounds = [count_closer(*size, min(zoom, MOST_CROPS), most, num_tokens, side)[0] for size in sizes]
+            rows = [[number, most, height, width, int(resample)] for number, (width, height) in zip(rounds, sizes)]
             data["zoom_options"] = np.array(rows, dtype=np.int64)
             data["zoom_pictures"] = _concatenate(images)
             data["zoom_values"] = np.ascontiguousarray(table)
         inputs = BatchFeature(data, tensor_type=return_tensors)
-        if device.type != "cpu":  # what remains is small
+        if device.type != "cpu":  # the other fields are small
             inputs["pixel_values"] = inputs["pixel_values"].to(device)
         return inputs
 
     def values_of_bytes(self, options: dict) -> np.ndarray:
         """
-        float32[3, 256]: the rescaled and normalised value of each byte of a picture in each channel, in a call with
+        float32[3, 256]: the rescaled and normalized value of each byte of a picture in each channel, in a call with
         these options. It depends on nothing else, so it is computed once and looked up for each pixel.
 
         Raises:
-            ValueError: if the bytes would become no pixels, but NaN or all the same.
+            ValueError: if an option is invalid, or if the values would be NaN, infinite or all the same.
         """
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         options = {name: options.get(name, getattr(self, name)) for name in names}
@@ -417,7 +409,7 @@ class MCLlavaImageProcessor(PilBackend):
         self, max_crops: int | None = None, num_tokens: int | None = None, zoom: int | None = None
     ) -> dict[str, int]:
         """
-        The three knobs, by default as they were saved.
+        The three knobs, by default with their saved values.
 
         Raises:
             ValueError: if a knob is out of range.

@@ -90,7 +90,7 @@ if CACHE != "cache":  # so that code for 5.24 and later runs on older releases
 
 class MCLlavaCoordinateEmbedding(nn.Sequential):
     """
-    Maps the centre of a crop to a vector that is added to each of its tokens: float[crops, 2] to
+    Maps the center of a crop to a vector that is added to each of its tokens: float[crops, 2] to
     float[crops, vision_hidden].
 
     Casts the coordinates to the dtype of its biases, because the caller can't: PEFT wraps a trained copy, which may
@@ -156,30 +156,30 @@ def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
 @contextmanager
 def one_copy(dtype: torch.dtype | str | None):
     """
-    Has `from_pretrained` read files whose weights have another dtype tensor by tensor.
+    Make `from_pretrained` read a file tensor by tensor if its weights have another dtype.
 
-    It maps files into memory, where the pages of all tensors would stay beside their copies in `dtype` until the last
-    one is loaded. transformers reads files on Windows, for a similar reason, and has no option for it elsewhere.
+    By default it maps files into memory, where the pages of all tensors would stay, in addition to their copies in
+    `dtype`, until the last one is loaded. transformers reads files on Windows, for a similar reason, and has no option
+    for it elsewhere.
     """
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     wanted = names.get(getattr(torch, dtype, None) if isinstance(dtype, str) else dtype)
-    plain_open = getattr(modeling_utils, "safe_open", None)
     # None is the file's: mapped weights are read when they are used, and shared by processes.
-    if wanted is None or plain_open is None:
+    if wanted is None or not hasattr(modeling_utils, "safe_open"):
         yield
         return
-
-    def open_file(path, **options):
-        file = plain_open(path, **options)
-        if all(file.get_slice(name).get_dtype() == wanted for name in file.keys()):
-            return file
-        try:
-            return plain_open(path, **{**options, "backend": "pread"})
-        except TypeError:  # an older safetensors
-            return file
-
     with _opening:
         plain_open = modeling_utils.safe_open
+
+        def open_file(path, **options):
+            file = plain_open(path, **options)
+            if all(file.get_slice(name).get_dtype() == wanted for name in file.keys()):
+                return file
+            try:
+                return plain_open(path, **{**options, "backend": "pread"})
+            except TypeError:  # an older safetensors
+                return file
+
         modeling_utils.safe_open = open_file
         try:
             yield
@@ -188,7 +188,7 @@ def one_copy(dtype: torch.dtype | str | None):
 
 
 def _join(parts: list[torch.Tensor]) -> torch.Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)  # which copies
+    return parts[0] if len(parts) == 1 else torch.cat(parts)  # cat would copy a single one, too
 
 
 class MCLlavaPreTrainedModel(PreTrainedModel):
@@ -214,7 +214,7 @@ class MCLlavaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As in transformers. Weights that are loaded in another dtype than the file's are held once."""
+        """As in transformers, but weights that are loaded in another dtype than the file's are in memory only once."""
         with one_copy(kwargs.get("dtype", kwargs.get("torch_dtype"))):
             return super().from_pretrained(*args, **kwargs)
 
@@ -260,7 +260,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
 
         Args:
             pixel_values: float[crops, 3, side, side].
-            crop_coords: float[crops, 2], centres of the crops as (x / width, y / height).
+            crop_coords: float[crops, 2], centers of the crops as (x / width, y / height).
             crop_num_tokens: int[crops], the number of tokens to keep of each crop, from 1 to its patches but one.
             image_grid_thw: int[images, 3] with rows [crops of the image, 1, 1].
             crop_boxes: int[crops, 4], not used: the model gets the positions as `crop_coords`.
@@ -321,7 +321,8 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         """
         The tokens that are kept of crops, `CROPS_PER_PASS` at a time: float[tokens, vision_hidden].
 
-        No pass waits for the one before it: `counts` are the values of `crop_num_tokens`, which the caller has read.
+        Args:
+            counts: the values of `crop_num_tokens`. To read them here, each pass would wait for the one before it.
         """
         # Parameters may be on several devices or on disk: data moves to the device of other data, not to theirs.
         passes = zip(pixel_values.split(CROPS_PER_PASS), crop_num_tokens.split(CROPS_PER_PASS))
@@ -336,10 +337,10 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
 
     def encode_each(self, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """
-        All patches of crops, float[patches, vision_hidden] of one after another.
+        All patches of each crop, one crop after another: float[patches, vision_hidden].
 
         Args:
-            parts: float[crops, 3, side, side] each. Passes are of `CROPS_PER_PASS` crops, whatever parts these are in.
+            parts: float[crops, 3, side, side] each, of any sizes. Each pass has `CROPS_PER_PASS` crops of them.
         """
         held, free = [], CROPS_PER_PASS
         for part in parts:
@@ -355,7 +356,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
     def add_positions(
         self, hidden_states: torch.Tensor, crop_coords: torch.Tensor, crop_num_tokens: torch.LongTensor
     ) -> torch.Tensor:
-        """Add to each token float[tokens, vision_hidden] the embedding of its crop's centre float[crops, 2]."""
+        """Add to each token float[tokens, vision_hidden] the embedding of its crop's center float[crops, 2]."""
         positions = self.coord_embed(crop_coords).to(hidden_states)
         return hidden_states + positions.repeat_interleave(
             crop_num_tokens.to(hidden_states.device), dim=0, output_size=len(hidden_states)
@@ -384,13 +385,13 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         Select the last `num_tokens[i]` patches of each crop i: float[crops, patches, ...] to float[tokens, ...].
 
         Args:
-            total: the sum of `num_tokens`. Without it, it is read, which waits for the device.
+            total: the sum of `num_tokens`. By default it is read from the device, which waits for it.
         """
         device, patches = hidden_states.device, hidden_states.shape[1]
         num_tokens = num_tokens.to(device)
         total = int(num_tokens.sum()) if total is None else total
         ends = patches * torch.arange(1, 1 + len(num_tokens), device=device)
-        # From the place of a token among all that are kept to that among all patches.
+        # From a token's place among those that are kept to its place among all patches.
         shifts = (ends - num_tokens.cumsum(0)).repeat_interleave(num_tokens, output_size=total)
         return hidden_states.flatten(0, 1)[torch.arange(total, device=device) + shifts]
 
@@ -430,7 +431,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         return self.fill_places(input_ids, image_features)
 
     def fill_places(self, input_ids: torch.LongTensor, image_features: list[torch.Tensor]) -> torch.Tensor:
-        """`embed_prompt` for a prompt whose places are known to match, which reads nothing from the device."""
+        """`embed_prompt` without the check, which reads from the device: the images must match the places."""
         embeds = self.get_input_embeddings()(input_ids)
         mask = (input_ids == self.config.image_token_id).to(embeds.device)
         features = torch.cat(list(image_features)).to(embeds.device, embeds.dtype)
@@ -459,8 +460,8 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
 
     def find_run_ends(self, input_ids: torch.LongTensor) -> torch.LongTensor:
         """
-        At the last token of each run of `<image>`, how many there are up to it in all rows: int64[batch, length], 0
-        elsewhere. A run of two and one of three in two rows: [[0, 0, 2, 0], [0, 0, 0, 5]].
+        At the last token of each run of `<image>`, the number of `<image>` tokens up to it, counted over all rows:
+        int64[batch, length], 0 elsewhere. A run of two and one of three in two rows: [[0, 0, 2, 0], [0, 0, 0, 5]].
         """
         mask = input_ids == self.config.image_token_id
         follows = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)

@@ -1,4 +1,4 @@
-"""The precision of weights on a processor, where float16 takes ten times as long as what the processor computes in."""
+"""The precision of weights on a CPU, where float16 takes ten times as long as what the CPU computes in."""
 
 import os
 
@@ -15,7 +15,7 @@ BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 def computes_in_bfloat16() -> bool:
-    """Whether torch multiplies matrices of bfloat16 by this processor's instructions. Older torch can't tell."""
+    """Whether torch multiplies bfloat16 matrices with instructions of this CPU. Older releases of torch can't tell."""
     held_to = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
     if held_to in WITHOUT_BFLOAT16 or not torch.backends.mkldnn.is_available():
         return False
@@ -25,10 +25,10 @@ def computes_in_bfloat16() -> bool:
 
 def choose_dtype(device: str | torch.device) -> torch.dtype | str:
     """
-    The `dtype` for `from_pretrained` if nobody asks for one.
+    The default `dtype` for `from_pretrained`.
 
-    On a processor bfloat16 if it computes in it, float32 otherwise, whatever the file holds. On an accelerator "auto",
-    the file's.
+    On a CPU: bfloat16 if the CPU computes in it, else float32, whatever the file's dtype. On an accelerator: "auto",
+    which keeps the file's.
     """
     if torch.device(device).type != "cpu":
         return "auto"
@@ -36,7 +36,7 @@ def choose_dtype(device: str | torch.device) -> torch.dtype | str:
 
 
 def warn_of_float16(dtype: torch.dtype, device: torch.device):
-    """Warn once of a model that computes in float16 on a processor."""
+    """Warn once about a model that computes in float16 on a CPU."""
     if dtype == torch.float16 and device.type == "cpu" and not torch.compiler.is_compiling():
         faster = choose_dtype(device)
         logger.warning_once(

@@ -1,10 +1,10 @@
 """
-Keys and values of prompts, kept for the next prompt that begins alike: another question about the same picture, or the
-next turn of a conversation.
+A cache of the keys and values of prompts, for later prompts with the same beginning: another question about the same
+picture, or the next turn of a conversation.
 
     first prompt     system, <image> <image> ... <image> | What is on the table?
     second prompt    system, <image> <image> ... <image> | What color is it?
-                     └─ kept: not computed again ──────┘
+                     └─ reused ────────────────────────┘
 """
 
 import hashlib
@@ -19,17 +19,17 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 
-SAMPLE = 4096  # values of each weight that are looked at, spread evenly
+SAMPLE = 4096  # values of each weight that are compared, spread evenly
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 @dataclass
 class Segment:
     """
-    Keys and values of some tokens that follow each other in one prompt.
+    Keys and values of consecutive tokens of a prompt.
 
     Args:
-        names: of the tokens, see `name_tokens`.
+        names: the names of the tokens, see `name_tokens`.
         layers: keys and values of each layer, float[1, heads, tokens, head_dim].
     """
 
@@ -47,8 +47,8 @@ class Prompts:
     The prompts of a call.
 
     Args:
-        starts: where each row starts, after its padding.
-        names: of the tokens of each row.
+        starts: the column where each row starts, after its padding.
+        names: the names of each row's tokens, see `name_tokens`.
     """
 
     starts: list[int]
@@ -57,23 +57,23 @@ class Prompts:
 
 class PrefixCache:
     """
-    Keeps keys and values of the most recently used prompts and answers; `generate` takes it as `prefix_cache`, and
-    computes each prompt from the first token on that no earlier one began with:
+    Keeps the keys and values of the most recently used prompts and answers. `generate` with this `prefix_cache`
+    computes only what follows the longest known beginning of a prompt:
 
         kept = PrefixCache()
         for question in questions:
             inputs = processor(question, picture).to(model.device)
             model.generate(**inputs, prefix_cache=kept)
 
-    A token is known by the embeddings of all tokens up to it, those of images included, by the dtype and by the
+    A token is identified by the embeddings of all tokens up to it, those of images included, by the dtype and by the
     language model's weights. What prompts share is kept once. Threads may share a cache.
 
-    Changed weights are noticed by torch's counters of changes and by `SAMPLE` values of each weight. After a change of
-    single values that torch can't see (through `.data`, or a NumPy view), call `clear`.
+    Changed weights are detected by torch's version counters and by `SAMPLE` values of each weight. After changing
+    single values in a way that torch doesn't count (through `.data`, or a NumPy view), call `clear`.
 
     Args:
-        max_bytes: upper bound of the keys' and values' size in bytes. They stay on the device that computed them; the
-            least recently used ones are dropped first.
+        max_bytes: upper bound of the size of all keys and values in bytes. They stay on the device that computed them,
+            and the least recently used ones are dropped first.
 
     Attributes:
         nbytes: size of the keys and values in the cache, in bytes.
@@ -88,9 +88,9 @@ class PrefixCache:
             raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
         self.max_bytes = max_bytes
         self.nbytes = self.reused = 0
-        self._segments = OrderedDict()  # by their number, the least recently used first
+        self._segments = OrderedDict()  # by number, the least recently used first
         self._tokens = {}  # name -> (number of the segment, place in it)
-        self._count = 0
+        self._count = 0  # of all segments that were ever added, the number of the next one
         self._lock = Lock()
 
     def clear(self):
@@ -102,13 +102,19 @@ class PrefixCache:
 
     def load(self, model, embeds: torch.Tensor, attention_mask: torch.Tensor) -> tuple[Cache, Prompts]:
         """
-        The cache for prompts, filled as far as all rows are known: at most up to the last token, which is always
-        computed.
+        Look up prompts.
 
         Args:
             model: `MCLlavaForConditionalGeneration`.
             embeds: float[batch, length, hidden], padded on the left.
             attention_mask: int[batch, length], 0 for padding.
+
+        Returns:
+            A cache for `generate`, filled as far as all rows are known, but not with the last token, whose logits are
+            needed; and the prompts, for `keep`.
+
+        Raises:
+            ValueError: if the prompts are not padded on the left.
         """
         made_by = describe_language_model(model)
         *counts, is_left = torch.cat(
@@ -137,12 +143,14 @@ class PrefixCache:
 
     def keep(self, prompts: Prompts, cache: Cache, new_embeds: torch.Tensor | None = None, repeats: int = 1):
         """
-        Keep what a call has computed.
+        Store what a call has computed.
 
         Args:
-            cache: keys and values of the prompts and what follows them.
-            new_embeds: float[batch, new, hidden], of the tokens after the prompts.
-            repeats: how many rows of `cache` each prompt has, with its keys and values in all of them.
+            prompts: what `load` returned.
+            cache: keys and values of the prompts and of the tokens after them.
+            new_embeds: float[batch, new, hidden], embeddings of the tokens after the prompts. By default, only the
+                prompts are stored.
+            repeats: how many rows of `cache` each prompt has.
         """
         length = cache.get_seq_length()
         for row, (start, names) in enumerate(zip(prompts.starts, prompts.names)):
@@ -153,7 +161,7 @@ class PrefixCache:
             self._put(names, start, layers)
 
     def _find(self, names: list[bytes]) -> list[tuple[Segment, int, int]]:
-        """The longest run of known tokens from the first one on, as parts of segments: (segment, first, stop)."""
+        """The longest known beginning of a prompt, as parts of segments: (segment, first, stop)."""
         runs, numbers = [], []
         for name in names:
             number, place = self._tokens.get(name, (None, 0))
@@ -164,7 +172,7 @@ class PrefixCache:
             else:
                 runs.append((self._segments[number], place, place + 1))
                 numbers.append(number)
-        for number in reversed(numbers):  # nothing can be used without what comes before it
+        for number in reversed(numbers):  # a segment is useless without those before it, which are dropped later
             self._segments.move_to_end(number)
         return runs
 
@@ -180,7 +188,13 @@ class PrefixCache:
         return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def _put(self, names: list[bytes], start: int, layers: list[tuple[torch.Tensor, torch.Tensor]]):
-        """Keep the tokens of a prompt that are new. It starts at a column of float[heads, length, head_dim]."""
+        """
+        Store the new tokens of a prompt.
+
+        Args:
+            start: the column of the prompt's first token.
+            layers: keys and values of each layer, float[heads, length, head_dim].
+        """
         with self._lock:
             known = sum(stop - first for _, first, stop in self._find(names))
         bytes_per_token = sum(tensor[:, 0].numel() * tensor.itemsize for tensor in chain(*layers))
@@ -193,12 +207,12 @@ class PrefixCache:
             if runs := self._find(names):
                 self._split(*runs[-1])
             self._add(segment)
-            self._find(names)  # what comes first in the prompt is dropped last
+            self._find(names)  # marks them as used
             while self.nbytes > self.max_bytes:
                 self._drop(next(iter(self._segments)))
 
     def _split(self, segment: Segment, first: int, stop: int):
-        """Part a segment where prompts part, so that what they share may outlive the rest."""
+        """Split a segment where two prompts diverge, so that what they share can outlive the rest."""
         if stop == len(segment.names):
             return
         self._drop(self._tokens[segment.names[first]][0])
@@ -222,11 +236,12 @@ class PrefixCache:
 
 def name_tokens(before: bytes, embeds: torch.Tensor) -> list[bytes]:
     """
-    A name for each token of a text float[length, hidden]: a digest of all that its keys and values depend on, which
-    are the weights, the dtype, and the embeddings up to it.
+    A name for each token: a digest of all that its keys and values depend on, which are the weights, the dtype, and
+    the embeddings up to it.
 
     Args:
-        before: the name of the token before them or, of a prompt's first, what `describe_language_model` returns.
+        before: the name of the token before them or, at the start of a prompt, what `describe_language_model` returns.
+        embeds: float[length, hidden].
     """
     names, name = [], before
     for row in embeds.detach().contiguous().view(torch.uint8).cpu().numpy():
@@ -236,7 +251,7 @@ def name_tokens(before: bytes, embeds: torch.Tensor) -> list[bytes]:
 
 
 def describe_language_model(model) -> bytes:
-    """A digest of the language model's weights, as far as it can be had quickly, and of how it computes."""
+    """A quick digest of the language model's weights, see `PrefixCache`, and of how it computes."""
     device = model.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     language_model, digest = model.model.language_model, hashlib.sha256()
@@ -274,18 +289,18 @@ def refuse_prefixes(model):
     layers = DynamicCache(config=model.config.get_text_config()).layers
     if kinds := sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}):
         raise ValueError(
-            f"a prefix cache needs keys and values of all earlier tokens, the language model's layers keep "
+            f"a prefix cache needs the keys and values of all earlier tokens, but the language model's layers use "
             f"{', '.join(kinds)}: leave prefix_cache out"
         )
     if any(parameter.is_meta for parameter in model.model.language_model.parameters()):
         raise ValueError(
-            "the language model's weights are offloaded, and nothing tells whether they have changed: leave "
+            "the language model's weights are offloaded, so that changes of them can't be detected: leave "
             "prefix_cache out, or load the model to a device"
         )
 
 
 def can_keep_prefixes(model) -> bool:
-    """Whether `generate` takes a `prefix_cache` with this model as it was loaded and saved."""
+    """Whether `generate` accepts a `prefix_cache` with this model and the defaults in its `generation_config`."""
     saved = model.generation_config
     try:
         refuse_prefixes(model)

@@ -2,7 +2,7 @@
 
 import math
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 
@@ -17,7 +17,7 @@ from .crops_mc_llava import Box
 # point, and rounds to bytes. Bicubic coefficients sum to less than 1.3 in absolute value, so that no sum overflows.
 PRECISION = 22
 SUPPORT = 2.0  # of the bicubic filter, in pixels of the smaller picture
-MOST_THREADS = 8  # more only wait for each other's memory
+MOST_THREADS = 8  # more would only wait for memory
 
 
 def cut_crops(
@@ -48,8 +48,8 @@ def cut_each(
     picture: Image.Image, boxes: list[Box], side: int, resample: int, use: Callable[[int, Image.Image], None]
 ):
     """
-    Calls `use` with the number of each box and its crop, a square of `side` pixels, in any order and from several
-    threads. What is cut out in all threads together has at most twice the picture's pixels.
+    Call `use` with the index of each box and its crop, a square of `side` pixels, in any order and from several
+    threads. At any time, the pieces that they have cut out have at most twice as many pixels as the picture.
     """
     runs = _find_runs(boxes, side, resample)
 
@@ -78,16 +78,16 @@ def cut_each(
 
 def count_threads() -> int:
     """
-    The threads that a call may use: torch's number, which is 1 in a DataLoader's workers. Another process that was
-    started by Python is one of many, too.
+    The number of threads that a call may use: torch's, or 1 in a process that another one has started, such as a
+    DataLoader's worker, because there are others like it.
     """
     return 1 if multiprocessing.parent_process() is not None else min(torch.get_num_threads(), MOST_THREADS)
 
 
 def _find_runs(boxes: list[Box], side: int, resample: int) -> list[list[int]]:
     """
-    The numbers of the boxes in groups. Those of a group are one column of overlapping boxes, and Pillow resizes their
-    rows before their columns, so that they share that pass. All others are alone.
+    The indices of the boxes in groups. A group is a column of overlapping boxes whose rows Pillow resizes before their
+    columns, so that they share that pass. Any other box is a group by itself.
     """
     runs, open_runs = [], {}
     for index in sorted(range(len(boxes)), key=lambda index: boxes[index][1]):
@@ -113,14 +113,14 @@ def _area(box: Box) -> int:
 
 
 def can_cut_on(device: torch.device, resample: int) -> bool:
-    """Whether `cut_on_device` is for this device and filter. On a CPU, `cut_crops` is faster."""
+    """Whether to use `cut_on_device` for this device and filter. On a CPU, `cut_crops` is faster."""
     return device.type not in ("cpu", "meta") and resample == Image.Resampling.BICUBIC
 
 
 def cut_to(
     device: torch.device, picture: Image.Image, boxes: list[Box], side: int, resample: int = Image.Resampling.BICUBIC
 ) -> torch.Tensor:
-    """As `cut_crops`, with the crops on a device: uint8[crops, side, side, 3]."""
+    """The same as `cut_crops`, with the crops on a device: uint8[crops, side, side, 3]."""
     if can_cut_on(device, resample):
         return cut_on_device(torch.from_numpy(np.array(picture)).to(device), boxes, side)
     return torch.from_numpy(cut_crops(picture, boxes, side, resample)).to(device)
@@ -130,7 +130,7 @@ def cut_on_device(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.T
     """
     Cut crops out of a picture and resize each to a square with Pillow's bicubic filter, in integers.
 
-    It equals `cut_crops` bit for bit, and what it needs in addition is bounded by a column of the picture.
+    The crops equal those of `cut_crops` bit for bit. Temporary memory is bounded by that of a column of the picture.
 
     Args:
         picture: uint8[height, width, 3].
@@ -160,7 +160,7 @@ def cut_on_device(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.T
 
 
 def _rows_first(box: Box, side: int) -> bool:
-    """Whether Pillow resizes the rows of a crop before its columns. Where it chooses: found by comparing pixels."""
+    """Whether Pillow resizes the rows of a crop before its columns. Its rule was found by comparing pixels."""
     left, top, right, bottom = box
     return not _pillow_chooses() or bottom - top <= max(side, 2 * (right - left) - side)
 
@@ -174,7 +174,9 @@ def _pillow_chooses() -> bool:
     return tall.resize((24, 24), bicubic).tobytes() == rows_last.tobytes()
 
 
-def _resize_axis(pixels: torch.Tensor, axis: int, side: int, starts: list[int] = (0,), length=None) -> torch.Tensor:
+def _resize_axis(
+    pixels: torch.Tensor, axis: int, side: int, starts: Sequence[int] = (0,), length=None
+) -> torch.Tensor:
     """
     Resize spans of one axis of uint8[height, width, channels] to `side` each, and concatenate them.
 
@@ -196,7 +198,7 @@ def _resize_axis(pixels: torch.Tensor, axis: int, side: int, starts: list[int] =
 def _taps(length: int, side: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """
     The coefficients of Pillow's `precompute_coeffs`, int32[taps, side], and the places of the pixels that they
-    multiply. The edges, which have fewer, multiply any by 0.
+    multiply. At the edges, where there are fewer, the others are 0.
     """
     scale = length / side
     stretch = max(scale, 1.0)  # the filter grows with what it shrinks, which is antialiasing

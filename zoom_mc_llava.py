@@ -25,7 +25,7 @@ from .crops_mc_llava import Box, Crop, center_of
 from .encoded_images_mc_llava import EncodedImages, check_counts, read_integers, sum_per_image
 from .feature_cache_mc_llava import FeatureCache, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
-from .image_processing_mc_llava import ZOOM_FIELDS
+from .image_processing_mc_llava import ZOOM_FIELDS, look_up_bytes
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
 from .zoom_plan_mc_llava import look_closer, pays, share_evenly, split_budget
 
@@ -66,7 +66,7 @@ class Looks:
 
     views: list["View"]
     features: list[torch.Tensor]  # one float[tokens, hidden] per view
-    weights_hash: str | None = None  # of `hash_encoder`, once it was needed
+    weights_hash: str | None = None  # of `hash_encoder`, if it was needed
 
 
 @dataclass
@@ -123,7 +123,7 @@ class MCLlavaZoomMixin:
         Args:
             input_ids, attention_mask: int[batch, length], prompts with one `<image>` per visual token, padded on the
                 left.
-            feature_cache: crops that it holds are not encoded again, and those that are encoded are put into it.
+            feature_cache: a `FeatureCache` of crops. Only crops that it lacks are encoded.
             images: the other fields that the processor returned with `zoom` of at least 1.
 
         Raises:
@@ -151,7 +151,7 @@ class MCLlavaZoomMixin:
         tensors = {name: torch.tensor(values, device=features.device) for name, values in fields.items()}
         try:
             weights_hash = looks.weights_hash or self.hash_encoder()
-        except ValueError:  # offloaded to disk; the answer must not be lost for it
+        except ValueError:  # offloaded to disk: no reason to lose the answer
             weights_hash = "unknown"
         return ZoomedImages(features, **tensors, weights_hash=weights_hash)
 
@@ -170,7 +170,7 @@ class MCLlavaZoomMixin:
         if feature_cache is not None:
             try:
                 weights_hash = self._name_pictures(views, images["zoom_values"])
-            except ValueError:  # offloaded to disk: nothing tells whether the weights have changed
+            except ValueError:  # offloaded to disk: changes of the weights can't be detected
                 feature_cache = None
         scouts = images["pixel_values"]
         self._encode(
@@ -236,7 +236,7 @@ class MCLlavaZoomMixin:
 
     def _look_closer(self, views: list[View], number: int, values: torch.Tensor, feature_cache: FeatureCache | None):
         """Encode the crops of round `number`, of all pictures at once."""
-        side = self.config.vision_config.image_size
+        side, values = self.config.vision_config.image_size, values.float()  # `to` casts fields
         added = [
             look_closer(view.boxes, view.relevance, view.covered, view.regions, view.per_region, side)
             if pays(view.boxes, view.relevance, view.covered, side)
@@ -257,8 +257,7 @@ class MCLlavaZoomMixin:
                 if own := [box for index, box in enumerate(boxes, start) if index in chosen]:
                     parts.append(_cut(view, own, side))
                 start += len(boxes)
-            cut = torch.cat(parts).to(values.device)
-            return torch.stack([values[channel][cut[..., channel].long()] for channel in range(3)], dim=1)
+            return look_up_bytes(torch.cat(parts).to(values.device), values)
 
         self._encode(views, added, pixels, feature_cache)
 
@@ -273,7 +272,7 @@ class MCLlavaZoomMixin:
         Encode the crops that a round has added to the views, of all pictures at once.
 
         Args:
-            pixels: given numbers of crops, counted over all views, returns theirs: float[crops, 3, side, side].
+            pixels: given indices of crops, counted over all views, returns their float[crops, 3, side, side].
         """
         new = [(view, crop) for view, boxes in zip(views, added) for crop in view.plan[len(view.plan) - len(boxes) :]]
         counts = [crop.num_tokens for _, crop in new]

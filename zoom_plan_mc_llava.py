@@ -12,9 +12,9 @@ from .crops_mc_llava import (
 )
 
 
-# Of a round's crops that cover a region: 2 x 2 that overlap by a quarter, or 3 x 3 by two fifths. Both have about half
-# of the region's side, and a thing at the seam of two of them lies whole in one. 3 x 3 also cover a sixth of the side
-# around the region, where the rest of a thing lies that the region's edge cuts.
+# A round covers a region with 2 x 2 crops that overlap by a quarter, or with 3 x 3 that overlap by two fifths. Both
+# have about half of the region's side, and a thing at the seam of two crops lies whole in one of them. 3 x 3 crops
+# also cover a margin of a sixth of the region's side, into which a thing at its edge may extend.
 FEW, MANY = 4, 9
 OVERLAPS = {FEW: (1, 4), MANY: (2, 5)}
 MARGINS = {FEW: (0, 1), MANY: (1, 6)}
@@ -144,8 +144,8 @@ def _with_margin(region: Box, margin: tuple[int, int], whole: Box) -> Box:
 
 def can_be_closer(boxes: list[Box], covered: set[Box], side: int) -> list[bool]:
     """
-    For each crop, the whole picture first, whether a closer look would show more: not of the whole picture, which the
-    scouts are, nor of a crop that was covered before or that is at most the tower's `side` in pixels.
+    For each crop, the whole picture first, whether a closer look would show more. It would not for the whole picture,
+    which the scouts cover, for a crop that was covered before, or for one of at most the tower's `side` in pixels.
     """
     return [
         index > 0 and box not in covered and max(box[2] - box[0], box[3] - box[1]) > side
@@ -157,8 +157,8 @@ def pays(boxes: list[Box], relevance: list[float], covered: set[Box], side: int)
     """
     The gate: whether most of the relevance lies on crops of which a closer look would show more.
 
-    A question about a large thing attends to the whole picture, and one whose thing is already covered to what covers
-    it: then the answer needs no further crops. The arguments are those of `look_closer`.
+    Attention goes to the whole picture if the question is about something large, and to crops of earlier rounds if
+    they cover what it is about: then the answer needs no further crops. The arguments are those of `look_closer`.
     """
     closer = can_be_closer(boxes, covered, side)
     return 2 * sum(found for found, is_closer in zip(relevance, closer) if is_closer) > sum(relevance)
@@ -174,7 +174,7 @@ def look_closer(
         +-----+-----+-----+
         |     |  7  |  1  |                            +--+--+--+
         +-----+=====+-----+      -->                   +--+--+--+     3 x 3 crops of the marked one
-        |  0  # 80  #  2  |                            +--+--+--+     and some of what is around it
+        |  0  # 80  #  2  |                            +--+--+--+     and a margin around it
         +-----+=====+-----+
 
     Args:

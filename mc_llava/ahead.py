@@ -7,19 +7,19 @@ from typing import Generic, TypeVar
 
 
 THREADS = min(8, max(2, os.cpu_count() or 2))
-MOST_BYTES = 2**30  # of prepared items that nobody has asked for yet
+MOST_BYTES = 2**30  # of results that are prepared before they are needed
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Ahead(Generic[Item, Result]):
     """
-    Begins to prepare items at once, in order and in several threads, and pauses when `MOST_BYTES` are prepared.
+    Starts to prepare items at once, in order and in several threads, and pauses when `MOST_BYTES` are prepared.
 
     Threads never wait: they end when all is done, too much is held, or `stop` was called.
 
     Args:
-        prepare: makes a result of an item. What it raises, `results` raises.
+        prepare: makes a result of an item. `results` raises its errors.
         count_bytes: the memory that a result takes.
     """
 
@@ -34,7 +34,7 @@ class Ahead(Generic[Item, Result]):
             self._start_threads()
 
     def results(self) -> list[Result]:
-        """The results of all items, once they are there, in order."""
+        """Wait for the results of all items, and return them in order."""
         with self._changed:
             self._most = float("inf")  # they are needed now
             self._start_threads()
@@ -44,7 +44,7 @@ class Ahead(Generic[Item, Result]):
             return [self._results.pop(number) for number in range(len(self.items))]
 
     def stop(self):
-        """Let the threads end after the items that they have begun with."""
+        """Let the threads end after the items that they are working on."""
         with self._changed:
             self._is_stopped = True
 

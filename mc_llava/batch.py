@@ -341,12 +341,12 @@ class Worker:
         return [{**records.get(record["row"], record), "seconds": seconds} for record, _ in read]
 
     def _begin(self, start: int) -> Ahead:
-        """Begins to prepare the batch that starts at a row."""
+        """Start to prepare the batch that starts at a row."""
         indices = list(range(start, min(start + self.job.batch_size, len(self.rows))))
         return Ahead(self.prepare, indices, lambda row: count_bytes(row[1]))
 
     def prepare(self, index: int) -> tuple[dict, list]:
-        """What `read` gives, with all done to the images that needs no model."""
+        """The same as `read`, with the images prepared as far as that needs no model."""
         record, images = self.read(index)
         try:
             return record, self.engine.prepare(images)
@@ -395,7 +395,7 @@ class Worker:
 class RayWorker(Worker):
     """A worker as Ray Data calls it: with columns of numbers, for columns that Arrow need not understand."""
 
-    READS_AHEAD = False  # Ray decides who answers the next batch
+    READS_AHEAD = False  # Ray decides which worker answers the next batch
 
     def __call__(self, batch: dict) -> dict:
         return {"records": [json.dumps(self.answer_batch(int(start))) for start in batch["start"]]}

@@ -136,8 +136,8 @@ def chat(
     """
     Talk about a picture: one question per line. An empty line ends the chat.
 
-    The picture is encoded once, or with --zoom looked at anew for each question. Earlier turns are remembered, and
-    not computed again; /new forgets them.
+    The picture is encoded once, or with --zoom looked at again for each question. Earlier turns are remembered
+    without being computed again; /new forgets them.
     """
     from transformers import TextStreamer
 

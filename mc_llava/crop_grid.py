@@ -11,7 +11,7 @@ def draw_crop_grid(image: Image.Image, plan: list[Crop]) -> Image.Image:
     """
     A copy of an RGB image with the crops of its plan as numbered frames, each with its number of tokens.
 
-    Neighbours overlap by half, so frames are alternately inset and differ in colour. Crop 0, the whole image, is the
+    Neighbors overlap by half, so frames are alternately inset and differ in color. Crop 0, the whole image, is the
     frame around everything.
     """
     image = image.copy()

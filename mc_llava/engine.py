@@ -96,8 +96,8 @@ class Engine:
             for each question, except for those that are encoded already.
         batch_size: rows of a forward pass.
         max_new_tokens: upper bound of a reply's tokens.
-        prefix_bytes: upper bound of the keys and values that are kept, see `PrefixCache`. With 0, none are, and a
-            reply in bfloat16 or float16 does not depend on those before it by a rounding error.
+        prefix_bytes: upper bound of the size of keys and values that are kept, see `PrefixCache`. With 0, none are
+            kept: in bfloat16 or float16, rounding errors could otherwise make a reply depend on earlier ones.
 
     Raises:
         ValueError: if a number is out of range.
@@ -139,8 +139,9 @@ class Engine:
 
     def prepare(self, images: list) -> list:
         """
-        Do what `encode` does without the model, see `FeatureCache.prepare`. The results go into conversations in place
-        of the images, or to `encode`. With zoom, images are only loaded: the question decides about their crops.
+        Do the part of `encode` that needs no model, see `FeatureCache.prepare`. Pass the results to `encode`, or put
+        them into conversations in place of the images. With zoom, images are only loaded, because their crops depend
+        on the question.
 
         Raises:
             ValueError: as `encode` does.
@@ -203,6 +204,7 @@ class Engine:
         ]
 
     def _prefixes_for(self, options: dict) -> PrefixCache | None:
+        """The prefix cache, or None if an option can't be combined with it."""
         is_refused = set(NOT_WITH_PREFIXES) & set(options) or options.get("use_cache") is False
         return None if is_refused else self.prefix_cache
 
@@ -361,7 +363,7 @@ class Engine:
 
 
 def count_bytes(images: list) -> int:
-    """The memory that `Engine.prepare` has taken for images: Pillow takes four bytes a pixel."""
+    """The size of what `Engine.prepare` returned, in bytes: Pillow takes four per pixel."""
     pictures = [image for image in images if isinstance(image, Image.Image)]
     prepared = [image for image in images if is_prepared(image)]
     return sum(4 * picture.width * picture.height for picture in pictures) + sum(image.nbytes for image in prepared)

@@ -46,7 +46,8 @@ def resolve_dtype(
     path: str, dtype: str | torch.dtype = "auto", device: str | None = None, revision: str | None = None
 ) -> torch.dtype | str:
     """
-    The dtype that `load_model` loads for the same arguments; "auto" if only the weights of an accelerator tell.
+    The dtype in which `load_model` loads a model with the same arguments, or "auto" for an accelerator if the
+    configuration has none.
 
     Raises:
         ValueError: if there is no such dtype or device.
@@ -74,8 +75,8 @@ def load_model(
 
     Args:
         path: a folder, a Hub id or "tiny".
-        dtype: "auto" is what `choose_dtype` says, which is printed: on a CPU bfloat16 or float32, on an accelerator
-            the checkpoint's.
+        dtype: by default the choice of `choose_dtype`, which is printed: on a CPU bfloat16 or float32, on an
+            accelerator the checkpoint's.
         device: by default an accelerator if there is one.
         revision: branch, tag or commit of a Hub id.
         quantize: one of `QUANTIZED`, for the weights of the language model's layers.
@@ -151,8 +152,8 @@ def identify(path: str, revision: str | None = None) -> str:
 
 def known_digest(folder: Path, files: list[Path]) -> str:
     """
-    A digest of a folder's files. They are read only if the user's cache doesn't know them as they are: reading the 3B
-    model takes as long as many answers.
+    A digest of a folder's files. They are read only if they have changed since the user's cache got their digest:
+    reading the 3B model takes as long as many answers.
     """
     state, cache = stamps(files), identity_file(folder)
     if found := read_identity(cache, state):
@@ -162,12 +163,12 @@ def known_digest(folder: Path, files: list[Path]) -> str:
         digest.update(file.name.encode())
         hash_file(digest, file)
     found = f"sha256:{digest.hexdigest()}"
-    if cache is not None and stamps(files) == state:  # nothing was written meanwhile
+    if cache is not None and stamps(files) == state:  # no file was written meanwhile
         draft = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}")
         with suppress(OSError):  # a full or read-only disk
             try:
                 draft.write_text(json.dumps({"files": state, "digest": found}))
-                os.replace(draft, cache)  # two runs may write it at once: a reader sees the one or the other
+                os.replace(draft, cache)  # atomic: two runs may write it at once
             finally:
                 draft.unlink(missing_ok=True)
     return found
@@ -194,7 +195,7 @@ def read_identity(cache: Path | None, state: list[list]) -> str | None:
 
 
 def stamps(files: list[Path]) -> list[list]:
-    """What tells changed files without reading them: no tool sets the time of the last change of status back."""
+    """What shows without reading files whether they have changed: no tool sets the time of a status change back."""
     found = [(file.name, file.stat()) for file in files]
     return [[name, at.st_size, at.st_mtime_ns, at.st_ctime_ns, at.st_ino, at.st_dev] for name, at in found]
 

@@ -395,7 +395,7 @@ class Collator:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.full_like(ids, -100)}
 
     def encode(self, messages: list[dict], plan: list[Crop] | None) -> dict[str, torch.Tensor]:
-        """The tokens of a row, with as many `<image>` as the plan of its picture gives."""
+        """The tokens of a row, with one `<image>` per visual token of its picture's plan."""
         if plan is not None:
             first = next(index for index, message in enumerate(messages) if message["role"] == "user")
             parts = [{"type": "image"}, {"type": "text", "text": messages[first]["content"]}]
@@ -413,7 +413,8 @@ class Collator:
     def tokenize(self, messages: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
         """
         The ids of a conversation with a single token for its picture, int64[length], and which of them the template
-        marks as the assistant's, bool[length]. transformers looks for these among all tokens of a picture, in Python.
+        marks as the assistant's, bool[length]. transformers would search all tokens of the picture for these, in
+        Python.
         """
         prompt, tokenizer = self.processor.apply_chat_template(messages), self.processor.tokenizer
         _, (spans,) = render_jinja_template(

@@ -2,8 +2,8 @@
 Measure what users wait for: `python scripts/benchmark.py [ROW ...]`, by default all rows.
 
 With `--against REVISION`, that commit is checked out into a temporary git worktree, and each row runs there and here
-by turns, in fresh processes with the same number of threads. Each row prints one line of JSON: medians, the smallest
-and the largest value, and the ratio of each pair of runs. Seconds on a shared machine vary; ratios of pairs hardly.
+alternately, in fresh processes with the same number of threads. Each row prints one line of JSON with the median, the
+smallest and the largest value, and the same for the ratios of pairs of runs, which vary less on a shared machine.
 
     python scripts/benchmark.py preprocess --against 6cf41cd >> docs/benchmark.jsonl
     python scripts/benchmark.py --table      # writes the table in docs/costs.md from docs/benchmark.jsonl
@@ -61,7 +61,7 @@ class Bench:
         return path
 
     def seconds(self, function: Callable, repeats: int = 5, clock: Callable[[], float] = time.perf_counter) -> float:
-        """The median of the times that a call takes, after one that warms up; with `time.process_time`, of the CPU."""
+        """The median time of a call, after a warm-up; with `time.process_time`, its CPU time."""
         times = []
         for _ in range(repeats + 1):
             gc.collect()
@@ -73,7 +73,7 @@ class Bench:
         return statistics.median(times[1:])
 
     def wait(self):
-        """Until the device has done what it was asked to."""
+        """Wait until the device is idle."""
         if self.device != "cpu":
             import torch
 
@@ -94,7 +94,7 @@ class Bench:
 
 
 def row(function: Callable[[Bench], dict[str, float]]):
-    """Makes a function a row. The first line of its docstring says in the table what is measured."""
+    """Make a function a row. The table shows the first line of its docstring."""
     ROWS[function.__name__] = function
     return function
 
@@ -286,7 +286,7 @@ def host_reads(bench: Bench) -> dict[str, float]:
 
 @row
 def loading_memory(bench: Bench) -> dict[str, float]:
-    """Loading a file of float16 in bfloat16: the most memory that it takes."""
+    """Loading a float16 file in bfloat16: the peak of memory."""
     from mc_llava.loading import load_model
 
     folder, models = write_checkpoint(bench, 4, 4), []
@@ -296,7 +296,7 @@ def loading_memory(bench: Bench) -> dict[str, float]:
 
 @row
 def busy_device(bench: Bench) -> dict[str, float]:
-    """`mc-llava batch` about 12 photographs of 12 megapixels, with a pretended device of 0.3 s each."""
+    """`mc-llava batch` about 12 photographs of 12 megapixels, with a simulated device that takes 0.3 s for each."""
     import torch
     from make_published_checkpoint import write_published_checkpoint
 
@@ -328,7 +328,7 @@ def busy_device(bench: Bench) -> dict[str, float]:
 
 @row
 def identity(bench: Bench) -> dict[str, float]:
-    """What identifies a model folder of 1 GB, once it is known."""
+    """Identifying a model folder of 1 GB again."""
     os.environ["HF_HOME"] = str(bench.folder / "cache")
     from mc_llava.loading import identify
 
@@ -387,7 +387,7 @@ def measure(name: str, tree: Path, folder: str, options: argparse.Namespace) -> 
 
 
 def compare(name: str, trees: dict[str, Path], options: argparse.Namespace) -> dict:
-    """A row measured in each tree by turns. "after" is this tree."""
+    """A row, measured in each tree alternately. "after" is this tree."""
     runs = {label: [] for label in trees}
     with tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):

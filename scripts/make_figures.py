@@ -41,7 +41,7 @@ def ask(max_crops: int, *options) -> dict:
 
 
 def draw_frames(picture: Image.Image, boxes: list[Box]) -> Image.Image:
-    """The picture, `WIDTH` pixels wide, with thin frames. Neighbours overlap, so their insets differ."""
+    """The picture, `WIDTH` pixels wide, with thin frames. Neighbors overlap, so their insets differ."""
     scale = WIDTH / picture.width
     small = picture.resize((WIDTH, round(picture.height * scale)), Image.Resampling.LANCZOS)
     draw = ImageDraw.Draw(small)

@@ -1,4 +1,4 @@
-"""Work that is done ahead: in order, with its errors, within a bound of memory, and without threads that stay."""
+"""Work ahead of time: results are in order, errors are raised, memory is bounded, and no thread is left."""
 
 import threading
 import time

@@ -1,4 +1,4 @@
-"""The benchmark command: rows in two trees by turns, and the table."""
+"""The benchmark command: rows that run in two trees alternately, and the table."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ LINE = {
 }
 
 
-def test_trees_run_by_turns_and_pairs_are_compared(monkeypatch, tmp_path):
+def test_trees_alternate_and_pairs_are_compared(monkeypatch, tmp_path):
     values = iter([4.0, 1.0, 10.0, 5.0, 8.0, 2.0])  # before, after, before, ...
     asked = []
 

@@ -202,7 +202,7 @@ def plain_sum(tensor: torch.Tensor) -> int:
 
 
 def fused_step(model):
-    """It changes weights without counting a version."""
+    """Change weights without incrementing their version."""
     weight = model.model.vision_tower.encoder.layers[0].mlp.fc1.weight
     weight.grad = torch.full_like(weight, 0.1)
     torch.optim.AdamW([weight], lr=1e-3, fused=True).step()
@@ -449,7 +449,7 @@ class TestFeatureCache:
         assert torch.equal(found.crop_coords, alone.crop_coords) and found.plans == alone.plans
 
     def test_a_full_cache_keeps_what_was_asked_for(self, model, processor, passes):
-        """First the patches go that nobody asked for, those of the least recently used crops, and then crops."""
+        """Patches that nobody asked for are dropped first, those of the least recently used crops, and then crops."""
         asked = {"max_crops": 0, "num_tokens": 5}
         cache = FeatureCache(max_bytes=2 * (PATCHES + 5) * ROW)
         for image in IMAGES:

@@ -1,4 +1,4 @@
-"""The precision that a model is loaded in if nobody asks for one, who says it, and the memory that loading takes."""
+"""The default precision of a model, what reports it, and the memory that loading takes."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Keys and values of prompts' beginnings: what is not computed again, what makes it so, and what is refused."""
+"""Cached keys and values of prompts: when they are reused, when they must not be, and what is refused."""
 
 import copy
 import threading
@@ -77,9 +77,9 @@ def test_logits(model, processor):
 
 def embeddings(model, inputs) -> dict:
     """The short form's inputs as embeddings alone, which other code may have made."""
-    request = model._read_request(inputs["input_ids"], inputs["image_features"], {})
-    ids, mask = model._expand_prompt(request)
-    return {"inputs_embeds": model.model.embed_prompt(ids, inputs["image_features"]), "attention_mask": mask}
+    request = model._expand_prompt(model._read_request(inputs["input_ids"], inputs["image_features"], {}))
+    embeds = model.model.embed_prompt(request.new_ids, inputs["image_features"])
+    return {"inputs_embeds": embeds, "attention_mask": request.attention_mask}
 
 
 WAYS = {

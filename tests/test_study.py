@@ -52,7 +52,7 @@ def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monke
 
 @pytest.mark.slow
 def test_zoom_is_measured_against_the_grid(folder, tmp_path, monkeypatch):
-    settings = [Setting(8, 40, zoom, task) for zoom in (0, 1) for task in ("scenes", "large", "scenes70")]
+    settings = [Setting(8, 40, zoom, task) for zoom in (0, 1) for task in ("scenes", "scenes70")]
     monkeypatch.setattr(zoom_study, "SETTINGS", settings)
     measured = Study(str(folder), tmp_path / "work", 2)
     found = zoom_study.run_zoom_study(measured, tmp_path)

@@ -195,7 +195,7 @@ def test_where_it_looked(zooming, processor, zoom):
 
 
 def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
-    """One picture's whole is what the question is about: no crops are added to it, and its scouts' looks are told."""
+    """If attention goes to a whole picture, it gets no further crops, and its scouts are still reported."""
     asked = []
 
     def attention(input_ids, attention_mask, features, heads):

@@ -159,12 +159,12 @@ def identify_question(question: Question) -> dict:
 
 
 def batches_ahead(engine: Engine, questions: Iterator[Question]) -> Iterator[tuple[list[Question], Ahead]]:
-    """Batches of questions with their images, which threads prepare while the batch before is answered."""
+    """Batches of questions with their images, which threads prepare while the previous batch is answered."""
 
     def prepare(question: Question) -> list:
         try:
             return engine.prepare([question.image])
-        except ValueError:  # the question fails with it when it is asked
+        except ValueError:  # the same error fails the question when it is asked
             return [question.image]
 
     def begin() -> tuple[list[Question], Ahead]:
@@ -175,7 +175,7 @@ def batches_ahead(engine: Engine, questions: Iterator[Question]) -> Iterator[tup
     while current[0]:
         try:
             following = begin()
-        except Exception as failure:  # of the data: the batch before is answered first
+        except Exception as failure:  # of the data: the current batch is answered first
             following, error = ([], None), failure
         try:
             yield current

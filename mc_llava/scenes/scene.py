@@ -20,7 +20,7 @@ import math
 from dataclasses import dataclass, replace
 
 
-# Without I and O, as on licence plates: some fonts draw them like 1 and 0.
+# Without I and O, as on license plates: some fonts draw them like 1 and 0.
 CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
 COLORS = {
     "red": (212, 32, 38),

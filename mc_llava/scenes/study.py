@@ -26,7 +26,7 @@ from .scene import CROPS
 
 
 class Setting(NamedTuple):
-    """What is asked under which knobs."""
+    """A task, and the knobs with which it is asked."""
 
     max_crops: int
     num_tokens: int
@@ -46,7 +46,7 @@ SETTINGS = tuple(
 NAMES = {"ocr": "OCR", "attribute": "attributes", "position": "position", "hard": "hard"}
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 24
-ANSWER_TOKENS = 8  # that count, of an answer
+ANSWER_TOKENS = 8  # of an answer, for its FLOPs
 
 
 class Study:

@@ -4,7 +4,7 @@ The vision tower of `tiny`, trained from scratch: the counterpart of the 3B mode
 Captions alone leave a small tower on a plateau for a long time. Here every crop gives dense targets, on two heads that
 are dropped afterwards:
 
-- the patch head says for each patch which character, shape or object has its centre there, and in which color: this
+- the patch head says for each patch which character, shape or object has its center there, and in which color: this
   breaks the plateau;
 - the gather head says from the mean of the last K patches alone what the whole crop contains. The language model will
   see only those: with 32 crops and 128 tokens, K is 3.
@@ -49,7 +49,7 @@ NAMES = SHAPES + OBJECTS
 NAME_IDS = {name: index for index, name in enumerate(NAMES)}
 LONGEST_SIGN = 4
 IGNORED = -100
-# The patch head reads before these last blocks, the gather head after them: what the last block recognises can no
+# The patch head reads before these last blocks, the gather head after them: what the last block recognizes can no
 # longer be gathered.
 GATHERING_LAYERS = 2
 # How often the gather head reads from the last 1, 3, 8 and 24 patches.
