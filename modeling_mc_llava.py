@@ -49,7 +49,9 @@ from .precision_mc_llava import warn_of_float16
 from .zoom_mc_llava import MCLlavaZoomMixin, refuse_zoom
 
 
-_opening = RLock()  # one thread at a time replaces transformers' function, see `one_copy`
+# One thread at a time replaces transformers' function, see `one_copy`. All copies of this code share the lock: each
+# would put back what another one has put there.
+_opening = vars(modeling_utils).setdefault("_mc_llava_opening", RLock())
 # Crops that pass the vision tower at once. This bounds its memory, whatever max_crops is.
 CROPS_PER_PASS = 16
 # Names in the published checkpoint -> in the model. `save_pretrained` writes the published ones, `from_pretrained` and
@@ -154,7 +156,7 @@ def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def one_copy(dtype: torch.dtype | str | None):
+def one_copy(dtype: torch.dtype | str | dict | None):
     """
     Has `from_pretrained` read files whose weights have another dtype tensor by tensor.
 
@@ -162,6 +164,8 @@ def one_copy(dtype: torch.dtype | str | None):
     one is loaded. transformers reads files on Windows, for a similar reason, and has no option for it elsewhere.
     """
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    # In the deprecated dictionary of submodels, "" is the model, whose dtype transformers takes for all.
+    dtype = dtype.get("", torch.get_default_dtype()) if isinstance(dtype, dict) else dtype
     wanted = names.get(getattr(torch, dtype, None) if isinstance(dtype, str) else dtype)
     plain_open = getattr(modeling_utils, "safe_open", None)
     # None is the file's: mapped weights are read when they are used, and shared by processes.
