@@ -177,7 +177,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         if request.tokens_per_image:
             self._refuse_options(request.is_short, generation_config, kwargs)
         if prefix_cache is not None:
-            self._refuse_with_prefixes(generation_config, kwargs)
+            self.refuse_with_prefixes(generation_config, kwargs)
         new_ids, attention_mask, lengths, run_ends = (
             request.new_ids,
             request.attention_mask,
@@ -372,7 +372,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         kwargs[CACHE] = cache
         return prompts, repeats
 
-    def _refuse_with_prefixes(self, generation_config, kwargs: dict):
+    def refuse_with_prefixes(self, generation_config, kwargs: dict):
         """Raise a ValueError for what can't be combined with a prefix cache."""
         refuse_prefixes(self)
         refused = [

@@ -184,7 +184,8 @@ class PrefixCache:
         with self._lock:
             known = sum(stop - first for _, first, stop in self._find(names))
         bytes_per_token = sum(tensor[:, 0].numel() * tensor.itemsize for tensor in chain(*layers))
-        new = names[known : self.max_bytes // bytes_per_token]
+        fitting = int(min(self.max_bytes, bytes_per_token * len(names)) // bytes_per_token)  # it may be infinite
+        new = names[known:fitting]
         if not new:
             return
         columns = slice(start + known, start + known + len(new))
@@ -284,14 +285,13 @@ def refuse_prefixes(model):
         )
 
 
-def can_keep_prefixes(model) -> bool:
-    """Whether `generate` takes a `prefix_cache` with this model as it was loaded and saved."""
-    saved = model.generation_config
+def can_keep_prefixes(model, generation_config=None) -> bool:
+    """Whether `generate` takes a `prefix_cache` with this model as it was loaded and saved, and a configuration."""
     try:
-        refuse_prefixes(model)
+        model.refuse_with_prefixes(generation_config, {})
     except ValueError:
         return False
-    return saved.use_cache is not False and saved.cache_implementation is None and not saved.prefill_chunk_size
+    return True
 
 
 __all__ = ["PrefixCache", "can_keep_prefixes"]

@@ -257,6 +257,14 @@ def test_another_picture_of_the_same_size_and_other_knobs(model, processor):
         assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
 
 
+@pytest.mark.parametrize("max_bytes", [float("inf"), 1e9, 12.5 * TOKEN_BYTES])
+def test_a_bound_may_be_a_float(model, processor, max_bytes):
+    kept = PrefixCache(max_bytes)
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
+    assert kept.reused == min(inputs["input_ids"].shape[1] - 1, max_bytes // TOKEN_BYTES)
+
+
 def test_what_is_used_last_stays(model, processor):
     first = processor("What is it?", IMAGES[0], **KNOBS)
     ask(model, first, prefix_cache=(kept := PrefixCache()))
