@@ -243,7 +243,8 @@ class MCLlavaGenerationMixin(GenerationMixin):
             ValueError: as `generate` does.
         """
         kept = PrefixCache() if prefix_cache is None else prefix_cache
-        self.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, prefix_cache=kept)
+        greedy = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}  # whatever was saved
+        self.generate(**inputs, **greedy, max_new_tokens=1, prefix_cache=kept)
         return kept
 
     def _read_request(self, input_ids: torch.LongTensor | None, image_features, kwargs: dict) -> GenerationRequest:

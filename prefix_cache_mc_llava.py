@@ -18,6 +18,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .encoded_images_mc_llava import read_integers
+
 
 SAMPLE = 4096  # values of each weight that are looked at, spread evenly
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -111,9 +113,9 @@ class PrefixCache:
             attention_mask: int[batch, length], 0 for padding.
         """
         made_by = describe_language_model(model)
-        *counts, is_left = torch.cat(
-            [attention_mask.sum(-1), (attention_mask[:, 1:] >= attention_mask[:, :-1]).all().view(1)]
-        ).tolist()
+        counts, (is_left,) = read_integers(  # a mask may be of floats
+            attention_mask.sum(-1), (attention_mask[:, 1:] >= attention_mask[:, :-1]).all().view(1)
+        )
         if not is_left:
             raise ValueError("a prefix cache needs prompts that are padded on the left: pad them there")
         starts = [attention_mask.shape[1] - count for count in counts]
