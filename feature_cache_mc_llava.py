@@ -3,7 +3,7 @@
 import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Lock
 from weakref import WeakValueDictionary
@@ -17,6 +17,7 @@ from .encoded_images_mc_llava import EncodedImages, input_device
 from .image_loading_mc_llava import load_image
 from .image_processing_mc_llava import CROPS_PER_LOOK_UP, check_size, look_up_bytes
 from .resizing_mc_llava import cut_to
+from .threads_mc_llava import one_ahead
 
 
 MOST_CUT_AHEAD = 128 * 2**20  # bytes of a picture's crops that are cut before they are encoded
@@ -111,7 +112,7 @@ class FeatureCache:
                 image, crop = crops[index]
                 parts.setdefault(image, []).append(crop.box)
             pixels = (part for image, boxes in parts.items() for part in image.pixels(boxes, device))
-            return model.model.encode_each(_one_ahead(pixels))
+            return model.model.encode_each(one_ahead(pixels))
 
         with torch.no_grad():
             keys = [((*image.name, *made_by), crop.box) for image, crop in crops]
@@ -135,7 +136,8 @@ class FeatureCache:
             keys = {crop.box: ((*image.name, *self._made_by), crop.box) for crop in image.plan}
             with self._lock:
                 new = [box for box, key in keys.items() if key not in self._crops]
-            image.cut_ahead(new, device)
+            with suppress(MemoryError, torch.OutOfMemoryError):  # then `encode` cuts, when other threads may be done
+                image.cut_ahead(new, device)
         return prepared
 
     def _prepare(self, model, image_processor, images: list, plans, options: dict) -> "list[PreparedImage]":
@@ -157,7 +159,7 @@ class FeatureCache:
             if not is_prepared(image):
                 image = PreparedImage(image, plan, side, options.get("resample", image_processor.resample), values)
                 with self._lock:
-                    image = self._prepared.setdefault((image.name, tuple(plan)), image)
+                    image = self._prepared.setdefault((image.name, side, tuple(plan)), image)
             found.append(image)
         return found
 
@@ -235,15 +237,6 @@ class FeatureCache:
                 else:
                     _, dropped = self._crops.popitem(last=False)
                     self.nbytes -= dropped.patches.nbytes
-
-
-def _one_ahead(parts: Iterator[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The same parts. A thread makes the next one while the model works on the current one."""
-    with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(next, parts, None)
-        while (part := following.result()) is not None:
-            following = pool.submit(next, parts, None)
-            yield part
 
 
 class PreparedImage:

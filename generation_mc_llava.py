@@ -176,7 +176,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         if request.tokens_per_image:
             self._refuse_options(request.is_short, generation_config, kwargs)
         if prefix_cache is not None:
-            self._refuse_with_prefixes(generation_config, kwargs)
+            self.refuse_with_prefixes(generation_config, kwargs)
         if request.is_short:
             request = self._expand_prompt(request)
         has_prompt = request.new_ids is not None
@@ -228,7 +228,8 @@ class MCLlavaGenerationMixin(GenerationMixin):
             ValueError: as `generate` does.
         """
         kept = PrefixCache() if prefix_cache is None else prefix_cache
-        self.generate(**inputs, max_new_tokens=1, do_sample=False, num_beams=1, prefix_cache=kept)
+        greedy = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}  # whatever was saved
+        self.generate(**inputs, **greedy, max_new_tokens=1, prefix_cache=kept)
         return kept
 
     def _read_request(self, input_ids: torch.LongTensor | None, image_features, kwargs: dict) -> GenerationRequest:
@@ -367,7 +368,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         room = context - request.attention_mask.sum(-1)
         return StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(request.prompt_length, room)])
 
-    def _refuse_with_prefixes(self, generation_config, kwargs: dict):
+    def refuse_with_prefixes(self, generation_config, kwargs: dict):
         """Raise a ValueError for what can't be combined with a prefix cache."""
         refuse_prefixes(self)
         refused = [

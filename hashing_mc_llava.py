@@ -1,11 +1,12 @@
 """A hash of weights that is computed on their device."""
 
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, zip_longest
 
 import torch
 from torch import nn
+
+from .threads_mc_llava import in_threads
 
 
 MULTIPLIER = 0x5851F42D4C957F2D  # odd, so that multiplying loses no bits
@@ -46,8 +47,7 @@ def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
     """
     threads = min(torch.get_num_threads(), len(octets))
     shares = [range(first, len(octets), threads) for first in range(threads)]
-    with ThreadPoolExecutor(threads) as pool:
-        sums = list(pool.map(_sum_share, [[octets[place] for place in share] for share in shares]))
+    sums = in_threads(_sum_share, [[octets[place] for place in share] for share in shares], threads)
     found = dict(zip(chain(*shares), torch.cat(sums).tolist()))
     return [found[place] for place in range(len(octets))]
 

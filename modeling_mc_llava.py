@@ -49,7 +49,9 @@ from .precision_mc_llava import warn_of_float16
 from .zoom_mc_llava import MCLlavaZoomMixin, refuse_zoom
 
 
-_opening = RLock()  # one thread at a time replaces transformers' function, see `one_copy`
+# One thread at a time replaces transformers' function, see `one_copy`. All copies of this code share the lock: each
+# would put back what another one has put there.
+_opening = vars(modeling_utils).setdefault("_mc_llava_opening", RLock())
 # Crops that pass the vision tower at once. This bounds its memory, whatever max_crops is.
 CROPS_PER_PASS = 16
 # Names in the published checkpoint -> in the model. `save_pretrained` writes the published ones, `from_pretrained` and
@@ -154,7 +156,7 @@ def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @contextmanager
-def one_copy(dtype: torch.dtype | str | None):
+def one_copy(dtype: torch.dtype | str | dict | None):
     """
     Make `from_pretrained` read a file tensor by tensor if its weights have another dtype.
 
@@ -163,6 +165,8 @@ def one_copy(dtype: torch.dtype | str | None):
     for it elsewhere.
     """
     names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    # In the deprecated dictionary of submodels, "" is the model, whose dtype transformers takes for all.
+    dtype = dtype.get("", torch.get_default_dtype()) if isinstance(dtype, dict) else dtype
     wanted = names.get(getattr(torch, dtype, None) if isinstance(dtype, str) else dtype)
     # None is the file's: mapped weights are read when they are used, and shared by processes.
     if wanted is None or not hasattr(modeling_utils, "safe_open"):

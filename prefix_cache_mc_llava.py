@@ -18,6 +18,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
+from .encoded_images_mc_llava import read_integers
+
 
 SAMPLE = 4096  # values of each weight that are compared, spread evenly
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
@@ -117,9 +119,9 @@ class PrefixCache:
             ValueError: if the prompts are not padded on the left.
         """
         made_by = describe_language_model(model)
-        *counts, is_left = torch.cat(
-            [attention_mask.sum(-1), (attention_mask[:, 1:] >= attention_mask[:, :-1]).all().view(1)]
-        ).tolist()
+        counts, (is_left,) = read_integers(  # a mask may be of floats
+            attention_mask.sum(-1), (attention_mask[:, 1:] >= attention_mask[:, :-1]).all().view(1)
+        )
         if not is_left:
             raise ValueError("a prefix cache needs prompts that are padded on the left: pad them there")
         starts = [attention_mask.shape[1] - count for count in counts]
@@ -198,7 +200,8 @@ class PrefixCache:
         with self._lock:
             known = sum(stop - first for _, first, stop in self._find(names))
         bytes_per_token = sum(tensor[:, 0].numel() * tensor.itemsize for tensor in chain(*layers))
-        new = names[known : self.max_bytes // bytes_per_token]
+        fitting = int(min(self.max_bytes, bytes_per_token * len(names)) // bytes_per_token)  # it may be infinite
+        new = names[known:fitting]
         if not new:
             return
         columns = slice(start + known, start + known + len(new))
@@ -299,14 +302,13 @@ def refuse_prefixes(model):
         )
 
 
-def can_keep_prefixes(model) -> bool:
-    """Whether `generate` accepts a `prefix_cache` with this model and the defaults in its `generation_config`."""
-    saved = model.generation_config
+def can_keep_prefixes(model, generation_config=None) -> bool:
+    """Whether `generate` accepts a `prefix_cache` with this model, its saved defaults and a configuration."""
     try:
-        refuse_prefixes(model)
+        model.refuse_with_prefixes(generation_config, {})
     except ValueError:
         return False
-    return saved.use_cache is not False and saved.cache_implementation is None and not saved.prefill_chunk_size
+    return True
 
 
 __all__ = ["PrefixCache", "can_keep_prefixes"]

@@ -3,7 +3,6 @@
 import math
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache, lru_cache
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from PIL import Image
 
 from .crops_mc_llava import Box
+from .threads_mc_llava import in_threads
 
 
 # Pillow's Resample.c computes in 32-bit integers: a pass multiplies bytes with coefficients of 22 bits after the
@@ -67,13 +67,7 @@ def cut_each(
 
     areas = [_area(hull) for hull in (_hull(boxes, run) for run in runs) if hull != (0, 0, *picture.size)]
     threads = min(count_threads(), len(runs), 2 * picture.width * picture.height // max(areas, default=1))
-    if threads == 1:
-        for run in runs:
-            cut(run)
-    else:
-        with ThreadPoolExecutor(threads) as pool:
-            for _ in pool.map(cut, runs):  # raises what a thread raised
-                pass
+    in_threads(cut, runs, threads)
 
 
 def count_threads() -> int:

@@ -30,16 +30,18 @@ if TYPE_CHECKING:
     from ..prefix_cache_mc_llava import *  # noqa: F403
     from ..processing_mc_llava import *  # noqa: F403
     from ..resizing_mc_llava import *  # noqa: F403
+    from ..threads_mc_llava import *  # noqa: F403
     from ..zoom_mc_llava import *  # noqa: F403
     from ..zoom_plan_mc_llava import *  # noqa: F403
 
-# The remote code, each file after those that it imports: the first five need neither torch nor transformers.
+# The remote code, each file after those that it imports: the first six need neither torch nor transformers.
 ROOT_FILES = (
     "crops_mc_llava",
     "zoom_plan_mc_llava",
     "image_costs_mc_llava",
     "image_pixels_mc_llava",
     "image_loading_mc_llava",
+    "threads_mc_llava",
     "configuration_mc_llava",
     "resizing_mc_llava",
     "image_processing_mc_llava",

@@ -205,8 +205,9 @@ class Engine:
 
     def _prefixes_for(self, options: dict) -> PrefixCache | None:
         """The prefix cache, or None if an option can't be combined with it."""
-        is_refused = set(NOT_WITH_PREFIXES) & set(options) or options.get("use_cache") is False
-        return None if is_refused else self.prefix_cache
+        if self.prefix_cache is None or set(NOT_WITH_PREFIXES) & set(options) or options.get("use_cache") is False:
+            return None
+        return self.prefix_cache if can_keep_prefixes(self.model, options.get("generation_config")) else None
 
     def _end_of(self, new_ids: list[int]) -> tuple[int, str]:
         """How many tokens a row's answer has, the end of its turn included, and why it ended. Padding follows."""

@@ -2,10 +2,17 @@
 
 import pytest
 import torch
-from helpers import SIDE, picture, small_model
-from transformers import AutoModel, AutoProcessor
+from helpers import PATCH, SIDE, picture, small_config, small_model
+from transformers import AutoModel, AutoProcessor, GenerationConfig
 
-from mc_llava import EncodedImages, FeatureCache, feature_cache_mc_llava
+from mc_llava import (
+    Crop,
+    EncodedImages,
+    FeatureCache,
+    MCLlavaForConditionalGeneration,
+    MCLlavaImageProcessor,
+    feature_cache_mc_llava,
+)
 from mc_llava.engine import GREEDY, Engine, ask_about
 
 
@@ -57,6 +64,16 @@ def test_pictures_of_a_call_share_passes(model, processor, passes):
     assert passes == [4] * 7
 
 
+@pytest.mark.parametrize("how", [{"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+def test_a_configuration_that_prefixes_do_not_fit(engine, model, monkeypatch, how):
+    asked = [ask_about([], "What is it?")]
+    expected = engine.answer(asked, **GREEDY)
+    config = GenerationConfig(**{**model.generation_config.to_dict(), **how})
+    assert engine.answer(asked, **GREEDY, generation_config=config)[0].text == expected[0].text
+    monkeypatch.setattr(model, "generation_config", config)
+    assert engine.answer(asked, **GREEDY)[0].text == expected[0].text
+
+
 class TestPreparedImages:
     def test_they_stand_for_their_images(self, engine, passes):
         asked = [([WIDE], "What is it?"), ([WIDE, SMALL], "What differs?"), ([WIDE], "And this?")]
@@ -88,6 +105,27 @@ class TestPreparedImages:
         (image,) = engine.prepare([WIDE])
         assert image.nbytes == 4 * 200 * 120
         torch.testing.assert_close(engine.encode([image])[0].features, engine.encode([WIDE])[0].features)
+
+    @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
+    def test_what_finds_no_memory_is_cut_when_it_is_encoded(self, engine, monkeypatch, error):
+        def fail(*arguments):
+            raise error("no memory")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(feature_cache_mc_llava, "cut_to", fail)
+            (prepared,) = engine.prepare([WIDE])
+        torch.testing.assert_close(engine.encode([prepared])[0].features, engine.encode([WIDE])[0].features)
+
+    def test_one_cache_for_towers_of_two_sizes(self, model, processor):
+        config = small_config()
+        config.vision_config.image_size = 2 * SIDE
+        larger = MCLlavaForConditionalGeneration._from_config(config).eval()
+        cuts_larger = MCLlavaImageProcessor(size={"height": 2 * SIDE, "width": 2 * SIDE}, patch_size=PATCH)
+        kept, plans = FeatureCache(), [[Crop((0, 0, 90, 90), 4)]]
+        prepared = kept.prepare(model, processor.image_processor, [WIDE], plans=plans)
+        (found,) = kept.encode(larger, cuts_larger, [WIDE], plans=plans)
+        (expected,) = FeatureCache().encode(larger, cuts_larger, [WIDE], plans=plans)
+        assert torch.equal(found.features, expected.features) and prepared
 
     def test_zoom_cuts_later(self, engine):
         engine.knobs["zoom"] = 1

@@ -4,18 +4,21 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 from helpers import ROOT, load_handler, picture, small_model
 from make_published_checkpoint import write_published_checkpoint
 from PIL import Image
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, modeling_utils
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from mc_llava import choose_dtype, computes_in_bfloat16, precision_mc_llava
+from mc_llava import MCLlavaForConditionalGeneration, choose_dtype, computes_in_bfloat16, precision_mc_llava
 from mc_llava.batch import Job
 from mc_llava.batch import run as run_job
 from mc_llava.loading import load_model, resolve_dtype
+from mc_llava.modeling_mc_llava import one_copy
 
 
 HERE = choose_dtype("cpu")
@@ -158,6 +161,31 @@ class TestFloat16:
         small_model().to(dtype).generate(**processor("What?", picture(40, 30)), max_new_tokens=1)
         precision_mc_llava.warn_of_float16(torch.float16, torch.device("cuda"))
         assert self.warnings(caplog) == []
+
+
+class TestOneCopy:
+    def test_a_dtype_for_each_part(self, converted):
+        """transformers takes the model's, and says that such dictionaries are deprecated."""
+        for dtype in ({"": torch.bfloat16, "text_config": torch.float32}, {"": "bfloat16"}):
+            model = MCLlavaForConditionalGeneration.from_pretrained(converted, dtype=dtype)
+            assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+    def test_copies_of_the_code_load_in_turn(self, converted):
+        plain, loading = modeling_utils.safe_open, threading.Event()
+        of_other_code = get_class_from_dynamic_module("modeling_mc_llava.one_copy", converted)
+
+        def load():
+            with of_other_code("float16"):
+                loading.set()
+                assert ended.wait(10)
+
+        ended, thread = threading.Event(), threading.Thread(target=load)
+        with one_copy("float16"):
+            thread.start()
+            loading.wait(0.2)
+        ended.set()
+        thread.join()
+        assert modeling_utils.safe_open is plain
 
 
 PEAK = """

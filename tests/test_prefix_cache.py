@@ -257,6 +257,30 @@ def test_another_picture_of_the_same_size_and_other_knobs(model, processor):
         assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int32, torch.float32])
+def test_masks_of_any_type(model, processor, dtype):
+    kept, inputs = PrefixCache(), processor(["What is it?", "And this? Tell me more."], IMAGES[:2], **KNOBS)
+    inputs["attention_mask"] = inputs["attention_mask"].to(dtype)
+    assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
+    assert kept.reused
+
+
+def test_prompts_are_computed_once_whatever_generation_was_saved(model, processor, monkeypatch):
+    saved = copy.deepcopy(model.generation_config)
+    saved.update(do_sample=True, num_beams=3, num_return_sequences=2)
+    monkeypatch.setattr(model, "generation_config", saved)
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    assert model.encode_prefix(**inputs).nbytes == inputs["input_ids"].shape[1] * TOKEN_BYTES
+
+
+@pytest.mark.parametrize("max_bytes", [float("inf"), 1e9, 12.5 * TOKEN_BYTES])
+def test_a_bound_may_be_a_float(model, processor, max_bytes):
+    kept = PrefixCache(max_bytes)
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
+    assert kept.reused == min(inputs["input_ids"].shape[1] - 1, max_bytes // TOKEN_BYTES)
+
+
 def test_what_is_used_last_stays(model, processor):
     first = processor("What is it?", IMAGES[0], **KNOBS)
     ask(model, first, prefix_cache=(kept := PrefixCache()))

@@ -1,5 +1,6 @@
 """Crops that share passes, threads or a device have the pixels that Pillow gives each of them alone."""
 
+import concurrent.futures
 import multiprocessing
 import threading
 
@@ -11,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mc_llava import MCLlavaImageProcessor, cut_crops, cut_on_device, image_processing_mc_llava, plan_crops
+from mc_llava import (
+    MCLlavaImageProcessor,
+    cut_crops,
+    cut_on_device,
+    hash_tensors,
+    image_processing_mc_llava,
+    in_threads,
+    one_ahead,
+    plan_crops,
+)
 from mc_llava.resizing_mc_llava import count_threads, cut_each
 
 
@@ -124,6 +134,35 @@ class TestThreads:
         monkeypatch.setattr("mc_llava.resizing_mc_llava.count_threads", lambda: 8)
         nearly_all = [(0, 0, 1000 - left, 700) for left in range(1, 9)]
         assert self.threads(boxes=nearly_all) == 2
+
+    def test_threads_work_on_after_the_main_one_has_ended(self, monkeypatch):
+        """Pools of `concurrent.futures` don't: a server in a thread would fail at each picture."""
+        monkeypatch.setattr(concurrent.futures.thread, "_shutdown", True)
+        monkeypatch.setattr("mc_llava.resizing_mc_llava.count_threads", lambda: 2)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+        assert len(cut_crops(picture(100, 70), self.BOXES[:0], SIDE)) == 0
+        boxes = [(0, 0, 50, 70), (50, 0, 100, 70)]
+        np.testing.assert_array_equal(
+            cut_crops(picture(100, 70), boxes, SIDE), cut_alone(picture(100, 70), boxes, SIDE)
+        )
+        assert hash_tensors([torch.ones(3), torch.ones(5)]) == hash_tensors([torch.ones(3), torch.ones(5)])
+        assert list(one_ahead(iter("abc"))) == ["a", "b", "c"]
+
+    def test_without_threads_the_caller_does_all(self, monkeypatch):
+        def refuse(thread):
+            raise RuntimeError("can't start new thread")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        assert in_threads(str, [1, 2, 3], 3) == ["1", "2", "3"]
+        assert list(one_ahead(iter("abc"))) == ["a", "b", "c"]
+
+    def test_an_error_ends_what_is_made_ahead(self):
+        def parts():
+            yield 1
+            raise ValueError("the second part")
+
+        with pytest.raises(ValueError, match="the second part"):
+            list(one_ahead(parts()))
 
     def test_an_error_in_a_thread_is_raised(self, monkeypatch):
         monkeypatch.setattr("mc_llava.resizing_mc_llava.count_threads", lambda: 2)
