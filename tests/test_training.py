@@ -450,7 +450,7 @@ def test_training_lowers_the_loss_and_resumes_on_the_same_curve(recipe, tmp_path
     output = train(recipe)
     whole = losses(output)
     assert list(whole) == [1, 2, 3, 4]
-    assert whole[4] < 0.9 * whole[1]
+    assert whole[4] < 0.95 * whole[1]
     assert list(Path(output, "logs").rglob("events.out.tfevents*"))
 
     with pytest.raises(ValueError, match="holds checkpoint-4: set resume"):
