@@ -38,6 +38,11 @@ class Ahead(Generic[Item, Result]):
         with self._changed:
             self._most = float("inf")  # they are needed now
             self._start_threads()
+            is_alone = not self._running  # all is done, or the system has no threads left
+            self._running += is_alone
+        if is_alone:
+            self._work()
+        with self._changed:
             self._changed.wait_for(lambda: not self._running)
             if self._error is not None:
                 raise self._error
@@ -50,8 +55,11 @@ class Ahead(Generic[Item, Result]):
 
     def _start_threads(self):
         for _ in range(min(THREADS, len(self.items) - self._next) - self._running):
-            self._running += 1
-            threading.Thread(target=self._work).start()
+            try:
+                threading.Thread(target=self._work).start()
+            except RuntimeError:  # the system has no threads left: `results` works without
+                return
+            self._running += 1  # it waits for the lock until then
 
     def _take(self) -> int | None:
         """The number of the next item, or None if this thread has to end."""

@@ -29,6 +29,16 @@ def test_results_are_in_order_whatever_takes_longest():
     assert Ahead(prepare, []).results() == []
 
 
+def test_without_threads_it_works_when_it_is_asked(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert Ahead(str, [1, 2, 3]).results() == ["1", "2", "3"]
+    with pytest.raises(ZeroDivisionError):
+        Ahead(lambda item: 1 // item, [1, 0]).results()
+
+
 def test_it_begins_before_it_is_asked():
     begun = threading.Event()
     work = Ahead(lambda item: begun.set(), [1])
