@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-import resvg_py
+import resvg_py  # pyright: ignore[reportMissingImports]
 from PIL import Image
 
 
