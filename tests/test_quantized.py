@@ -13,7 +13,7 @@ from make_published_checkpoint import write_published_checkpoint
 from torch import nn
 from transformers import BitsAndBytesConfig, QuantoConfig
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype
 from mc_llava.engine import Engine
 from mc_llava.evaluation.running import evaluate
 from mc_llava.loading import find_device, load, load_model
@@ -70,14 +70,15 @@ def test_the_language_model_alone_is_quantized(folder, whole, name, agreement):
     reason='what quantises is not here: pip install "mc-llava[quantize]"',
 )
 class TestFourBits:
-    def test_of_a_checkpoint_in_float16(self, folder, whole):
+    @pytest.mark.parametrize(("asked", "dtype"), [("auto", choose_dtype("cpu")), ("float16", torch.float16)])
+    def test_of_a_checkpoint_in_float16(self, folder, whole, asked, dtype):
         _, inputs, logits = whole
-        small = load_model(str(folder), "auto", "cpu", quantize="nf4")
-        assert small.lm_head.weight.dtype is torch.float16
+        small = load_model(str(folder), asked, "cpu", quantize="nf4")
+        assert small.lm_head.weight.dtype is dtype
         layer = small.model.language_model.layers[0].mlp.fc1
-        assert layer.weight.dtype is torch.uint8 and layer.compute_dtype is torch.float16
+        assert layer.weight.dtype is torch.uint8 and layer.compute_dtype is dtype
         with torch.no_grad():
-            found = small(**copy.copy(inputs).to(torch.float16)).logits.float()
+            found = small(**copy.copy(inputs).to(dtype)).logits.float()
         assert torch.cosine_similarity(found, logits, dim=-1).mean() > 0.97
 
     def test_by_command(self, folder, tmp_path):
