@@ -181,6 +181,8 @@ class MCLlavaZoomMixin:
         )
         for number in range(1, 1 + max(view.rounds for view in views)):
             active = [view for view in views if view.rounds >= number]
+            if not active:  # the gate has ended all of them
+                break
             rows = sorted({view.row for view in active})
             seen = [view for view in views if view.row in rows]
             self._ask(input_ids[rows], attention_mask[rows], seen, [general[row] for row in rows])

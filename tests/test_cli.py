@@ -12,7 +12,7 @@ import torch
 from helpers import ROOT
 from PIL import Image, ImageChops
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, cli
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype, cli
 from mc_llava.evaluation.tasks import TASKS
 
 
@@ -70,6 +70,7 @@ def test_ask_in_json_from_standard_input(converted, expected):
     assert answer.pop("seconds") > 0
     assert answer.pop("prompt_tokens") > 50
     assert 0 < answer.pop("new_tokens") <= 8
+    assert answer.pop("dtype") == str(choose_dtype("cpu")).removeprefix("torch.")
     assert answer == {"answer": expected, "model": str(converted), "crops": 1, "image_tokens": 50}
 
 

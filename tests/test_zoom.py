@@ -212,6 +212,8 @@ def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
     assert first.crop_relevance.isfinite().all()
     assert len(second.crop_boxes) > scouts[1] and set(second.crop_rounds.tolist()) == {0, 1, 2}
     assert len(asked) == 2
+    alone = zooming.zoom(**processor(TEXTS[1], IMAGES[:1], **KNOBS))
+    assert len(alone.crop_boxes) == scouts[0] and len(asked) == 3, "no second round without a picture to look at"
 
 
 def test_padding_is_seen_without_a_mask(zooming, processor):
