@@ -280,7 +280,8 @@ def host_reads(bench: Bench) -> dict[str, float]:
         inputs = inputs.to(bench.device)
         with CountReads() as counted:
             model.generate(**inputs, max_new_tokens=4, do_sample=False)
-        found[f"{len(inputs['pixel_values'])} crops (reads)"] = len(counted.reads)
+        crops = len(inputs["pixel_values"])
+        found[f"{crops} crop{'s' * (crops > 1)} (reads)"] = len(counted.reads)
     return found
 
 
@@ -438,7 +439,7 @@ def write_table():
     newest = {(record["row"], record["device"]): record for record in map(json.loads, lines)}
     text = ["| | | before | after | ratio | machine |", "|---|---|---|---|---|---|"]
     for record in newest.values():
-        machine = f"{record['device']}, {record['threads']} threads"
+        machine = f"{record['device']}, {record['threads']} thread{'s' * (record['threads'] > 1)}"
         for part, found in record["parts"].items():
             before, after = (show(found.get(label)) for label in ("before", "after"))
             ratio = show(found.get("ratio"), with_spread=True)
