@@ -15,6 +15,7 @@ from . import Box, MCLlavaForConditionalGeneration, MCLlavaProcessor
 from .evaluation.metrics import wilson_interval
 from .journal import replacing
 from .scenes import ask, draw_scene, make_scene
+from .scenes.scene import contains
 
 
 MAX_CROPS = 16  # a round of zoom then starts from 7 scouts
@@ -71,7 +72,7 @@ def measure_heads(
     hits, chance, questions = torch.zeros(len(heads)), 0.0, 0
     for example in examples:
         inputs = processor(example.question, example.picture, zoom=1, max_crops=MAX_CROPS).to(model.device)
-        shows = torch.tensor([_contains(box, example.box) for box in inputs["crop_boxes"].tolist()[1:]])
+        shows = torch.tensor([contains(box, example.box) for box in inputs["crop_boxes"].tolist()[1:]])
         if not shows.any():
             continue
         images = {name: inputs[name] for name in processor.image_processor.model_input_names}
@@ -121,10 +122,6 @@ def head_table(measured: list[Head], chosen: list[Head]) -> str:
         mark, interval = " *" if head in chosen else "", f"{head.low:.3f}-{head.high:.3f}"
         lines.append(f"{head.layer:5}  {head.head:4}  {head.rate:.3f}   {interval}   {head.chance:.3f}{mark}")
     return "\n".join(lines)
-
-
-def _contains(outer, inner: Box) -> bool:
-    return outer[0] <= inner[0] and outer[1] <= inner[1] and outer[2] >= inner[2] and outer[3] >= inner[3]
 
 
 def measure(model: MCLlavaForConditionalGeneration, processor: MCLlavaProcessor, number: int) -> list[Head]:

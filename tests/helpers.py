@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +89,19 @@ def picture(width: int, height: int, seed: int = 0) -> Image.Image:
 def prompt(question: str, images: int = 1) -> str:
     """The card's prompt."""
     return "<|im_start|>user\n" + "<image>\n" * images + question + "<|im_end|>\n<|im_start|>assistant\n"
+
+
+@contextmanager
+def counting_crops(model):
+    """A list of how many crops passed the vision tower, for each pass."""
+    crops = []
+    hook = model.model.vision_tower.encoder.register_forward_hook(
+        lambda module, arguments, output: crops.append(len(output.last_hidden_state))
+    )
+    try:
+        yield crops
+    finally:
+        hook.remove()
 
 
 class CountReads(TorchDispatchMode):

@@ -6,7 +6,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from helpers import CountReads, picture, prompt, small_config, small_model
+from helpers import CountReads, counting_crops, picture, prompt, small_config, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -50,12 +50,8 @@ def encoded(model, inputs) -> EncodedImages:
 @pytest.fixture
 def passes(model):
     """How many crops passed the vision tower."""
-    crops = []
-    hook = model.model.vision_tower.encoder.register_forward_hook(
-        lambda module, arguments, output: crops.append(len(output.last_hidden_state))
-    )
-    yield crops
-    hook.remove()
+    with counting_crops(model) as crops:
+        yield crops
 
 
 class TestAsking:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import PATCH, SIDE, picture, small_config, small_model
+from helpers import PATCH, SIDE, counting_crops, picture, small_config, small_model
 from transformers import AutoModel, AutoProcessor, GenerationConfig
 
 from mc_llava import (
@@ -27,12 +27,8 @@ def engine(model, processor) -> Engine:
 @pytest.fixture
 def passes(model):
     """How many crops passed the vision tower."""
-    crops = []
-    hook = model.model.vision_tower.encoder.register_forward_hook(
-        lambda module, arguments, output: crops.append(len(output.last_hidden_state))
-    )
-    yield crops
-    hook.remove()
+    with counting_crops(model) as crops:
+        yield crops
 
 
 def plain(model, processor, images, question) -> tuple[str, int]:

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from helpers import PATCH, SIDE, picture, prompt, small_config, small_model
+from helpers import PATCH, SIDE, counting_crops, picture, prompt, small_config, small_model
 from transformers import LlamaConfig, SiglipVisionConfig
 
 from mc_llava import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration, count_image_tokens
@@ -356,13 +356,10 @@ class TestConfig:
 @pytest.mark.parametrize("name", ["hidden_states", "attentions"])
 def test_states_of_a_generated_sequence_cost_no_second_pass_of_the_tower(processor, name):
     model = small_model(attn_implementation="eager")
-    inputs, crops = processor(QUESTIONS[1], IMAGES[1]), []
-    hook = model.model.vision_tower.encoder.register_forward_hook(
-        lambda module, arguments, output: crops.append(len(output.last_hidden_state))
-    )
+    inputs = processor(QUESTIONS[1], IMAGES[1])
     options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, f"output_{name}": True}
-    output = model.generate(**inputs, **options)
-    hook.remove()
+    with counting_crops(model) as crops:
+        output = model.generate(**inputs, **options)
     assert (
         sum(crops) == len(inputs["pixel_values"])
         and len(output[name]) == output.sequences.shape[1] - inputs["input_ids"].shape[1]

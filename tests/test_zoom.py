@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import EXAMPLES, ROOT, CountReads, picture, prompt, small_model
+from helpers import EXAMPLES, ROOT, CountReads, counting_crops, picture, prompt, small_model
 from PIL import Image
 
 from mc_llava import (
@@ -77,12 +77,8 @@ def test_generate_looks_and_answers_as_zoom_and_generate_do(zooming, processor, 
 @pytest.fixture
 def passes(zooming):
     """How many crops passed the vision tower."""
-    crops = []
-    hook = zooming.model.vision_tower.encoder.register_forward_hook(
-        lambda module, arguments, output: crops.append(len(output.last_hidden_state))
-    )
-    yield crops
-    hook.remove()
+    with counting_crops(zooming) as crops:
+        yield crops
 
 
 def test_another_question_encodes_only_crops_that_are_new(zooming, processor, passes):

@@ -152,6 +152,11 @@ def area(box: tuple[int, int, int, int]) -> int:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
+def contains(outer: tuple, inner: tuple) -> bool:
+    """Whether a box holds all of another."""
+    return outer[0] <= inner[0] and outer[1] <= inner[1] and outer[2] >= inner[2] and outer[3] >= inner[3]
+
+
 def distance(box: tuple, other: tuple) -> float:
     across = max(box[0] - other[2], other[0] - box[2], 0)
     down = max(box[1] - other[3], other[1] - box[3], 0)
@@ -165,7 +170,8 @@ def legible_height(box: tuple, glyph: float, crops: list[tuple]) -> float:
     The smaller of the two scales counts: a crop that is squashed sideways is no easier to read.
     """
     best = 0.0
-    for left, top, right, bottom in crops:
-        if left <= box[0] and top <= box[1] and right >= box[2] and bottom >= box[3]:
+    for crop in crops:
+        if contains(crop, box):
+            left, top, right, bottom = crop
             best = max(best, glyph * SIDE / max(right - left, bottom - top))
     return best

@@ -222,6 +222,14 @@ def markdown(study: dict) -> str:
     return "\n".join(lines)
 
 
+def scores_and_bars(rows: list[dict], kind: str) -> tuple[list[float], list[list[float]]]:
+    """The scores of a kind in rows, and how far their intervals reach below and above, as `errorbar` takes them."""
+    found = [row["accuracy"][kind] for row in rows]
+    scores = [entry["score"] for entry in found]
+    below = [entry["score"] - entry["low"] for entry in found]
+    return scores, [below, [entry["high"] - entry["score"] for entry in found]]
+
+
 def draw_figures(study: dict, output: Path):
     """One figure per knob: accuracy and cost over that knob, with the other fixed."""
     for knob, other, fixed in (("max_crops", "num_tokens", NUM_TOKENS), ("num_tokens", "max_crops", MAX_CROPS)):
@@ -235,12 +243,7 @@ def draw_figures(study: dict, output: Path):
         axes.set_zorder(cost.get_zorder() + 1)
         axes.set_frame_on(False)
         for kind, name in NAMES.items():
-            found = [row["accuracy"][kind] for row in rows]
-            scores = [entry["score"] for entry in found]
-            spread = [
-                [entry["score"] - entry["low"] for entry in found],
-                [entry["high"] - entry["score"] for entry in found],
-            ]
+            scores, spread = scores_and_bars(rows, kind)
             (line, *_) = axes.errorbar(places, scores, spread, marker="o", capsize=3, label=name)
             axes.axhline(study["blind"][kind]["score"], color=line.get_color(), linestyle=":", linewidth=1)
         axes.set_xticks(places, [str(row[knob]) for row in rows])

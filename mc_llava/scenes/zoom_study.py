@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 
 from ..journal import write_json
 from .questions import benchmark_question
-from .study import NAMES, Setting, Study, accuracies
+from .scene import contains
+from .study import NAMES, Setting, Study, accuracies, scores_and_bars
 
 
 UNIFORM = {
@@ -60,11 +61,8 @@ def is_inside(record: dict, size: int) -> float:
     """1 if each of the things that a record's question names lies whole in a crop of a later round, else 0."""
     kind, _, seed = record["id"].partition("-")
     closer = [crop["box"] for crop in record["looked_at"] if crop["round"]]
-
-    def found(box) -> bool:
-        return any(b[0] <= box[0] and b[1] <= box[1] and b[2] >= box[2] and b[3] >= box[3] for b in closer)
-
-    return float(all(found(thing.box) for _, thing in benchmark_question(int(seed), kind, size).named))
+    named = benchmark_question(int(seed), kind, size).named
+    return float(all(any(contains(box, thing.box) for box in closer) for _, thing in named))
 
 
 def markdown(study: dict) -> str:
@@ -93,13 +91,8 @@ def draw_figure(study: dict, output: Path):
             for zoomed, style in ((False, "o--"), (True, "s-")):
                 rows = [row for row in study["settings"] if row["size"] == size and bool(row["zoom"]) == zoomed]
                 rows.sort(key=lambda row: row["gflops"])
-                entries = [row["accuracy"][kind] for row in rows]
-                spread = [
-                    [entry["score"] - entry["low"] for entry in entries],
-                    [entry["high"] - entry["score"] for entry in entries],
-                ]
+                scores, spread = scores_and_bars(rows, kind)
                 label = f"{'OCR' if kind == 'ocr' else 'all kinds'}, {'zoom' if zoomed else 'uniform'}"
-                scores = [entry["score"] for entry in entries]
                 flops = [row["gflops"] for row in rows]
                 axes.errorbar(flops, scores, spread, fmt=style, color=color, capsize=3, label=label)
         axes.set_title(f"signs of 1/{size} of the height")
