@@ -12,12 +12,11 @@ from mc_llava.ahead import Ahead
 @pytest.fixture(autouse=True)
 def no_thread_stays(monkeypatch):
     monkeypatch.setattr(ahead, "THREADS", 2)
-    before = threading.active_count()
+    before = set(threading.enumerate())
     yield
-    for thread in threading.enumerate():
-        if thread is not threading.current_thread() and "_work" in thread.name:
-            thread.join(5)
-    assert threading.active_count() == before
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_results_are_in_order_whatever_takes_longest():

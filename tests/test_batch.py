@@ -636,14 +636,13 @@ class TestReadingAhead:
 
         monkeypatch.setattr(worker, "read", wait)
         monkeypatch.setattr(worker.engine, "answer", interrupt)
-        threads = threading.active_count()
+        before = set(threading.enumerate())
         with pytest.raises(KeyboardInterrupt):
             worker.answer_batch(0)
         slow.set()
-        deadline = time.monotonic() + 10
-        while threading.active_count() > threads and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert threading.active_count() == threads
+        for thread in set(threading.enumerate()) - before:
+            thread.join(10)
+            assert not thread.is_alive()
 
     def test_a_machine_that_fails_in_a_thread_ends_the_run(self, folder, converted, monkeypatch):
         worker = batch.Worker(job(folder, converted))
