@@ -21,6 +21,7 @@ from mc_llava.scenes import conversations, encoding, language_model
 from mc_llava.scenes.encoding import Budget
 from mc_llava.scenes.scene import legible_height, outline
 from mc_llava.scenes.tower import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower, sine_positions
+from mc_llava.scenes.warm_start import Start, copy_weights
 
 
 @pytest.fixture(scope="module")
@@ -435,17 +436,21 @@ class TestWhatCanBeTold:
             assert seen == [token for token, height in zip(last, heights) if height >= 0.7 * max(heights)]
 
 
-def test_folders_that_are_missing_or_do_not_fit_are_named():
+def test_folders_that_are_missing_or_do_not_fit_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
     recipe = language_model.TinyRecipe("tiny", stage, stage, num_images=5, short_steps=1, objects="here")
     with pytest.raises(ValueError, match="objects .here. and fonts .None. are for scenes on photographs"):
         recipe.materials()
     with pytest.raises(ValueError, match="start: there is no folder nowhere; .* or set start=null"):
-        language_model.load_tower("nowhere", language_model.vision_config(32, 3))
-    with pytest.raises(ValueError, match="tiny has hidden_size 128, the recipe's 32: set start to another"):
-        language_model.load_tower(str(ROOT / "tiny"), language_model.vision_config(32, 3))
+        language_model.train_tiny(replace(recipe, objects=None, start="nowhere"))
+    with pytest.raises(
+        ValueError, match="tiny has num_hidden_layers 4 in its text_config, the recipe 5: set start to"
+    ):
+        language_model.train_tiny(replace(recipe, objects=None, start=str(ROOT / "tiny"), layers=5))
     with pytest.raises(ValueError, match="photographs: there is no folder nowhere"):
         language_model.train_tiny(replace(recipe, photographs="nowhere"))
+    assert not list(tmp_path.iterdir()), "a folder of a run that was refused has to be removed before the next one"
 
 
 def run_recipe(output) -> dict[str, dict[int, float]]:
@@ -561,10 +566,37 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1)))
     language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1, steps=3)))
     assert (tmp_path / "tiny-work" / "language_model" / "checkpoint-3").is_dir() and cached() != shards
-    # A tower that goes on from another checkpoint's begins with its weights.
-    still = replace(stage, steps=1, learning_rate=1e-9)
-    started = replace(recipe, output=str(tmp_path / "other"), start=str(output), tower=still, num_images=2)
+    # A model that is trained further begins with the weights of the other one.
+    still = {"tower": replace(stage, steps=1, learning_rate=1e-9)}
+    still["language_model"] = replace(still["tower"], seed=1)
+    started = replace(recipe, output=str(tmp_path / "other"), start=str(output), num_images=2, **still)
     other = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(started))
-    before = MCLlavaForConditionalGeneration.from_pretrained(output).model.vision_tower.state_dict()
-    for name, value in other.model.vision_tower.state_dict().items():
+    before = MCLlavaForConditionalGeneration.from_pretrained(output).state_dict()
+    for name, value in other.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0.01, atol=1e-4)
+
+
+class Vocabulary(dict):
+    def get_vocab(self):
+        return self
+
+
+def test_copied_weights_follow_the_tokens(model):
+    tokens = len(model.get_input_embeddings().weight)
+    known = Vocabulary({f"token {row}": row for row in range(tokens)})
+    shuffled = random.Random(0).sample(range(tokens), tokens)
+    other = Vocabulary({f"token {token}": row for row, token in enumerate(shuffled)} | {"new": tokens})
+    here = copy.deepcopy(model)
+    here.resize_token_embeddings(tokens + 1)
+    for parameter in here.parameters():
+        torch.nn.init.constant_(parameter, 7)
+    copy_weights(Start(model, known), here, other)
+    copied, by_token = (
+        here.state_dict(),
+        ("model.language_model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"),
+    )
+    for name, value in model.state_dict().items():
+        if name in by_token:
+            assert (copied[name][-1] == 7).all(), "a row of a token that only one of them has"
+            value = torch.cat([value[shuffled], copied[name][-1:]])
+        assert torch.equal(copied[name], value), name

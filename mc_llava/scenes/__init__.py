@@ -11,6 +11,7 @@ memorize: their seeds, backgrounds and font families differ.
     photographs.py      lays scenes on photographs out, with what materials.py finds in folders
     drawing.py          turns scenes into pixels, with backgrounds.py and camera.py
     questions.py        questions, captions, and whether a reply is right
+    warm_start.py       begins with a checkpoint's weights
     tower.py            trains the vision tower on single crops
     encoding.py         whole scenes behind the tower, under budgets of all kinds
     conversations.py    what is asked and said about them, and where to look

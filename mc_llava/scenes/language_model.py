@@ -18,7 +18,6 @@ from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig,
 
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaModel, MCLlavaProcessor
 from ..journal import write_json
-from ..loading import load_model
 from ..training import StopIfDiverged, checked, last_checkpoint, set_trainable
 from ..zoom_heads import choose_heads, write_heads
 from ..zoom_heads import measure as measure_heads
@@ -41,6 +40,7 @@ from .photographs import make_photograph_scene, training_scene
 from .questions import KINDS, KINDS_ON_PHOTOGRAPHS, ask, can_ask, caption, is_correct
 from .scene import SIDE
 from .tower import MuonAndAdamW, Report, Stage, pretrain_tower
+from .warm_start import copy_weights, load_start
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>", "<pad>"]
@@ -67,7 +67,8 @@ class TinyRecipe:
         num_images: how many scenes are encoded for the language model.
         short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
         num_tested: how many scenes that are never trained on are asked about during training.
-        start: a checkpoint of the same sizes whose tower is trained further; None for random weights.
+        start: a checkpoint of the same sizes that is trained further, first its tower, then the rest; None for random
+            weights.
         photographs: folder of photographs for half of the scenes, see `Materials`; None if all are drawn.
         objects: folder of cut-out objects, with photographs only.
         fonts: folder of fonts for scenes with photographs; None for the system's.
@@ -349,7 +350,6 @@ def train_language_model(
             found[name] = measure_language_model(trainee, processor, seen, kinds, names)
         return found
 
-    whiten_projector(model.model.multi_modal_projector, images)
     trainee = LanguageModelTrainee(model.config)
     trainee.load_state_dict(model.state_dict())
     trainee.set_attn_implementation("eager")  # which gives the weights, and whose backward pass takes less on a CPU
@@ -404,23 +404,6 @@ def check_made_of(folder: Path, wanted: dict):
     write_json(path, wanted)
 
 
-def load_tower(folder: str, vision: SiglipVisionConfig) -> dict[str, torch.Tensor]:
-    """
-    The weights of a checkpoint's tower.
-
-    Raises:
-        ValueError: if there is no such folder, or its tower has other sizes.
-    """
-    if not Path(folder).is_dir():
-        raise ValueError(f"start: there is no folder {folder}; docs/tiny.md says what to put there, or set start=null")
-    model = load_model(folder, "float32", "cpu")
-    for name in ("hidden_size", "num_hidden_layers", "patch_size", "image_size"):
-        found, wanted = getattr(model.config.vision_config, name), getattr(vision, name)
-        if found != wanted:
-            raise ValueError(f"the tower of {folder} has {name} {found}, the recipe's {wanted}: set start to another")
-    return model.model.vision_tower.state_dict()
-
-
 def train_tiny(recipe: TinyRecipe) -> Path:
     """
     Make `tiny`, or resume an interrupted call. Zoom's heads are measured at the end. Returns the model's folder.
@@ -434,20 +417,25 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     for name in stages:
         if (work / name).exists():
             check_made_of(work / name, stages[name])
-    check_made_of(work / "tower", stages["tower"])
     if (materials := recipe.materials()) is not None:
         materials.check()
     processor = build_processor(materials)
     vision = vision_config(recipe.tower_width, recipe.tower_layers)
     torch.manual_seed(recipe.language_model.seed)
     model = build_model(processor, vision, recipe.width, recipe.layers)
-    start = load_tower(recipe.start, vision) if recipe.start else None
+    if recipe.start:
+        copy_weights(load_start(recipe.start, model.config), model, processor.tokenizer)
+    check_made_of(work / "tower", stages["tower"])
+    tower = model.model.vision_tower
+    start = tower.state_dict() if recipe.start else None
     pretrained = pretrain_tower(work / "tower", vision, recipe.tower, recipe.workers, materials, start).tower
-    model.model.vision_tower.load_state_dict(pretrained.state_dict())
+    tower.load_state_dict(pretrained.state_dict())
     model.eval().to(pretrained.device)
     check_made_of(work / "images", stages["images"])
     images = cache_scenes(model, processor, work / "images", recipe.num_images, recipe.workers, materials)
     check_made_of(work / "language_model", stages["language_model"])
+    if not recipe.start:
+        whiten_projector(model.model.multi_modal_projector, images)
     train_language_model(
         model,
         processor,

@@ -1,0 +1,63 @@
+"""Training that begins with a checkpoint's weights in place of random ones."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .. import MCLlavaConfig, MCLlavaForConditionalGeneration
+from ..loading import load_model
+
+
+SIZES = {
+    "vision_config": ("hidden_size", "num_hidden_layers", "patch_size", "image_size"),
+    "text_config": ("hidden_size", "num_hidden_layers"),
+}
+
+
+class Start(NamedTuple):
+    """A checkpoint to begin with."""
+
+    model: MCLlavaForConditionalGeneration
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_start(folder: str, config: MCLlavaConfig) -> Start:
+    """
+    Raises:
+        ValueError: if there is no such folder, or its model has other sizes than `config`.
+    """
+    if not Path(folder).is_dir():
+        raise ValueError(f"start: there is no folder {folder}; docs/tiny.md says what to put there, or set start=null")
+    model = load_model(folder, "float32", "cpu")
+    for part, names in SIZES.items():
+        for name in names:
+            found, wanted = getattr(getattr(model.config, part), name), getattr(getattr(config, part), name)
+            if found != wanted:
+                raise ValueError(
+                    f"{folder} has {name} {found} in its {part}, the recipe {wanted}: set start to another folder"
+                )
+    return Start(model, AutoTokenizer.from_pretrained(folder))
+
+
+@torch.no_grad()
+def copy_weights(start: Start, model: MCLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
+    """
+    Copy all weights into a model whose tokenizer may have other tokens: the embeddings and logits of tokens that
+    `start` does not have stay as they are.
+    """
+    known = start.tokenizer.get_vocab()
+    pairs = [(row, known[token]) for token, row in tokenizer.get_vocab().items() if token in known]
+    rows, known_rows = torch.tensor(pairs).T
+    weights = model.state_dict()
+    by_token = {
+        id(parameter)
+        for module in (start.model.get_input_embeddings(), start.model.get_output_embeddings())
+        for parameter in module.parameters()
+    }
+    for name, parameter in start.model.named_parameters():
+        if id(parameter) in by_token:
+            weights[name][rows] = parameter[known_rows]
+        else:
+            weights[name].copy_(parameter)
