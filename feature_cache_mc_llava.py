@@ -5,6 +5,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from threading import Lock
 from weakref import WeakValueDictionary
 
@@ -55,6 +56,8 @@ class FeatureCache:
 
     Args:
         max_bytes: upper bound of the size of all patches in bytes. They stay on the device that computed them.
+        all_patches: False keeps only those that were asked for: more pictures fit, but a crop of which more tokens are
+            asked for later is encoded again.
 
     Attributes:
         nbytes: size of the patches in the cache, in bytes.
@@ -65,10 +68,10 @@ class FeatureCache:
         ValueError: if `max_bytes` is negative.
     """
 
-    def __init__(self, max_bytes: int = 256 * 2**20):
+    def __init__(self, max_bytes: int = 256 * 2**20, all_patches: bool = True):
         if not max_bytes >= 0:  # of NaN, no comparison is true
             raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
-        self.max_bytes = max_bytes
+        self.max_bytes, self.all_patches = max_bytes, all_patches
         self.nbytes = self.hits = self.misses = 0
         self._crops = OrderedDict()  # the least recently used first
         self._uncut = OrderedDict()  # keys of those that still have all patches, in the same order
@@ -107,12 +110,14 @@ class FeatureCache:
         crops = [(image, crop) for image in prepared for crop in image.plan]
 
         def encode(missing: list[int]) -> Iterator[torch.Tensor]:
-            parts = {}
+            boxes = {}
             for index in missing:
                 image, crop = crops[index]
-                parts.setdefault(image, []).append(crop.box)
-            pixels = (part for image, boxes in parts.items() for part in image.pixels(boxes, device))
-            return model.model.encode_each(one_ahead(pixels))
+                boxes.setdefault(image, []).append(crop.box)
+            values = torch.from_numpy(prepared[0].values).to(device)
+            cut = (crop for image in boxes for crop in image.cut(boxes[image], device))
+            parts = iter(lambda: list(islice(cut, CROPS_PER_LOOK_UP)), [])
+            return model.model.encode_each(one_ahead(look_up_bytes(part, values) for part in parts))
 
         with torch.no_grad():
             keys = [((*image.name, *made_by), crop.box) for image, crop in crops]
@@ -156,7 +161,10 @@ class FeatureCache:
         found, values = [], image_processor.values_of_bytes(options)
         side = check_size(options.get("size", image_processor.size))
         for image, plan in zip(loaded, image_processor.plans_of(sizes, options)):
-            if not is_prepared(image):
+            if is_prepared(image):
+                if not np.array_equal(image.values, values):
+                    raise ValueError("images were prepared with other options: pass `encode` those of `prepare`")
+            else:
                 image = PreparedImage(image, plan, side, options.get("resample", image_processor.resample), values)
                 with self._lock:
                     image = self._prepared.setdefault((image.name, side, tuple(plan)), image)
@@ -204,7 +212,8 @@ class FeatureCache:
                 row = patches[0].nbytes
                 # What is too large for the cache must not empty it.
                 if of_picture[key[0]] * row <= self.max_bytes:
-                    self._put(key, _KeptCrop(patches[1:].clone(), asked[key]))
+                    kept = patches[1:].clone() if self.all_patches else found[key]
+                    self._put(key, _KeptCrop(kept, asked[key]))
         return [found[key][-count:] for key, count in zip(keys, counts)]
 
     def _get(self, key: tuple, count: int) -> torch.Tensor | None:
@@ -264,21 +273,24 @@ class PreparedImage:
         return 4 * self.picture.width * self.picture.height + 3 * self.side**2 * len(self._cut)
 
     def cut_ahead(self, boxes: list[Box], device: torch.device):
-        """Cut crops and keep them for the next call of `pixels`, unless they take more than `MOST_CUT_AHEAD`."""
+        """
+        Cut crops and keep them for the next call of `cut`, unless they take more than `MOST_CUT_AHEAD`.
+
+        In this thread alone: others like it prepare other pictures, and the model's must not wait for them.
+        """
         with self._lock:
             new = [box for box in boxes if box not in self._cut]
             if new and 3 * self.side**2 * (len(self._cut) + len(new)) <= MOST_CUT_AHEAD:
-                self._cut |= zip(new, cut_to(device, self.picture, new, self.side, self.resample))
+                self._cut |= zip(new, cut_to(device, self.picture, new, self.side, self.resample, threads=1))
 
-    def pixels(self, boxes: list[Box], device: torch.device) -> Iterator[torch.Tensor]:
-        """The pixel values of crops, in parts of float32[up to `CROPS_PER_LOOK_UP`, 3, side, side]."""
+    def cut(self, boxes: list[Box], device: torch.device) -> Iterator[torch.Tensor]:
+        """The crops, uint8[side, side, 3] each."""
         with self._lock:
             kept = {box: self._cut.pop(box) for box in boxes if box in self._cut}
         if new := [box for box in boxes if box not in kept]:
             kept |= zip(new, cut_to(device, self.picture, new, self.side, self.resample))
-        values = torch.from_numpy(self.values).to(device)
-        for start in range(0, len(boxes), CROPS_PER_LOOK_UP):
-            yield look_up_bytes([kept.pop(box) for box in boxes[start : start + CROPS_PER_LOOK_UP]], values)
+        for box in boxes:
+            yield kept.pop(box)
 
 
 def is_prepared(value) -> bool:

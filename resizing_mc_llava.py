@@ -21,7 +21,11 @@ MOST_THREADS = 8  # more would only wait for memory
 
 
 def cut_crops(
-    picture: Image.Image, boxes: list[Box], side: int, resample: int = Image.Resampling.BICUBIC
+    picture: Image.Image,
+    boxes: list[Box],
+    side: int,
+    resample: int = Image.Resampling.BICUBIC,
+    threads: int | None = None,
 ) -> np.ndarray:
     """
     Cut crops out of a picture and resize each to a square, whatever its aspect ratio.
@@ -31,6 +35,7 @@ def cut_crops(
         boxes: left, top, right, bottom of each crop in pixels of the picture.
         side: side of the squares in pixels.
         resample: one of Pillow's filters. Pillow antialiases when it shrinks a crop.
+        threads: how many to use, by default as `count_threads` says.
 
     Returns:
         uint8[crops, side, side, 3].
@@ -40,12 +45,17 @@ def cut_crops(
     def keep(index: int, crop: Image.Image):
         pixels[index] = np.asarray(crop)
 
-    cut_each(picture, boxes, side, resample, keep)
+    cut_each(picture, boxes, side, resample, keep, threads)
     return pixels
 
 
 def cut_each(
-    picture: Image.Image, boxes: list[Box], side: int, resample: int, use: Callable[[int, Image.Image], None]
+    picture: Image.Image,
+    boxes: list[Box],
+    side: int,
+    resample: int,
+    use: Callable[[int, Image.Image], None],
+    threads: int | None = None,
 ):
     """
     Call `use` with the index of each box and its crop, a square of `side` pixels, in any order and from several
@@ -66,7 +76,7 @@ def cut_each(
             use(index, crop.resize((side, side), resample))
 
     areas = [_area(hull) for hull in (_hull(boxes, run) for run in runs) if hull != (0, 0, *picture.size)]
-    threads = min(count_threads(), len(runs), 2 * picture.width * picture.height // max(areas, default=1))
+    threads = min(threads or count_threads(), len(runs), 2 * picture.width * picture.height // max(areas, default=1))
     in_threads(cut, runs, threads)
 
 
@@ -112,12 +122,17 @@ def can_cut_on(device: torch.device, resample: int) -> bool:
 
 
 def cut_to(
-    device: torch.device, picture: Image.Image, boxes: list[Box], side: int, resample: int = Image.Resampling.BICUBIC
+    device: torch.device,
+    picture: Image.Image,
+    boxes: list[Box],
+    side: int,
+    resample: int = Image.Resampling.BICUBIC,
+    threads: int | None = None,
 ) -> torch.Tensor:
     """The same as `cut_crops`, with the crops on a device: uint8[crops, side, side, 3]."""
     if can_cut_on(device, resample):
         return cut_on_device(torch.from_numpy(np.array(picture)).to(device), boxes, side)
-    return torch.from_numpy(cut_crops(picture, boxes, side, resample)).to(device)
+    return torch.from_numpy(cut_crops(picture, boxes, side, resample, threads)).to(device)
 
 
 def cut_on_device(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.Tensor:

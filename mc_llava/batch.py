@@ -27,7 +27,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import FORMATS, MCLlavaProcessor, check_knob, load_image
+from . import FORMATS, FeatureCache, MCLlavaProcessor, check_knob, load_image
 from .ahead import Ahead
 from .engine import GREEDY, Engine, answer_all, ask_about, count_bytes
 from .folders import find_model
@@ -322,6 +322,8 @@ class Worker:
         options = {"batch_size": job.batch_size, "max_new_tokens": job.max_new_tokens, **knobs}
         self.ahead = None  # the first row of the next batch, and what prepares it
         self.engine = Engine(model, processor, prefix_bytes=0, **options)  # so that it resumes with the same answers
+        # Without zoom, pictures that recur are asked for the same tokens again.
+        self.engine.feature_cache = FeatureCache(all_patches=self.engine.knobs["zoom"] > 0)
 
     def answer_batch(self, start: int) -> list[dict]:
         """Records of the batch that starts at a row, in the order of the rows. A failed row's record has the error."""

@@ -314,7 +314,8 @@ def busy_device(bench: Bench) -> dict[str, float]:
     def encode_crops(self, pixel_values, **options):
         used.append((time.perf_counter(), 0.3 * len(pixel_values) / 97))
         time.sleep(used[-1][1])
-        return pixel_values.new_zeros(len(pixel_values), 27**2, self.config.vision_config.hidden_size)
+        # Without memory of its own, which a device would fill.
+        return pixel_values.new_zeros(1).expand(len(pixel_values), 27**2, self.config.vision_config.hidden_size)
 
     def generate(self, input_ids, **options):
         return torch.cat([input_ids, input_ids.new_full((len(input_ids), 1), self.config.eos_token_id)], dim=1)

@@ -461,6 +461,18 @@ class TestFeatureCache:
             assert cache.nbytes <= cache.max_bytes
         assert len(cache) == 2 * (PATCHES + 5) // 5
 
+    def test_without_all_patches_more_pictures_fit(self, model, processor, passes):
+        asked = {"max_crops": 0, "num_tokens": 5}
+        cache = FeatureCache(max_bytes=20 * ROW, all_patches=False)
+        expected = FeatureCache().encode(model, processor.image_processor, IMAGES, **asked)
+        passes.clear()
+        for _ in range(2):
+            found = cache.encode(model, processor.image_processor, IMAGES, **asked)
+            assert all(torch.equal(one.features, other.features) for one, other in zip(found, expected))
+        assert passes == [4] and cache.nbytes == cache.max_bytes
+        cache.encode(model, processor.image_processor, IMAGES[:1], max_crops=0, num_tokens=6)
+        assert passes == [4, 1], "one more token"
+
     def test_a_call_that_another_model_would_need_is_refused(self, model, processor):
         cache = FeatureCache()
         cache.encode(model, processor.image_processor, IMAGES[:1])

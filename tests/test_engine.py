@@ -84,7 +84,12 @@ class TestPreparedImages:
 
     def test_equal_pictures_are_cut_once_and_encoded_ones_not_at_all(self, engine, monkeypatch):
         cut, cut_to = [], feature_cache_mc_llava.cut_to
-        monkeypatch.setattr(feature_cache_mc_llava, "cut_to", lambda *args: cut.append(len(args[2])) or cut_to(*args))
+
+        def count(device, picture, boxes, *args, **options):
+            cut.append(len(boxes))
+            return cut_to(device, picture, boxes, *args, **options)
+
+        monkeypatch.setattr(feature_cache_mc_llava, "cut_to", count)
         prepared = [engine.prepare([WIDE.copy()]) for _ in range(3)]
         assert cut == [4] and prepared[0][0] is prepared[2][0]
         engine.encode(prepared[0])
@@ -104,7 +109,7 @@ class TestPreparedImages:
 
     @pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError])
     def test_what_finds_no_memory_is_cut_when_it_is_encoded(self, engine, monkeypatch, error):
-        def fail(*arguments):
+        def fail(*arguments, **options):
             raise error("no memory")
 
         with monkeypatch.context() as patch:
@@ -122,6 +127,11 @@ class TestPreparedImages:
         (found,) = kept.encode(larger, cuts_larger, [WIDE], plans=plans)
         (expected,) = FeatureCache().encode(larger, cuts_larger, [WIDE], plans=plans)
         assert torch.equal(found.features, expected.features) and prepared
+
+    def test_other_options_are_refused(self, engine):
+        prepared = engine.prepare([WIDE])
+        with pytest.raises(ValueError, match="were prepared with other options: pass `encode` those of `prepare`"):
+            engine.feature_cache.encode(engine.model, engine.processor.image_processor, prepared, do_normalize=False)
 
     def test_zoom_cuts_later(self, engine):
         engine.knobs["zoom"] = 1

@@ -164,6 +164,13 @@ class TestThreads:
         with pytest.raises(ValueError, match="the second part"):
             list(one_ahead(parts()))
 
+    def test_what_is_made_ahead_ends_with_its_reader(self):
+        before, begun = set(threading.enumerate()), []
+        parts = one_ahead(begun.append(number) or number for number in range(9))
+        assert next(parts) == 0 and next(parts) == 1
+        parts.close()
+        assert set(threading.enumerate()) == before and max(begun) <= 2, "one part ahead"
+
     def test_an_error_in_a_thread_is_raised(self, monkeypatch):
         monkeypatch.setattr("mc_llava.resizing_mc_llava.count_threads", lambda: 2)
 
