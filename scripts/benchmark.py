@@ -112,8 +112,11 @@ def preprocess(bench: Bench) -> dict[str, float]:
     return {"time (s)": bench.seconds(call), "CPU time (s)": bench.seconds(call, clock=time.process_time)}
 
 
-def build_engine(bench: Bench, layers: int = 8):
-    """An `Engine` over the 3B model's width and so many of its layers, which reads one crop as 728 tokens."""
+def build_engine(bench: Bench, layers: int = 8, max_crops: int = 0):
+    """
+    An `Engine` over the 3B model's width, one layer of its tower and so many of its language model. By default it reads
+    one crop as 728 tokens.
+    """
     import torch
 
     from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
@@ -129,7 +132,7 @@ def build_engine(bench: Bench, layers: int = 8):
     torch.manual_seed(0)
     with torch.device(bench.device):
         model = MCLlavaForConditionalGeneration._from_config(config, dtype=torch.bfloat16)
-    return Engine(model, MCLlavaProcessor(MCLlavaImageProcessor(max_crops=0), tokenizer), max_new_tokens=8)
+    return Engine(model, MCLlavaProcessor(MCLlavaImageProcessor(max_crops=max_crops), tokenizer), max_new_tokens=8)
 
 
 @row
@@ -173,6 +176,35 @@ def second_question(bench: Bench) -> dict[str, float]:
         engine.answer([ask_about([encoded], question)], max_new_tokens=1, do_sample=False)
         times.append(time.perf_counter() - start)
     return {"first question (s)": times[0], "later questions (s)": statistics.median(times[1:])}
+
+
+@row
+def first_token(bench: Bench) -> dict[str, float]:
+    """The first token about a JPEG of 12 megapixels at 97 crops and 728 tokens, by parts (full width, 1 layer of each)."""
+    import torch
+
+    from mc_llava import load_image
+
+    engine, path = build_engine(bench, layers=1, max_crops=100), bench.photograph()
+    model, processor = engine.model, engine.processor
+    kept = {}
+
+    def decode():
+        kept["picture"] = load_image(path)
+
+    def cut():
+        kept["inputs"] = processor("What is it?", kept["picture"], return_tensors="pt").to(model.device)
+
+    def tower():
+        kept["features"] = model.encode_images(**kept["inputs"])
+
+    def prefill():
+        inputs = {name: kept["inputs"][name] for name in ("input_ids", "attention_mask")}
+        model.generate(**inputs, image_features=kept["features"], max_new_tokens=1)
+
+    parts = (decode, cut, tower, prefill)
+    with torch.no_grad():
+        return {f"{part.__name__} (s)": bench.seconds(part, repeats=1) for part in parts}
 
 
 @row
