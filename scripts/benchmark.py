@@ -114,8 +114,8 @@ def preprocess(bench: Bench) -> dict[str, float]:
 
 def build_engine(bench: Bench, layers: int = 8, max_crops: int = 0):
     """
-    An `Engine` over the 3B model's width, one layer of its tower and so many of its language model. By default it reads
-    one crop as 728 tokens.
+    An `Engine` over the 3B model's width, one layer of its tower and so many of its language model. By default it
+    reads one crop as 728 tokens.
     """
     import torch
 
@@ -180,7 +180,7 @@ def second_question(bench: Bench) -> dict[str, float]:
 
 @row
 def first_token(bench: Bench) -> dict[str, float]:
-    """The first token about a JPEG of 12 megapixels at 97 crops and 728 tokens, by parts (full width, 1 layer of each)."""
+    """The first token about a JPEG of 12 megapixels: 97 crops, 728 tokens (full width, 1 layer of each model)."""
     import torch
 
     from mc_llava import load_image
