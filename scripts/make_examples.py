@@ -1,10 +1,12 @@
 """
 Draw the scenes in `examples/`, from the split that `tiny` was not trained on, and write the questions about them.
 
-    python scripts/make_examples.py
+    scripts/fetch_materials.sh data
+    python scripts/make_examples.py data
 """
 
 import json
+import sys
 from pathlib import Path
 
 from mc_llava import scenes
@@ -13,17 +15,23 @@ from mc_llava import scenes
 FOLDER = Path(__file__).parent.parent / "examples"
 # File -> the scene's number and the kinds of questions. The longer side of each is at least 1,500 pixels.
 EXAMPLES = {"scene1.jpg": (1054, ("ocr", "attribute", "position")), "scene2.jpg": (1024, ("ocr", "attribute", "hard"))}
+PHOTOGRAPHS = {"cup.jpg": (5, ("ocr", "object", "position", "existence", "absent"))}
 
 
-def main():
+def main(data: Path):
     asked = []
-    for name, (seed, kinds) in EXAMPLES.items():
-        scenes.draw_scene(scenes.make_scene(seed, "test")).save(FOLDER / name, quality=92)
+    # The objects and fonts of the test split, on the one photograph here whose license allows it.
+    materials = scenes.Materials((str(FOLDER / "coffee.jpg"),), str(data / "test" / "objects"), str(data / "fonts"))
+    for name, (seed, kinds) in {**EXAMPLES, **PHOTOGRAPHS}.items():
         for kind in kinds:
-            question = scenes.benchmark_question(seed, kind)
+            if name in PHOTOGRAPHS:
+                scene, question = scenes.photograph_question(seed, kind, materials)
+            else:
+                scene, question = scenes.make_scene(seed, "test"), scenes.benchmark_question(seed, kind)
             asked.append({"image": name, "kind": kind, "question": question.text, "key": question.key})
+        scenes.draw_scene(scene).save(FOLDER / name, quality=92)
     (FOLDER / "questions.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    main(Path(sys.argv[1]))
