@@ -392,7 +392,7 @@ def study(
 ):
     """Measure how crops, tokens and zoom affect accuracy on scenes, and print the tables of docs/tiny.md."""
     with extra("eval"):
-        from .scenes import materials_of_test, photograph_study
+        from .scenes import materials_of_test
         from .scenes import study as grid
         from .scenes import zoom_study as zoom
     if part in ("photographs", "all"):
@@ -403,7 +403,7 @@ def study(
     if part in ("zoom", "all"):
         print(zoom.markdown(zoom.run_zoom_study(asked, output)))
     if part in ("photographs", "all"):
-        print(photograph_study.markdown(photograph_study.run_photograph_study(asked, output)))
+        print(grid.markdown(grid.run_study(asked, output, "photographs")))
 
 
 @app.command(name="zoom-heads")

@@ -15,7 +15,7 @@ from mc_llava import MCLlavaConfig, scenes
 from mc_llava.estimate import estimate
 from mc_llava.evaluation import running
 from mc_llava.evaluation.tasks import PHOTOGRAPH_KINDS
-from mc_llava.scenes import photograph_study, study, zoom_study
+from mc_llava.scenes import study, zoom_study
 from mc_llava.scenes.study import Setting, Study
 
 
@@ -35,13 +35,22 @@ def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monke
     whole, few, _ = found["settings"]
     assert whole["crops"] == 1 and 1 < few["crops"] <= 3 and whole["gflops"] < few["gflops"]
     for row in (*(row["accuracy"] for row in found["settings"]), found["blind"]):
-        assert set(row) == set(scenes.KINDS)
-        assert all(entry["questions"] == 2 and 0 <= entry["low"] <= entry["score"] for entry in row.values())
+        assert set(row) - {"all"} == set(scenes.KINDS)
+        assert all(
+            row[kind]["questions"] == 2 and 0 <= row[kind]["low"] <= row[kind]["score"] for kind in scenes.KINDS
+        )
+    assert whole["accuracy"]["all"]["questions"] == 2 * len(scenes.KINDS)
     for name in ("study_crops.png", "study_tokens.png"):
         with Image.open(tmp_path / "docs" / name) as figure:
             assert figure.width > 500
     table = study.markdown(found).splitlines()
-    assert [line.split("|")[1].strip() for line in table[2:]] == ["0", "2", "blind", "majority"]
+    assert [line.split("|")[1:3] for line in table[2:6]] == [
+        [" 0 ", " 0 "],
+        [" 0 ", " 2 "],
+        *[[f" {name} ", " "] for name in ("blind", "majority")],
+    ]
+    score = found["settings"][2]["accuracy"]["all"]["score"]
+    assert table[7] == "| `max_crops` \\ `num_tokens` | 40 | 128 |" and table[-1] == f"| 32 | {score:.1f} |  |"
 
     def refuse(*args, **kwargs):
         raise AssertionError("what was asked before is asked again")
@@ -75,21 +84,18 @@ def test_photographs_are_measured_by_kind(folder, tmp_path, monkeypatch):
     (tmp_path / "pictures" / "photographs").mkdir(parents=True)
     picture(90, 60).resize((900, 600)).save(tmp_path / "pictures" / "photographs" / "photo.jpg")
     (tmp_path / "pictures" / "fonts").symlink_to(Path(matplotlib.get_data_path(), "fonts", "ttf"))
-    settings = [Setting(0, 40, 0, "photographs"), Setting(8, 40, 1, "photographs")]
-    monkeypatch.setattr(photograph_study, "SETTINGS", settings)
+    monkeypatch.setattr(study, "SETTINGS", [Setting(0, 128), Setting(8, 40, zoom=1)])
     measured = Study(str(folder), tmp_path / "work", 1, str(tmp_path / "pictures"))
-    found = photograph_study.run_photograph_study(measured, tmp_path)
+    found = study.run_study(measured, tmp_path, "photographs")
     assert json.loads((tmp_path / "study_photographs.json").read_text()) == found
     for row in found["settings"]:
         assert set(row["accuracy"]) == {*PHOTOGRAPH_KINDS, "all"} and row["accuracy"]["all"]["questions"] == 8
     whole, zoomed = found["settings"]
     assert whole["crops"] == 1 < zoomed["crops"] and (whole["zoom"], zoomed["zoom"]) == (0, 1)
-    table = photograph_study.markdown(found).splitlines()
-    assert (
-        len(table) == 4
-        and table[2].startswith("| 0 | 0 | 40 | 1 | ")
-        and "existence | absent | large | all" in table[0]
-    )
+    table = study.markdown(found).splitlines()
+    assert table[2].startswith("| 0 | 0 | 128 | 1 | ") and "existence | absent | large | GFLOPs" in table[0]
+    assert table[3].startswith("| 1 | 8 | 40 | ") and len(table) == 10, "zoom is not in the second table"
+    assert (tmp_path / "study_photographs_crops.png").exists()
 
 
 def test_a_named_thing_is_inside_if_a_closer_crop_holds_all_of_it():
@@ -135,7 +141,7 @@ def test_too_many_scenes_and_failed_questions_are_refused(folder, tmp_path, monk
         return answer(engine, conversations, **options)
 
     monkeypatch.setattr(running.Engine, "answer", fail)
-    with pytest.raises(ValueError, match="the question hard-0 failed: no such luck.*remove .*crops-0-tokens-128"):
+    with pytest.raises(ValueError, match="the question hard-0 failed: no such luck.*remove .*crops-0-tokens-728"):
         study.run_study(Study(str(folder), tmp_path / "work", 1), tmp_path / "docs")
     assert not (tmp_path / "docs").exists()
 

@@ -16,9 +16,8 @@ memorize: their seeds, backgrounds and font families differ.
     encoding.py         whole scenes behind the tower, under budgets of all kinds
     conversations.py    what is asked and said about them, and where to look
     language_model.py   builds `tiny` and trains all but the tower
-    study.py            measures how crops and tokens affect accuracy
-    zoom_study.py       measures guided zoom against a grid
-    photograph_study.py measures all of these on photographs
+    study.py            measures how crops, tokens and zoom affect accuracy, on drawn scenes and on photographs
+    zoom_study.py       measures guided zoom against a grid, for smaller signs and large things
 
 What makes scenes and questions needs only Pillow and NumPy and is exported here; import the others, which need
 torch, by their names.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 
+from .. import FeatureCache
 from ..engine import GREEDY, Engine, ask_about
 from ..estimate import estimate
 from ..evaluation.metrics import wilson_interval
@@ -26,7 +27,7 @@ from .scene import CROPS
 
 
 class Setting(NamedTuple):
-    """A task, and the knobs with which it is asked."""
+    """The knobs with which a task is asked, and the task."""
 
     max_crops: int
     num_tokens: int
@@ -35,18 +36,18 @@ class Setting(NamedTuple):
 
 
 MAX_CROPS, NUM_TOKENS = CROPS, 128
-STUDIED_CROPS = (0, 2, 4, 8, 16, 32, 64)
-STUDIED_TOKENS = (40, 64, 96, 128, 192, 256)
-SETTINGS = tuple(
-    dict.fromkeys(
-        [Setting(crops, NUM_TOKENS) for crops in STUDIED_CROPS]
-        + [Setting(MAX_CROPS, tokens) for tokens in STUDIED_TOKENS]
-    )
-)
+STUDIED_CROPS = (0, 2, 4, 8, 16, 32, 64, 100)
+STUDIED_TOKENS = (40, 128, 364, 728)
+# Most tokens first: with fewer, the crops' patches are found in the cache.
+GRID = tuple(Setting(crops, tokens) for crops in STUDIED_CROPS for tokens in reversed(STUDIED_TOKENS))
+ZOOMED = ((10, 40), (16, 64), (16, 128), (32, 128), (64, 128), (100, 128), (32, 364), (32, 728))
+SETTINGS = (*GRID, *(Setting(*knobs, zoom=1) for knobs in ZOOMED))
+FILES = {"scenes": "study", "photographs": "study_photographs"}
 NAMES = {"ocr": "OCR", "attribute": "attributes", "position": "position", "hard": "hard"}
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 24
 ANSWER_TOKENS = 8  # of an answer, for its FLOPs
+CACHE_BYTES = 2**30
 
 
 class Study:
@@ -67,6 +68,7 @@ class Study:
             raise ValueError(f"num_scenes must be at most {NUM_SCENES}, got {num_scenes}")
         self.model_path, self.work, self.num_scenes, self.photographs = model_path, work, num_scenes, photographs
         self.model, self.processor, self.revision = load(model_path)
+        self.feature_cache = FeatureCache(CACHE_BYTES, all_patches=False)
 
     @property
     def made_with(self) -> dict:
@@ -75,7 +77,9 @@ class Study:
     def engine(self, setting: Setting) -> Engine:
         knobs = {"max_crops": setting.max_crops, "num_tokens": setting.num_tokens, "zoom": setting.zoom}
         options = {"batch_size": BATCH_SIZE, "max_new_tokens": MAX_NEW_TOKENS, "prefix_bytes": 0}
-        return Engine(self.model, self.processor, **knobs, **options)
+        engine = Engine(self.model, self.processor, **knobs, **options)
+        engine.feature_cache = self.feature_cache
+        return engine
 
     def ask(self, setting: Setting) -> list[dict]:
         """
@@ -105,29 +109,32 @@ class Study:
         return records
 
     def measure(self, setting: Setting, records: list[dict]) -> dict:
-        """One row: the knobs, means over the questions, and accuracies by kind."""
+        """One row: the knobs, means over the questions, and accuracies by kind, also of "all" kinds together."""
+        scored = [(record["part"], record["scores"]["accuracy"]) for record in records]
         return {
+            "zoom": setting.zoom,
             "max_crops": setting.max_crops,
             "num_tokens": setting.num_tokens,
             "crops": round(sum(record["crops"] for record in records) / len(records), 1),
             "tokens": round(sum(record["tokens"] for record in records) / len(records), 1),
             "gflops": round(mean_flops(self.model.config, records) / 1e9, 3),
-            "accuracy": accuracies((record["part"], record["scores"]["accuracy"]) for record in records),
+            "accuracy": accuracies(scored + [("all", score) for _, score in scored]),
         }
 
 
-def run_study(study: Study, output: Path) -> dict:
+def run_study(study: Study, output: Path, task: str = "scenes") -> dict:
     """
-    Measure all settings, and write `study.json`, `study_crops.png` and `study_tokens.png`.
+    Measure all settings on a task, and write a file of `FILES` and two figures.
 
     Args:
         output: folder for the study's results.
 
     Returns:
-        The contents of `study.json`: accuracies in percent with Wilson's 95 % intervals, and FLOPs per question.
+        The contents of the file: accuracies in percent with Wilson's 95 % intervals, and FLOPs per question.
     """
     rows = []
     for setting in SETTINGS:
+        setting = setting._replace(task=task)
         records = study.ask(setting)
         rows.append(study.measure(setting, records))
     blind = blind_scores(study.engine(setting), records)
@@ -138,8 +145,8 @@ def run_study(study: Study, output: Path) -> dict:
         "majority": majority(records),
     }
     output.mkdir(parents=True, exist_ok=True)
-    write_json(output / "study.json", found)
-    draw_figures(found, output)
+    write_json(output / f"{FILES[task]}.json", found)
+    draw_figures(found, output, FILES[task])
     return found
 
 
@@ -173,7 +180,7 @@ def majority(records: list[dict]) -> dict[str, dict]:
     A question of position names two directions: there it is the more common of these.
     """
     found = {}
-    for kind in KINDS:
+    for kind in dict.fromkeys(record["part"] for record in records):
         counts = Counter(record["expected"] for record in records if record["part"] == kind)
         choices = DIRECTIONS if kind == "position" else (tuple(counts),)
         answers = [max(choice, key=lambda key: counts[key]) for choice in choices]
@@ -204,21 +211,33 @@ def count_looks(looked_at: list[dict]) -> int:
 
 
 def markdown(study: dict) -> str:
-    """The table of docs/tiny.md: accuracy by `max_crops`, and the baselines."""
+    """
+    Two tables of docs/tiny.md: accuracies by kind with `NUM_TOKENS` or zoom, and the baselines; and the accuracies of
+    all kinds together by `max_crops` and `num_tokens`.
+    """
+    kinds = {kind: NAMES.get(kind, kind) for kind in study["blind"]}
     lines = [
-        "| `max_crops` | crops | " + " | ".join(NAMES.values()) + " | GFLOPs |",
-        "|---" * (len(NAMES) + 3) + "|",
+        f"| `zoom` | `max_crops` | `num_tokens` | crops | {' | '.join(kinds.values())} | GFLOPs |",
+        "|---" * (len(kinds) + 5) + "|",
     ]
 
     def cells(accuracy):
-        return [f"{accuracy[kind]['score']:.1f}" for kind in NAMES]
+        return [f"{accuracy[kind]['score']:.1f}" for kind in kinds]
 
-    for row in study["settings"]:
-        if row["num_tokens"] == NUM_TOKENS:
-            first = [str(row["max_crops"]), f"{row['crops']:g}"]
+    for row in sorted(study["settings"], key=lambda row: (row["zoom"], row["max_crops"], row["num_tokens"])):
+        if row["zoom"] or row["num_tokens"] == NUM_TOKENS:
+            first = [str(row[name]) for name in ("zoom", "max_crops", "num_tokens")] + [f"{row['crops']:g}"]
             lines.append(f"| {' | '.join([*first, *cells(row['accuracy']), format(row['gflops'], '.1f')])} |")
     for name in ("blind", "majority"):
-        lines.append(f"| {name} | | {' | '.join(cells(study[name]))} | |")
+        lines.append(f"| {name} | | | | {' | '.join(cells(study[name]))} | |")
+    grid = [row for row in study["settings"] if not row["zoom"]]
+    all_crops, all_tokens = (sorted({row[name] for row in grid}) for name in ("max_crops", "num_tokens"))
+    lines += ["", f"| `max_crops` \\ `num_tokens` | {' | '.join(map(str, all_tokens))} |"]
+    lines += ["|---" * (len(all_tokens) + 1) + "|"]
+    scores = {(row["max_crops"], row["num_tokens"]): row["accuracy"]["all"]["score"] for row in grid}
+    for crops in all_crops:
+        found = [f"{scores[crops, tokens]:.1f}" if (crops, tokens) in scores else "" for tokens in all_tokens]
+        lines.append(f"| {crops} | {' | '.join(found)} |")
     return "\n".join(lines)
 
 
@@ -230,10 +249,11 @@ def scores_and_bars(rows: list[dict], kind: str) -> tuple[list[float], list[list
     return scores, [below, [entry["high"] - entry["score"] for entry in found]]
 
 
-def draw_figures(study: dict, output: Path):
+def draw_figures(study: dict, output: Path, name: str):
     """One figure per knob: accuracy and cost over that knob, with the other fixed."""
+    grid = [row for row in study["settings"] if not row["zoom"]]
     for knob, other, fixed in (("max_crops", "num_tokens", NUM_TOKENS), ("num_tokens", "max_crops", MAX_CROPS)):
-        rows = sorted((row for row in study["settings"] if row[other] == fixed), key=lambda row: row[knob])
+        rows = sorted((row for row in grid if row[other] == fixed), key=lambda row: row[knob])
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         places = range(len(rows))
@@ -242,13 +262,13 @@ def draw_figures(study: dict, output: Path):
         cost.set_ylabel("GFLOPs of a question (bars)")
         axes.set_zorder(cost.get_zorder() + 1)
         axes.set_frame_on(False)
-        for kind, name in NAMES.items():
+        for kind in study["blind"]:
             scores, spread = scores_and_bars(rows, kind)
-            (line, *_) = axes.errorbar(places, scores, spread, marker="o", capsize=3, label=name)
+            (line, *_) = axes.errorbar(places, scores, spread, marker="o", capsize=3, label=NAMES.get(kind, kind))
             axes.axhline(study["blind"][kind]["score"], color=line.get_color(), linestyle=":", linewidth=1)
         axes.set_xticks(places, [str(row[knob]) for row in rows])
         axes.set_xlabel(f"{knob} at {other} = {fixed}")
         axes.set_ylabel("right answers, % (dotted: without the picture)")
         axes.set_ylim(0, 100)
         axes.legend(loc="upper left")
-        figure.savefig(output / f"study_{'crops' if knob == 'max_crops' else 'tokens'}.png", dpi=110)
+        figure.savefig(output / f"{name}_{'crops' if knob == 'max_crops' else 'tokens'}.png", dpi=110)

@@ -45,8 +45,7 @@ def run_zoom_study(study: Study, output: Path) -> dict:
         records = study.ask(setting)
         if setting.task == "scenes":
             records = records + study.ask(setting._replace(task="large"))
-        row = {"size": SIZES[setting.task], "zoom": setting.zoom, **study.measure(setting, records)}
-        (row["accuracy"]["all"],) = accuracies(("all", record["scores"]["accuracy"]) for record in records).values()
+        row = {"size": SIZES[setting.task], **study.measure(setting, records)}
         if setting.zoom:
             row["inside"] = accuracies((record["part"], is_inside(record, row["size"])) for record in records)
         rows.append(row)
