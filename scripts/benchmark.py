@@ -208,6 +208,21 @@ def first_token(bench: Bench) -> dict[str, float]:
 
 
 @row
+def generate(bench: Bench) -> dict[str, float]:
+    """`generate` from the pixels of 30 crops, without zoom (`tiny`, 8 new tokens)."""
+    import torch
+    from PIL import Image
+
+    from mc_llava.loading import load
+
+    model, processor, _ = load("tiny", dtype="float32", device=bench.device)
+    inputs = processor("What is written on the blue sign?", Image.open(ROOT / "examples" / "scene1.jpg"))
+    inputs = inputs.to(model.device)
+    with torch.no_grad():
+        return {"time (s)": bench.seconds(lambda: model.generate(**inputs, max_new_tokens=8, min_new_tokens=8))}
+
+
+@row
 def load_memory(bench: Bench) -> dict[str, float]:
     """Loading 12 megapixels: the peak of memory."""
     from PIL import ExifTags, Image
