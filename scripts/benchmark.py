@@ -361,7 +361,7 @@ def busy_device(bench: Bench) -> dict[str, float]:
     def encode_crops(self, pixel_values, **options):
         used.append((time.perf_counter(), 0.3 * len(pixel_values) / 97))
         time.sleep(used[-1][1])
-        # Without memory of its own, which a device would fill.
+        # Allocates nothing: on a real device, the CPU would not fill this tensor.
         return pixel_values.new_zeros(1).expand(len(pixel_values), 27**2, self.config.vision_config.hidden_size)
 
     def generate(self, input_ids, **options):
