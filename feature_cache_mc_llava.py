@@ -114,10 +114,7 @@ class FeatureCache:
             for index in missing:
                 image, crop = crops[index]
                 boxes.setdefault(image, []).append(crop.box)
-            values = torch.from_numpy(prepared[0].values).to(device)
-            cut = (crop for image in boxes for crop in image.cut(boxes[image], device))
-            parts = iter(lambda: list(islice(cut, CROPS_PER_LOOK_UP)), [])
-            return model.model.encode_each(one_ahead(look_up_bytes(part, values) for part in parts))
+            return model.model.encode_each(one_ahead(_look_up_pixels(boxes, device)))
 
         with torch.no_grad():
             keys = [((*image.name, *made_by), crop.box) for image, crop in crops]
@@ -160,12 +157,12 @@ class FeatureCache:
         sizes = [image.picture.size if is_prepared(image) else image.size for image in loaded]
         found, values = [], image_processor.values_of_bytes(options)
         side = check_size(options.get("size", image_processor.size))
+        resample = options.get("resample", image_processor.resample)
         for image, plan in zip(loaded, image_processor.plans_of(sizes, options)):
             if is_prepared(image):
-                if not np.array_equal(image.values, values):
-                    raise ValueError("images were prepared with other options: pass `encode` those of `prepare`")
+                image.check(plan, side, resample, values)
             else:
-                image = PreparedImage(image, plan, side, options.get("resample", image_processor.resample), values)
+                image = PreparedImage(image, plan, side, resample, values)
                 with self._lock:
                     image = self._prepared.setdefault((image.name, side, tuple(plan)), image)
             found.append(image)
@@ -233,8 +230,11 @@ class FeatureCache:
                 self.nbytes -= old.patches.nbytes
                 self._uncut.pop(key, None)
                 crop.asked = max(crop.asked, old.asked)
+                if len(old.patches) > len(crop.patches):
+                    crop.patches = old.patches
             self._crops[key] = crop
-            self._uncut[key] = None
+            if self.all_patches:
+                self._uncut[key] = None
             self.nbytes += crop.patches.nbytes
             while self.nbytes > self.max_bytes:
                 if self._uncut:
@@ -246,6 +246,14 @@ class FeatureCache:
                 else:
                     _, dropped = self._crops.popitem(last=False)
                     self.nbytes -= dropped.patches.nbytes
+
+
+def _look_up_pixels(boxes: "dict[PreparedImage, list[Box]]", device: torch.device) -> Iterator[torch.Tensor]:
+    """The pixel values of crops of pictures, in parts of float32[up to `CROPS_PER_LOOK_UP`, 3, side, side]."""
+    values = torch.from_numpy(next(iter(boxes)).values).to(device)  # the same for all
+    crops = (crop for image in boxes for crop in image.cut(boxes[image], device))
+    while part := list(islice(crops, CROPS_PER_LOOK_UP)):
+        yield look_up_bytes(part, values)
 
 
 class PreparedImage:
@@ -271,6 +279,11 @@ class PreparedImage:
     def nbytes(self) -> int:
         """Size in memory, in bytes: four per pixel of the picture, as in Pillow, and the crops that are cut."""
         return 4 * self.picture.width * self.picture.height + 3 * self.side**2 * len(self._cut)
+
+    def check(self, plan: list[Crop], side: int, resample: int, values: np.ndarray):
+        """Raise a ValueError unless this was made with these arguments."""
+        if (self.plan, self.side, self.resample) != (plan, side, resample) or not np.array_equal(self.values, values):
+            raise ValueError("images were prepared with other options: pass `encode` those of `prepare`")
 
     def cut_ahead(self, boxes: list[Box], device: torch.device):
         """

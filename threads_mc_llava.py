@@ -6,14 +6,12 @@ server's for example, go on.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from queue import SimpleQueue
-from threading import Lock, Semaphore, Thread
+from threading import Lock, Thread
 from typing import TypeVar
 
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-_END = object()
 
 
 def in_threads(function: Callable[[Item], Result], items: list[Item], threads: int) -> list[Result]:
@@ -49,42 +47,34 @@ def in_threads(function: Callable[[Item], Result], items: list[Item], threads: i
 
 def one_ahead(parts: Iterable[Item]) -> Iterator[Item]:
     """The same parts, of which a thread makes the next one while the caller works on the last."""
-    made, wanted = SimpleQueue(), Semaphore(0)
-    is_closed = False
+    parts, made, end = iter(parts), [], object()
 
     def make():
-        # One thread for all parts: torch gives each new one its own pool of threads.
         try:
-            for part in parts:
-                made.put((part, None))
-                wanted.acquire()
-                if is_closed:
-                    return
-            made.put((_END, None))
+            made.append((next(parts, end), None))
         except BaseException as error:
-            made.put((_END, error))
+            made.append((end, error))
 
-    # A reader that an error has ended may live on in its traceback, with the thread, which must not keep a program
-    # alive.
-    thread = _start(make, daemon=True)
-    if thread is None:
-        yield from parts
-        return
-    try:
-        while (item := made.get())[0] is not _END:
-            wanted.release()
-            yield item[0]
-        if item[1] is not None:
-            raise item[1]
-    finally:
-        is_closed = True
-        wanted.release()
-        thread.join()
+    make()
+    while made:
+        part, error = made.pop()
+        if error is not None:
+            raise error
+        if part is end:
+            return
+        thread = _start(make)
+        try:
+            yield part
+        finally:
+            if thread is not None:
+                thread.join()
+        if thread is None:
+            make()
 
 
-def _start(work: Callable[[], None], daemon: bool | None = None) -> Thread | None:
+def _start(work: Callable[[], None]) -> Thread | None:
     """A thread, or None if the system has none left: then the caller does its work."""
-    thread = Thread(target=work, daemon=daemon)
+    thread = Thread(target=work)
     try:
         thread.start()
     except RuntimeError:

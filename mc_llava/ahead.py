@@ -1,15 +1,12 @@
 """Prepares the next items in threads while the model works on earlier ones."""
 
 import os
-import sys
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Generic, TypeVar
 
 
 THREADS = min(8, max(2, os.cpu_count() or 2))
-BEHIND = 10  # the niceness of threads for which the model should not wait
 MOST_BYTES = 2**30  # of results that are prepared before they are needed
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -59,7 +56,7 @@ class Ahead(Generic[Item, Result]):
     def _start_threads(self):
         for _ in range(min(THREADS, len(self.items) - self._next) - self._running):
             try:
-                threading.Thread(target=self._work_behind).start()
+                threading.Thread(target=self._work).start()
             except RuntimeError:  # the system has no threads left: `results` works without
                 return
             self._running += 1  # it waits for the lock until then
@@ -74,12 +71,6 @@ class Ahead(Generic[Item, Result]):
                 return None
             self._next += 1
             return self._next - 1
-
-    def _work_behind(self):
-        if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-            with suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), BEHIND)
-        self._work()
 
     def _work(self):
         while (number := self._take()) is not None:

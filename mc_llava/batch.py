@@ -321,9 +321,10 @@ class Worker:
         knobs = {"max_crops": job.max_crops, "num_tokens": job.num_tokens, "zoom": job.zoom}
         options = {"batch_size": job.batch_size, "max_new_tokens": job.max_new_tokens, **knobs}
         self.ahead = None  # the first row of the next batch, and what prepares it
+        # Without zoom, a recurring picture always needs the same tokens.
+        zoom = processor.image_processor.fill_knobs(**knobs)["zoom"]
+        options["feature_cache"] = FeatureCache(all_patches=zoom > 0)
         self.engine = Engine(model, processor, prefix_bytes=0, **options)  # so that it resumes with the same answers
-        # Without zoom, pictures that recur are asked for the same tokens again.
-        self.engine.feature_cache = FeatureCache(all_patches=self.engine.knobs["zoom"] > 0)
 
     def answer_batch(self, start: int) -> list[dict]:
         """Records of the batch that starts at a row, in the order of the rows. A failed row's record has the error."""

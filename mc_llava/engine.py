@@ -98,6 +98,7 @@ class Engine:
         max_new_tokens: upper bound of a reply's tokens.
         prefix_bytes: upper bound of the size of keys and values that are kept, see `PrefixCache`. With 0, none are
             kept: in bfloat16 or float16, rounding errors could otherwise make a reply depend on earlier ones.
+        feature_cache: by default one of its own.
 
     Raises:
         ValueError: if a number is out of range.
@@ -113,8 +114,10 @@ class Engine:
         max_new_tokens: int = 200,
         zoom: int | None = None,
         prefix_bytes: int = 2**30,
+        feature_cache: FeatureCache | None = None,
     ):
-        self.model, self.processor, self.feature_cache = model.eval(), processor, FeatureCache()
+        self.model, self.processor = model.eval(), processor
+        self.feature_cache = FeatureCache() if feature_cache is None else feature_cache
         is_kept = check_knob("prefix_bytes", prefix_bytes, 0) and can_keep_prefixes(model)
         self.prefix_cache = PrefixCache(prefix_bytes) if is_kept else None
         self.knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)

@@ -1,7 +1,5 @@
 """Work ahead of time: results are in order, errors are raised, memory is bounded, and no thread is left."""
 
-import os
-import sys
 import threading
 import time
 
@@ -45,20 +43,6 @@ def test_it_begins_before_it_is_asked():
     work = Ahead(lambda item: begun.set(), [1])
     assert begun.wait(5)
     work.results()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only there a thread has a priority of its own")
-@pytest.mark.parametrize("is_allowed", [True, False])
-def test_the_model_comes_first(monkeypatch, is_allowed):
-    def refuse(*arguments):
-        raise PermissionError("not here")
-
-    if not is_allowed:
-        monkeypatch.setattr(os, "setpriority", refuse)
-    here = os.getpriority(os.PRIO_PROCESS, 0)
-    (there,) = Ahead(lambda item: os.getpriority(os.PRIO_PROCESS, threading.get_native_id()), [1]).results()
-    assert there == (min(19, max(here, ahead.BEHIND)) if is_allowed else here)
-    assert os.getpriority(os.PRIO_PROCESS, 0) == here
 
 
 def test_two_items_are_prepared_at_once():

@@ -128,10 +128,24 @@ class TestPreparedImages:
         (expected,) = FeatureCache().encode(larger, cuts_larger, [WIDE], plans=plans)
         assert torch.equal(found.features, expected.features) and prepared
 
-    def test_other_options_are_refused(self, engine):
-        prepared = engine.prepare([WIDE])
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"do_normalize": False},
+            {"max_crops": 0},
+            {"num_tokens": 30},
+            {"resample": 0},
+            {"plans": [[Crop((0, 0, 90, 90), 4)]]},
+        ],
+    )
+    def test_other_options_are_refused(self, engine, options):
+        cache, image_processor = engine.feature_cache, engine.processor.image_processor
+        prepared = cache.prepare(engine.model, image_processor, [WIDE], max_crops=4)
+        assert cache.encode(engine.model, image_processor, prepared, max_crops=4)
         with pytest.raises(ValueError, match="were prepared with other options: pass `encode` those of `prepare`"):
-            engine.feature_cache.encode(engine.model, engine.processor.image_processor, prepared, do_normalize=False)
+            cache.encode(
+                engine.model, image_processor, prepared, **(({} if "plans" in options else {"max_crops": 4}) | options)
+            )
 
     def test_zoom_cuts_later(self, engine):
         engine.knobs["zoom"] = 1

@@ -21,7 +21,7 @@ from mc_llava.scenes import conversations, encoding, language_model
 from mc_llava.scenes.encoding import Budget
 from mc_llava.scenes.scene import legible_height, outline
 from mc_llava.scenes.tower import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower, sine_positions
-from mc_llava.scenes.warm_start import Start, copy_weights
+from mc_llava.scenes.warm_start import Start, copy_weights, load_start
 
 
 @pytest.fixture(scope="module")
@@ -574,6 +574,19 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     before = MCLlavaForConditionalGeneration.from_pretrained(output).state_dict()
     for name, value in other.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0.01, atol=1e-4)
+
+
+def test_a_checkpoint_to_start_from_runs_no_code_of_its_folder(processor, monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("transformers asks whether to run the folder's code")
+
+    monkeypatch.setattr("builtins.input", refuse)
+    vision = language_model.vision_config(width=128, layers=6)
+    config = language_model.build_model(processor, vision, width=192, layers=4).config
+    assert load_start(str(ROOT / "tiny"), config).tokenizer.get_vocab()["<image>"] > 0
+    config.vision_config.num_attention_heads = 8
+    with pytest.raises(ValueError, match="tiny has num_attention_heads 4 in its vision_config, the recipe 8"):
+        load_start(str(ROOT / "tiny"), config)
 
 
 class Vocabulary(dict):

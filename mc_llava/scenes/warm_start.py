@@ -4,16 +4,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration
-from ..loading import load_model
+from ..loading import load_model, load_processor
 
 
-SIZES = {
-    "vision_config": ("hidden_size", "num_hidden_layers", "patch_size", "image_size"),
-    "text_config": ("hidden_size", "num_hidden_layers"),
-}
+LAYERS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+SIZES = {"vision_config": (*LAYERS, "patch_size", "image_size"), "text_config": LAYERS}
 
 
 class Start(NamedTuple):
@@ -38,7 +36,7 @@ def load_start(folder: str, config: MCLlavaConfig) -> Start:
                 raise ValueError(
                     f"{folder} has {name} {found} in its {part}, the recipe {wanted}: set start to another folder"
                 )
-    return Start(model, AutoTokenizer.from_pretrained(folder))
+    return Start(model, load_processor(folder).tokenizer)
 
 
 @torch.no_grad()
