@@ -328,32 +328,45 @@ def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypat
     assert output.read_text() == "mine"
 
 
+def copy_pictures(folder, to):
+    return shutil.copytree(folder / "images", to / "images", ignore=shutil.ignore_patterns("cut.png"))
+
+
+def ask_for(pictures, converted, kind):
+    if kind == "folder":
+        return job(pictures, converted, source=str(pictures), question="What is it?", batch_size=2)
+    lines = [{"images": [f"{index}.png", "3.png"], "question": "What is it?"} for index in range(4)]
+    (pictures / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return job(pictures, converted, source=str(pictures / "rows.jsonl"), batch_size=2)
+
+
+def stop(monkeypatch, asked, output, after=1):
+    """Run until `after` batches are written."""
+    answer = batch.Worker.answer_batch
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            batch.Worker, "answer_batch", lambda self, start: 1 / 0 if start >= 2 * after else answer(self, start)
+        )
+        with pytest.raises(ZeroDivisionError):
+            run(asked, output)
+
+
+@pytest.fixture(scope="module")
+def stopped(folder, converted, tmp_path_factory):
+    """A job that was stopped, its output, and the first line of its journal."""
+    there = tmp_path_factory.mktemp("stopped")
+    asked, output = ask_for(copy_pictures(folder, there), converted, "jsonl"), there / "out.jsonl"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stop(monkeypatch, asked, output)
+    return asked, output, (there / "out.jsonl.partial").read_text().splitlines()[0]
+
+
 class TestStartedAgain:
     """A run that was stopped at some point, and what may have changed since."""
 
     @pytest.fixture
     def pictures(self, folder, tmp_path):
-        shutil.copytree(folder / "images", tmp_path / "images", ignore=shutil.ignore_patterns("cut.png"))
-        return tmp_path / "images"
-
-    def asked(self, pictures, converted, kind):
-        if kind == "folder":
-            return job(pictures, converted, source=str(pictures), question="What is it?", batch_size=2)
-        lines = [{"images": [f"{index}.png", "3.png"], "question": "What is it?"} for index in range(4)]
-        (pictures / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-        return job(pictures, converted, source=str(pictures / "rows.jsonl"), batch_size=2)
-
-    def stop(self, monkeypatch, asked, output, after=1):
-        """Run until `after` batches are written."""
-        answer = batch.Worker.answer_batch
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                batch.Worker,
-                "answer_batch",
-                lambda self, start: 1 / 0 if start >= 2 * after else answer(self, start),
-            )
-            with pytest.raises(ZeroDivisionError):
-                run(asked, output)
+        return copy_pictures(folder, tmp_path)
 
     def replace(self, path, seed, keep_time=False):
         """By a picture of the same size in bytes, as far as that goes."""
@@ -367,8 +380,8 @@ class TestStartedAgain:
     def test_a_picture_that_was_asked_about_has_changed(
         self, pictures, converted, tmp_path, monkeypatch, kind, keep_time
     ):
-        asked, output = self.asked(pictures, converted, kind), tmp_path / "out.jsonl"
-        self.stop(monkeypatch, asked, output)
+        asked, output = ask_for(pictures, converted, kind), tmp_path / "out.jsonl"
+        stop(monkeypatch, asked, output)
         before = (pictures / "1.png").read_bytes()
         self.replace(pictures / "1.png", 9, keep_time)
         message = (
@@ -386,10 +399,10 @@ class TestStartedAgain:
         assert not any("files" in record for record in records)
 
     def test_a_picture_that_was_missing_is_there(self, pictures, converted, tmp_path, monkeypatch):
-        asked, output = self.asked(pictures, converted, "jsonl"), tmp_path / "out.jsonl"
+        asked, output = ask_for(pictures, converted, "jsonl"), tmp_path / "out.jsonl"
         kept = (pictures / "0.png").read_bytes()
         (pictures / "0.png").unlink()
-        self.stop(monkeypatch, asked, output)
+        stop(monkeypatch, asked, output)
         (pictures / "0.png").write_bytes(kept)
         message = (
             r"0.png was missing when it was asked about in row 0 \(id 0\), and is there now: take it away again, or "
@@ -430,14 +443,11 @@ class TestStartedAgain:
             ["0", "[1]"],
         ],
     )
-    def test_a_journal_that_no_run_can_have_written(self, pictures, converted, tmp_path, monkeypatch, lines):
-        asked, output = self.asked(pictures, converted, "jsonl"), tmp_path / "out.jsonl"
-        self.stop(monkeypatch, asked, output)
-        unfinished = tmp_path / "out.jsonl.partial"
-        settings = unfinished.read_text().splitlines()[0]
-        for index, line in enumerate(lines):
-            if line.isdigit():
-                lines[index] = json.dumps({"row": int(line), "id": line, "question": "What?", "answer": "A."})
+    def test_a_journal_that_no_run_can_have_written(self, stopped, lines):
+        asked, output, settings = stopped
+        unfinished = output.with_name("out.jsonl.partial")
+        usual = {str(row): {"row": row, "id": str(row), "question": "What?", "answer": "A."} for row in range(9)}
+        lines = [json.dumps(usual[line]) if line in usual else line for line in lines]
         before = "".join(line + "\n" for line in [settings, *lines]).encode()
         unfinished.write_bytes(before)
         message = "out.jsonl.partial is damaged .*: remove it, or the lines from there on"
@@ -446,7 +456,7 @@ class TestStartedAgain:
         assert unfinished.read_bytes() == before and not output.exists()
 
     def test_a_finished_run_names_one_remedy_and_its_reason(self, pictures, converted, tmp_path):
-        asked, output = self.asked(pictures, converted, "jsonl"), tmp_path / "out.jsonl"
+        asked, output = ask_for(pictures, converted, "jsonl"), tmp_path / "out.jsonl"
         run(asked, output)
         origin = tmp_path / "out.jsonl.origin"
         kept, before = origin.read_bytes(), (pictures / "0.png").read_bytes()
@@ -476,16 +486,16 @@ class TestStartedAgain:
         assert run(asked, output) == (4, 0)
 
     def test_a_picture_that_was_not_yet_asked_about_may_change(self, pictures, converted, tmp_path, monkeypatch):
-        asked, output = self.asked(pictures, converted, "folder"), tmp_path / "out.jsonl"
-        self.stop(monkeypatch, asked, output)
+        asked, output = ask_for(pictures, converted, "folder"), tmp_path / "out.jsonl"
+        stop(monkeypatch, asked, output)
         picture(*SIZES[1], seed=1).save(pictures / "2.png")
         run(asked, output)
         records = records_of(output)
         assert records[2]["answer"] == records[1]["answer"]
 
     def test_unchanged_pictures_are_not_read_again(self, pictures, converted, tmp_path, monkeypatch):
-        asked, output = self.asked(pictures, converted, "folder"), tmp_path / "out.jsonl"
-        self.stop(monkeypatch, asked, output)
+        asked, output = ask_for(pictures, converted, "folder"), tmp_path / "out.jsonl"
+        stop(monkeypatch, asked, output)
         read, digest_of = [], batch.digest_of
         monkeypatch.setattr(batch, "digest_of", lambda path: read.append(path.name) or digest_of(path))
         run(asked, output)
@@ -528,7 +538,7 @@ class TestStartedAgain:
 
     @pytest.mark.slow
     def test_all_was_written_by_another_run(self, pictures, converted, tmp_path):
-        asked, output = self.asked(pictures, converted, "folder"), tmp_path / "out.jsonl"
+        asked, output = ask_for(pictures, converted, "folder"), tmp_path / "out.jsonl"
         run(asked, output)
         written = output.read_bytes()
         with pytest.raises(ValueError, match="already exists: choose another output .*max_new_tokens 4, this run 5"):
