@@ -318,12 +318,11 @@ class Worker:
             raise ValueError(f"{job.source} has changed since the run began, or is another file here: start again")
         processor = processor or load_processor(job.model, job.revision)
         model = load_model(job.model, job.dtype, job.device, job.revision, job.quantize)
-        knobs = {"max_crops": job.max_crops, "num_tokens": job.num_tokens, "zoom": job.zoom}
+        knobs = processor.image_processor.fill_knobs(job.max_crops, job.num_tokens, job.zoom)
         options = {"batch_size": job.batch_size, "max_new_tokens": job.max_new_tokens, **knobs}
-        self.ahead = None  # the first row of the next batch, and what prepares it
         # Without zoom, a recurring picture always needs the same tokens.
-        zoom = processor.image_processor.fill_knobs(**knobs)["zoom"]
-        options["feature_cache"] = FeatureCache(all_patches=zoom > 0)
+        options["feature_cache"] = FeatureCache(all_patches=knobs["zoom"] > 0)
+        self.ahead = None  # the first row of the next batch, and what prepares it
         self.engine = Engine(model, processor, prefix_bytes=0, **options)  # so that it resumes with the same answers
 
     def answer_batch(self, start: int) -> list[dict]:
