@@ -437,7 +437,12 @@ class Collator:
 def last_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint of a run, None if there is none. Trainer's state is the last file it saves."""
     whole = [path.parent for path in output.glob("checkpoint-[0-9]*/trainer_state.json") if is_json(path)]
-    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
+    return str(max(whole, key=steps_of)) if whole else None
+
+
+def steps_of(checkpoint: str | Path) -> int:
+    """After how many steps a run saved a checkpoint."""
+    return int(Path(checkpoint).name.split("-")[1])
 
 
 def is_json(path: Path) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import torch
 from helpers import ROOT
+from safetensors.torch import load_file
 from transformers import TrainingArguments
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, plan_scouts, scenes
@@ -458,6 +459,7 @@ def run_recipe(output) -> dict[str, dict[int, float]]:
     sizes = {
         "num_images": 4,
         "num_tested": 2,
+        "earlier": "[]",
         "start": "null",
         "photographs": "null",
         "objects": "null",
@@ -542,7 +544,7 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     assert set(report) >= {"crops", "whole", "most", "seen"} and "photographs" not in report
 
     def cached():
-        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work/images").glob("*.safetensors")}
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work/images-1").glob("*.safetensors")}
 
     shards = cached()
     assert set(shards) == {"scenes-0-3.safetensors", "scenes-3-5.safetensors"}
@@ -553,11 +555,11 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     checkpoints = {path.name for path in (tmp_path / "tiny-work").glob("*/checkpoint-*")}
     assert checkpoints == {"checkpoint-2"}, "what is finished took further steps"
     # A run doesn't resume with another tower's features, or with a language model trained on them.
-    with monkeypatch.context() as changed, pytest.raises(ValueError, match="images was made with mixture 0.65"):
+    with monkeypatch.context() as changed, pytest.raises(ValueError, match="images-1 was made with mixture 0.65"):
         changed.setattr(encoding, "ZOOM_BUDGETS", (9,))
         language_model.train_tiny(recipe)
     longer = replace(recipe, tower=replace(stage, steps=3))
-    for name in ("images", "language_model"):
+    for name in ("images-1", "language_model"):
         with pytest.raises(ValueError, match=f"{name} was made with tower.steps 2, the recipe has 3: remove the fold"):
             language_model.train_tiny(longer)
         shutil.rmtree(tmp_path / "tiny-work" / name)
@@ -574,6 +576,40 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     before = MCLlavaForConditionalGeneration.from_pretrained(output).state_dict()
     for name, value in other.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0.01, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_round_goes_on_with_another_tower_and_other_scenes(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_model, "SCENES_FOR_HEADS", 2)
+    stage = Stage(steps=4, decay=1, learning_rate=3e-2, batch_size=2, warmup=0)
+    sizes = {"tower_width": 32, "tower_layers": 3, "width": 32, "layers": 3, "workers": 0}
+    numbers = {"num_images": 3, "short_steps": 1, "num_tested": 2, "earlier": ((1, 1),)}
+    recipe = language_model.TinyRecipe(str(tmp_path / "tiny"), stage, stage, **numbers, **sizes)
+    work = tmp_path / "tiny-work"
+    model = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(recipe))
+    made = {path.relative_to(work).as_posix(): path.stat().st_mtime_ns for path in work.glob("images-*/*.safetensors")}
+    assert set(made) == {"images-1/scenes-0-3.safetensors", "images-2/scenes-3-6.safetensors"}
+    towers = {steps: load_file(work / "tower" / f"checkpoint-{steps}" / "model.safetensors") for steps in (1, 4)}
+    name = "encoder.layers.0.mlp.fc1.weight"
+    saved = model.model.vision_tower.state_dict()[name]
+    assert torch.equal(saved, towers[4][f"tower.{name}"].bfloat16()) and not torch.equal(
+        saved, towers[1][f"tower.{name}"].bfloat16()
+    ), "the language model's checkpoint brings the tower of an earlier round"
+    # A run that was stopped in the second round doesn't repeat the first.
+    shutil.rmtree(work / "language_model" / "checkpoint-4")
+    done, train_round = [], language_model.train_round
+
+    def noted(recipe, number, *arguments):
+        done.append(number)
+        train_round(recipe, number, *arguments)
+
+    monkeypatch.setattr(language_model, "train_round", noted)
+    again = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(recipe))
+    assert done == [2]
+    for name, value in again.state_dict().items():
+        torch.testing.assert_close(value, model.state_dict()[name], rtol=0.02, atol=1e-3, msg=name)
+    with pytest.raises(ValueError, match="images-1 was made with tower.steps 1, the recipe has 4"):
+        language_model.train_tiny(replace(recipe, earlier=()))
 
 
 def test_a_checkpoint_to_start_from_runs_no_code_of_its_folder(processor, monkeypatch):

@@ -152,19 +152,19 @@ def encode_scenes(model, processor, scenes: list[Scene], budgets: list[Budget], 
 
 
 def cache_scenes(
-    model, processor, folder: Path, count: int, workers: int, materials: Materials | None = None
+    model, processor, folder: Path, seeds: range, workers: int, materials: Materials | None = None
 ) -> list[CachedImage]:
     """
-    The first `count` training scenes, each under its own budget. Those that an earlier run left in `folder` are
+    The training scenes of some seeds, each under its own budget. Those that an earlier run left in `folder` are
     reused.
     """
     images, names = [], ("features", *CachedImage.OF_CROPS)
     folder.mkdir(parents=True, exist_ok=True)
-    for start in tqdm(range(0, count, SHARD), desc="Encoding scenes", unit_scale=SHARD, unit="scene"):
-        seeds = range(start, min(start + SHARD, count))
-        path = folder / f"scenes-{seeds.start}-{seeds.stop}.safetensors"
-        scenes = [training_scene(seed, materials) for seed in seeds]
-        budgets = [draw_budget(random.Random(f"budget {seed}"), scene) for seed, scene in zip(seeds, scenes)]
+    for start in tqdm(range(0, len(seeds), SHARD), desc="Encoding scenes", unit_scale=SHARD, unit="scene"):
+        part = seeds[start : start + SHARD]
+        path = folder / f"scenes-{part.start}-{part.stop}.safetensors"
+        scenes = [training_scene(seed, materials) for seed in part]
+        budgets = [draw_budget(random.Random(f"budget {seed}"), scene) for seed, scene in zip(part, scenes)]
         if not path.exists():
             shard = encode_scenes(model, processor, scenes, budgets, workers)
             tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in names}

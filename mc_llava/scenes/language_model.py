@@ -8,6 +8,7 @@ once, and the language model, the projector and the coordinate embedding train o
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +19,7 @@ from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig,
 
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaModel, MCLlavaProcessor
 from ..journal import write_json
-from ..training import StopIfDiverged, checked, last_checkpoint, set_trainable
+from ..training import StopIfDiverged, checked, last_checkpoint, set_trainable, steps_of
 from ..zoom_heads import choose_heads, write_heads
 from ..zoom_heads import measure as measure_heads
 from .conversations import ANSWERING_LAYER, KIND_WEIGHTS, LOOKING_HEADS, NAMING_LAYER, SceneCollator, scene_rows
@@ -50,7 +51,7 @@ TURNS = 8  # at most, of one conversation
 CAPTIONS = 0.05  # share of the conversations that are a caption, in batches that are not short
 PLACE_WEIGHT = 4.0  # two places can be compared once each can be read off its name
 FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
-SCENES_FOR_HEADS = 300  # that zoom's heads are measured on
+SCENES_FOR_HEADS, ZOOM_HEADS = 300, 2  # scenes that zoom's heads are measured on, and how many are kept
 MADE_OF = "recipe.json"
 LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
 
@@ -64,8 +65,10 @@ class TinyRecipe:
         output: the folder of the model; the stages write their checkpoints next to it, in `output`-work.
         tower: the vision tower's stage, on single crops.
         language_model: the stage for everything else, on whole scenes.
-        num_images: how many scenes are encoded for the language model.
+        num_images: how many scenes are encoded for the language model in a round.
         short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
+        earlier: the rounds before the last one: after how many steps of the tower and of the language model each
+            ended. A round trains the tower, encodes other scenes with it and trains the language model on them.
         num_tested: how many scenes that are never trained on are asked about during training.
         start: a checkpoint of the same sizes that is trained further, first its tower, then the rest; None for random
             weights.
@@ -82,6 +85,7 @@ class TinyRecipe:
     num_images: PositiveInt
     short_steps: NonNegativeInt
     num_tested: PositiveInt = 200
+    earlier: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
     start: str | None = None
     photographs: str | None = None
     objects: str | None = None
@@ -91,6 +95,14 @@ class TinyRecipe:
     width: PositiveInt = 192
     layers: Annotated[int, Field(gt=ANSWERING_LAYER)] = 4
     workers: NonNegativeInt = 1
+
+    def rounds(self) -> list[tuple[Stage, Stage]]:
+        """The stages of each round, both of which end where the next round goes on."""
+        ends = (*self.earlier, (self.tower.steps, self.language_model.steps))
+        return [
+            (replace(self.tower, steps=steps), replace(self.language_model, steps=language_model_steps))
+            for steps, language_model_steps in ends
+        ]
 
     def materials(self) -> Materials | None:
         """
@@ -235,9 +247,9 @@ def looking_loss(
         places: float[looks, 2], of the thing there, (x / width, y / height).
     """
     losses = []
-    for layer in (NAMING_LAYER, ANSWERING_LAYER):
+    for layer, heads in LOOKING_HEADS.items():
         here = layers == layer
-        weights = attentions[layer][rows[here], :LOOKING_HEADS, positions[here]].float()
+        weights = attentions[layer][rows[here], :heads, positions[here]].float()
         share = (weights * targets[here, None]).sum(-1)
         losses.append(-(share + 1e-6).log().sum() / max(1, share.numel()))
     here = layers == NAMING_LAYER
@@ -366,11 +378,16 @@ def train_language_model(
         callbacks=[Report(stage.save_steps, measured), StopIfDiverged()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
-    model.load_state_dict(trainee.state_dict())
+    # The checkpoint of an earlier round has that round's tower.
+    trained = {name: value for name, value in trainee.state_dict().items() if "vision_tower" not in name}
+    model.load_state_dict(trained, strict=False)
 
 
-def made_of(recipe: TinyRecipe) -> dict[str, dict]:
-    """Folder of a stage -> the settings that its files depend on. More steps are allowed: the stage is continued."""
+def made_of(recipe: TinyRecipe, number: int) -> dict[str, dict]:
+    """
+    Folder of a stage of the round with this number -> the settings that its files depend on. More steps are allowed:
+    the stage is continued.
+    """
     values = TypeAdapter(TinyRecipe).dump_python(recipe, mode="json")
     tower, language_model = (
         {f"{stage}.{name}": value for name, value in values[stage].items() if name not in LENGTHS}
@@ -379,9 +396,11 @@ def made_of(recipe: TinyRecipe) -> dict[str, dict]:
     tower |= {name: values[name] for name in ("tower_width", "tower_layers", "start")}
     materials = recipe.materials()
     tower["photographs, objects and fonts"] = materials and materials.digest()
-    images = tower | {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")} | {"mixture": mixture()}
-    language_model |= images | {name: values[name] for name in ("width", "layers", "num_images", "short_steps")}
-    return {"tower": tower, "images": images, "language_model": language_model}
+    images = tower | {"tower.decay": values["tower"]["decay"], "mixture": mixture()}
+    language_model |= images | {"tower.steps": values["tower"]["steps"]}
+    language_model |= {name: values[name] for name in ("width", "layers", "num_images", "short_steps", "earlier")}
+    images |= {"earlier": values["earlier"][: number - 1], "tower.steps": recipe.rounds()[number - 1][0].steps}
+    return {"tower": tower, f"images-{number}": images, "language_model": language_model}
 
 
 def check_made_of(folder: Path, wanted: dict):
@@ -413,40 +432,42 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     """
     output = Path(recipe.output)
     work = output.with_name(output.name + "-work")
-    stages = made_of(recipe)
-    for name in stages:
+    numbers = range(1, len(recipe.rounds()) + 1)
+    for name, wanted in {name: found for number in numbers for name, found in made_of(recipe, number).items()}.items():
         if (work / name).exists():
-            check_made_of(work / name, stages[name])
+            check_made_of(work / name, wanted)
     if (materials := recipe.materials()) is not None:
         materials.check()
     processor = build_processor(materials)
-    vision = vision_config(recipe.tower_width, recipe.tower_layers)
     torch.manual_seed(recipe.language_model.seed)
-    model = build_model(processor, vision, recipe.width, recipe.layers)
+    model = build_model(processor, vision_config(recipe.tower_width, recipe.tower_layers), recipe.width, recipe.layers)
     if recipe.start:
         copy_weights(load_start(recipe.start, model.config), model, processor.tokenizer)
-    check_made_of(work / "tower", stages["tower"])
-    tower = model.model.vision_tower
-    start = tower.state_dict() if recipe.start else None
-    pretrained = pretrain_tower(work / "tower", vision, recipe.tower, recipe.workers, materials, start).tower
-    tower.load_state_dict(pretrained.state_dict())
-    model.eval().to(pretrained.device)
-    check_made_of(work / "images", stages["images"])
-    images = cache_scenes(model, processor, work / "images", recipe.num_images, recipe.workers, materials)
-    check_made_of(work / "language_model", stages["language_model"])
-    if not recipe.start:
-        whiten_projector(model.model.multi_modal_projector, images)
-    train_language_model(
-        model,
-        processor,
-        images,
-        work / "language_model",
-        recipe.language_model,
-        recipe.short_steps,
-        recipe.num_tested,
-        materials,
-    )
+    done = last_checkpoint(work / "language_model")
+    for number, (_, stage) in zip(numbers, recipe.rounds()):
+        if number == numbers[-1] or done is None or steps_of(done) < stage.steps:
+            train_round(recipe, number, work, model, processor, materials)
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
-    write_heads(output, choose_heads(measure_heads(model, processor, SCENES_FOR_HEADS), LOOKING_HEADS))
+    write_heads(output, choose_heads(measure_heads(model, processor, SCENES_FOR_HEADS), ZOOM_HEADS))
     return output
+
+
+def train_round(recipe: TinyRecipe, number: int, work: Path, model, processor, materials: Materials | None):
+    """Train the tower, encode this round's scenes and train the rest, all from where the last round ended."""
+    folders = made_of(recipe, number)
+    tower_folder, images_folder, folder = (work / name for name in folders)
+    tower_stage, stage = recipe.rounds()[number - 1]
+    tower, is_new = model.model.vision_tower, recipe.start is None
+    check_made_of(tower_folder, folders[tower_folder.name])
+    start = None if is_new else tower.state_dict()
+    pretrained = pretrain_tower(tower_folder, tower.config, tower_stage, recipe.workers, materials, start).tower
+    tower.load_state_dict(pretrained.state_dict())
+    model.eval().to(pretrained.device)
+    check_made_of(images_folder, folders[images_folder.name])
+    seeds = range((number - 1) * recipe.num_images, number * recipe.num_images)
+    images = cache_scenes(model, processor, images_folder, seeds, recipe.workers, materials)
+    check_made_of(folder, folders[folder.name])
+    if is_new and last_checkpoint(folder) is None:
+        whiten_projector(model.model.multi_modal_projector, images)
+    train_language_model(model, processor, images, folder, stage, recipe.short_steps, recipe.num_tested, materials)

@@ -152,10 +152,11 @@ class _CropCast:
         """Things of which a glyph has `size` pixels of the tower, `scale` of the scene each."""
         rng, chance = self.rng, self.rng.random()
         longest = max(2, min(LONGEST_SIGN, int(width / scale / size / 0.9)))
-        text = "".join(rng.choices(CHARACTERS, k=rng.randint(2, longest)))
+        # Long signs are the hardest to put together.
+        text = "".join(rng.choices(CHARACTERS, k=max(rng.randint(2, longest), rng.randint(2, longest))))
         signs = [(self.colors.pop(), text)] if chance < 0.7 else []
         shapes, objects = [], []
-        if chance < 0.4 or not signs:
+        if chance < 0.5 or not signs:
             if self.objects and rng.random() < 0.65:
                 name = self.objects.pop()
                 objects = [(name, rng.choice(self.renderings[name]))]
