@@ -22,6 +22,7 @@ from .encoded_images_mc_llava import read_integers
 
 
 SAMPLE = 4096  # values of each weight that are compared, spread evenly
+ROOM = 128  # tokens that a `RoomyLayer` can grow by before it is copied
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
@@ -41,6 +42,39 @@ class Segment:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in chain(*self.layers))
+
+
+class RoomyLayer(DynamicLayer):
+    """
+    A layer's keys and values with room behind them. `DynamicLayer` copies all tokens for each new one; here, a new one
+    is written into the room:
+
+        room    [ known tokens | new | ...free... ]
+        keys     └────────────────┘
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._rooms = {}
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self.keys, self.values = (part[..., :0, :] for part in (key_states, value_states))
+        self.keys = self._append("keys", self.keys, key_states)
+        self.values = self._append("values", self.values, value_states)
+        return self.keys, self.values
+
+    def _append(self, name: str, known: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        length, room = known.shape[-2], self._rooms.get(name)
+        stop = length + new.shape[-2]
+        # Whatever selects or repeats rows, as beams do, makes other tensors.
+        is_own = room is not None and room.data_ptr() == known.data_ptr() and len(room) == len(known)
+        if not is_own or stop > room.shape[-2]:
+            room = self._rooms[name] = new.new_empty(*new.shape[:-2], stop + ROOM, new.shape[-1])
+            room[..., :length, :] = known
+        room[..., length:stop, :] = new
+        return room[..., :stop, :]
 
 
 @dataclass
@@ -128,6 +162,7 @@ class PrefixCache:
         names = [name_tokens(made_by, row[start:]) for row, start in zip(embeds, starts)]
         prompts = Prompts(starts, names)
         cache = DynamicCache(config=model.config.get_text_config())
+        cache.layers = [RoomyLayer() for _ in cache.layers]
         with self._lock:
             found = [self._find(row) for row in names]
         ends = [start + sum(stop - first for _, first, stop in runs) for start, runs in zip(starts, found)]
@@ -135,7 +170,7 @@ class PrefixCache:
         if columns > min((start for start, runs in zip(starts, found) if runs), default=columns):
             for index in range(len(next(iter(filter(None, found)))[0][0].layers)):
                 keys, values = (self._fill(found, starts, index, part, columns) for part in range(2))
-                # Not by `update`, which copies them. A layer grows by making new tensors.
+                # Not by `update`, which copies them. A layer grows into tensors of its own.
                 layer = cache.layers[index]
                 layer.lazy_initialization(keys, values)
                 layer.keys, layer.values = keys, values

@@ -9,10 +9,11 @@ from helpers import picture, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import TextIteratorStreamer
+from transformers.cache_utils import DynamicLayer
 
 from mc_llava import PrefixCache
 from mc_llava.engine import GREEDY, Engine, ask_about
-from mc_llava.prefix_cache_mc_llava import can_keep_prefixes
+from mc_llava.prefix_cache_mc_llava import ROOM, RoomyLayer, can_keep_prefixes
 
 
 IMAGES = [picture(200, 120), picture(150, 180, seed=1), picture(50, 40, seed=2)]
@@ -35,6 +36,37 @@ def computed(model):
 def ask(model, inputs, **options) -> list:
     output = model.generate(**inputs, **{**OPTIONS, **options})
     return output[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_a_layer_with_room_equals_one_that_is_copied():
+    roomy, copied = RoomyLayer(), DynamicLayer()
+
+    def check_next(tokens: int, rooms: int):
+        new = torch.randn(2, len(roomy.keys) if roomy.is_initialized else 2, 3, tokens, 4)
+        before = dict(roomy._rooms)
+        for layer in (roomy, copied):
+            layer.update(*new)
+        assert torch.equal(roomy.keys, copied.keys) and torch.equal(roomy.values, copied.values)
+        assert sum(room is not before.get(name) for name, room in roomy._rooms.items()) == rooms
+
+    check_next(5, rooms=2)
+    check_next(1, rooms=0)
+    check_next(ROOM, rooms=2)
+    check_next(1, rooms=0)
+    for changed in (
+        lambda layer: layer.batch_repeat_interleave(2),
+        lambda layer: layer.batch_select_indices(torch.tensor([3, 0, 1])),
+        lambda layer: layer.reorder_cache(torch.tensor([2, 1, 0])),
+    ):
+        changed(roomy)
+        changed(copied)
+        check_next(1, rooms=2)
+    for layer in (roomy, copied):
+        layer.crop(-3)
+    check_next(2, rooms=0)
+    branch = copy.deepcopy(roomy)
+    branch.update(*torch.randn(2, 3, 3, 1, 4))
+    assert torch.equal(roomy.keys, copied.keys), "a copy writes into the room of the original"
 
 
 def test_the_second_question_computes_only_what_is_new(model, processor, computed):
