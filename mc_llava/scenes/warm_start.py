@@ -42,12 +42,16 @@ def load_start(folder: str, config: MCLlavaConfig) -> Start:
 @torch.no_grad()
 def copy_weights(start: Start, model: MCLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
     """
-    Copy all weights into a model whose tokenizer may have other tokens: the embeddings and logits of tokens that
-    `start` does not have stay as they are.
+    Copy all weights into a model whose tokenizer may have other tokens. One that `start` does not have begins as the
+    mean of those that `start` writes it with.
     """
-    known = start.tokenizer.get_vocab()
-    pairs = [(row, known[token]) for token, row in tokenizer.get_vocab().items() if token in known]
-    rows, known_rows = torch.tensor(pairs).T
+    known, vocabulary = start.tokenizer.get_vocab(), tokenizer.get_vocab()
+    ids = [
+        [known[token]]
+        if token in known
+        else start.tokenizer.encode(tokenizer.convert_tokens_to_string([token]), add_special_tokens=False)
+        for token in sorted(vocabulary, key=vocabulary.get)
+    ]
     weights = model.state_dict()
     by_token = {
         id(parameter)
@@ -56,6 +60,6 @@ def copy_weights(start: Start, model: MCLlavaForConditionalGeneration, tokenizer
     }
     for name, parameter in start.model.named_parameters():
         if id(parameter) in by_token:
-            weights[name][rows] = parameter[known_rows]
+            weights[name][: len(ids)] = torch.stack([parameter[written].mean(0) for written in ids])
         else:
             weights[name].copy_(parameter)
