@@ -169,7 +169,7 @@ class SceneCollator:
         rng = random.Random(rows[0]["seed"])
         # The same in all rows, so that few positions are padding.
         short = rows[0]["short"]
-        turns = rng.randint((self.turns + 1) // 2 if short else 1, self.turns)
+        turns = rng.randint((self.turns + 1) // 2, self.turns)
         captions = 0.0 if short else self.captions
         images = [self.images[row["image"]] for row in rows]
         if short:
