@@ -130,6 +130,21 @@ def test_the_command_prints_the_table_of_all_settings(folder, tmp_path):
     assert len(found["settings"]) == len(study.SETTINGS) and result.stdout == study.markdown(found) + "\n"
 
 
+def test_pictures_are_drawn_once_and_their_questions_are_in_different_batches(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "BATCH_SIZE", 2)
+    drawn, draw = [], scenes.draw_scene
+    monkeypatch.setattr(scenes, "draw_scene", lambda scene: drawn.append(scene) or draw(scene))
+    measured = Study(str(folder), tmp_path / "work", 3)
+    records = measured.ask(Setting(2, 40))
+    kinds = [f"{kind}-{seed}" for seeds in ((0, 1), (2,)) for kind in scenes.KINDS for seed in seeds]
+    assert [record["id"] for record in records] == kinds
+    more = measured.ask(Setting(4, 40))
+    assert len(drawn) == 3 and [record["id"] for record in more] == kinds
+    alone = running.evaluate("scenes", measured.engine(Setting(4, 40)), tmp_path, model="", revision="", limit=12)
+    replies = {record["id"]: record["reply"] for record in alone["questions"]}
+    assert replies == {record["id"]: record["reply"] for record in more}
+
+
 def test_too_many_scenes_and_failed_questions_are_refused(folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="num_scenes must be at most 500, got 501"):
         Study(str(folder), tmp_path / "work", num_scenes=501)

@@ -54,6 +54,7 @@ def evaluate(
     revision: str,
     data: str | None = None,
     limit: int | None = None,
+    task: Task | None = None,
 ) -> dict:
     """
     Put a task's questions to a model, or resume an interrupted run, and write `output`/TASK.json.
@@ -62,6 +63,7 @@ def evaluate(
         model, revision: the model's name and revision in the results file.
         data: a Hub id, a folder or a file; by default the task's own Hub id.
         limit: ask only the first questions.
+        task: the task itself, by default the one of `TASKS` with this name.
 
     Returns:
         The contents of the file.
@@ -70,9 +72,10 @@ def evaluate(
         ValueError: if the task or its data don't exist, if `output` has results of other settings or questions, or if
             another run writes it.
     """
-    if task_name not in TASKS:
-        raise ValueError(f"there is no task {task_name!r}: choose from {', '.join(TASKS)}")
-    task = TASKS[task_name]
+    if task is None:
+        if task_name not in TASKS:
+            raise ValueError(f"there is no task {task_name!r}: choose from {', '.join(TASKS)}")
+        task = TASKS[task_name]
     if limit is not None:
         check_knob("limit", limit, 1)
     quantization = getattr(engine.model.config, "quantization_config", None)

@@ -6,6 +6,7 @@ The baselines are the model without the picture, and always giving a kind's most
 """
 
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -19,7 +20,7 @@ from ..engine import GREEDY, Engine, ask_about
 from ..estimate import estimate
 from ..evaluation.metrics import wilson_interval
 from ..evaluation.running import evaluate
-from ..evaluation.tasks import NUM_SCENES, PHOTOGRAPH_KINDS
+from ..evaluation.tasks import NUM_SCENES, PHOTOGRAPH_KINDS, TASKS, Task
 from ..journal import write_json
 from ..loading import load
 from .questions import DIRECTIONS, KINDS, is_correct
@@ -43,11 +44,13 @@ GRID = tuple(Setting(crops, tokens) for crops in STUDIED_CROPS for tokens in rev
 ZOOMED = ((10, 40), (16, 64), (16, 128), (32, 128), (64, 128), (100, 128), (32, 364), (32, 728))
 SETTINGS = (*GRID, *(Setting(*knobs, zoom=1) for knobs in ZOOMED))
 FILES = {"scenes": "study", "photographs": "study_photographs"}
+KINDS_OF = {"large": 1, "photographs": len(PHOTOGRAPH_KINDS)}  # other tasks ask questions of all `KINDS`
 NAMES = {"ocr": "OCR", "attribute": "attributes", "position": "position", "hard": "hard"}
 BATCH_SIZE = 64
 MAX_NEW_TOKENS = 24
 ANSWER_TOKENS = 8  # of an answer, for its FLOPs
 CACHE_BYTES = 2**30
+PREFIX_BYTES = 2**29  # of the pictures of a batch
 
 
 class Study:
@@ -69,6 +72,7 @@ class Study:
         self.model_path, self.work, self.num_scenes, self.photographs = model_path, work, num_scenes, photographs
         self.model, self.processor, self.revision = load(model_path)
         self.feature_cache = FeatureCache(CACHE_BYTES, all_patches=False)
+        self.tasks: dict[str, Task] = {}
 
     @property
     def made_with(self) -> dict:
@@ -76,10 +80,28 @@ class Study:
 
     def engine(self, setting: Setting) -> Engine:
         knobs = {"max_crops": setting.max_crops, "num_tokens": setting.num_tokens, "zoom": setting.zoom}
-        options = {"batch_size": BATCH_SIZE, "max_new_tokens": MAX_NEW_TOKENS, "prefix_bytes": 0}
+        options = {"batch_size": BATCH_SIZE, "max_new_tokens": MAX_NEW_TOKENS}
+        options["prefix_bytes"] = 0 if setting.zoom else PREFIX_BYTES
         engine = Engine(self.model, self.processor, **knobs, **options)
         engine.feature_cache = self.feature_cache
         return engine
+
+    def task(self, name: str) -> Task:
+        """
+        A task that keeps its questions, for drawing a picture takes longer than answering. Those about one picture are
+        in different batches: the later ones find its keys and values in the prefix cache.
+        """
+        if name not in self.tasks:
+            task, kinds = TASKS[name], KINDS_OF.get(name, len(KINDS))
+            _, questions = task.read(self.data(name) or "")
+            kept = list(islice(questions, self.num_scenes * kinds))
+            batches = [kept[start : start + BATCH_SIZE * kinds] for start in range(0, len(kept), BATCH_SIZE * kinds)]
+            kept = [question for batch in batches for kind in range(kinds) for question in batch[kind::kinds]]
+            self.tasks[name] = replace(task, read=lambda source: (len(kept), iter(kept)))
+        return self.tasks[name]
+
+    def data(self, name: str) -> str | None:
+        return self.photographs if name == "photographs" else None
 
     def ask(self, setting: Setting) -> list[dict]:
         """
@@ -90,15 +112,15 @@ class Study:
         """
         zoom = f"-zoom-{setting.zoom}" * (setting.zoom > 0)
         folder = self.work / f"crops-{setting.max_crops}-tokens-{setting.num_tokens}{zoom}"
-        kinds = {"large": 1, "photographs": len(PHOTOGRAPH_KINDS)}.get(setting.task, len(KINDS))
         results = evaluate(
             setting.task,
             self.engine(setting),
             folder,
             model=self.model_path,
             revision=self.revision,
-            data=self.photographs if setting.task == "photographs" else None,
-            limit=self.num_scenes * kinds,
+            data=self.data(setting.task),
+            limit=self.num_scenes * KINDS_OF.get(setting.task, len(KINDS)),
+            task=self.task(setting.task),
         )
         records = results["questions"]
         if failed := next((record for record in records if "failed" in record), None):
