@@ -68,13 +68,30 @@ class RoomyLayer(DynamicLayer):
     def _append(self, name: str, known: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         length, room = known.shape[-2], self._rooms.get(name)
         stop = length + new.shape[-2]
-        # Whatever selects or repeats rows, as beams do, makes other tensors.
         is_own = room is not None and room.data_ptr() == known.data_ptr() and len(room) == len(known)
         if not is_own or stop > room.shape[-2]:
             room = self._rooms[name] = new.new_empty(*new.shape[:-2], stop + ROOM, new.shape[-1])
             room[..., :length, :] = known
         room[..., length:stop, :] = new
         return room[..., :stop, :]
+
+    # These make other tensors, without room.
+
+    def reorder_cache(self, *args, **kwargs):
+        super().reorder_cache(*args, **kwargs)
+        self._rooms.clear()
+
+    def batch_repeat_interleave(self, *args, **kwargs):
+        super().batch_repeat_interleave(*args, **kwargs)
+        self._rooms.clear()
+
+    def batch_select_indices(self, *args, **kwargs):
+        super().batch_select_indices(*args, **kwargs)
+        self._rooms.clear()
+
+    def reset(self):
+        super().reset()
+        self._rooms.clear()
 
 
 @dataclass

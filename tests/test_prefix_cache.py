@@ -64,9 +64,13 @@ def test_a_layer_with_room_equals_one_that_is_copied():
     for layer in (roomy, copied):
         layer.crop(-3)
     check_next(2, rooms=0)
-    branch = copy.deepcopy(roomy)
-    branch.update(*torch.randn(2, 3, 3, 1, 4))
-    assert torch.equal(roomy.keys, copied.keys), "a copy writes into the room of the original"
+    branch, new = copy.deepcopy(roomy), torch.randn(2, 3, 3, 1, 4)
+    branch.update(*new)
+    check_next(1, rooms=0)
+    assert torch.equal(branch.keys[..., -1:, :], new[0]), "a copy shares the room of the original"
+    for layer in (roomy, copied):
+        layer.reset()
+    check_next(1, rooms=2)
 
 
 def test_the_second_question_computes_only_what_is_new(model, processor, computed):
