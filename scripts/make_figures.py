@@ -17,6 +17,8 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from mc_llava.loading import load_processor
+from mc_llava.scenes import is_correct
+from mc_llava.scenes.scene import contains
 
 
 ROOT = Path(__file__).parent.parent
@@ -56,10 +58,7 @@ def draw_frames(picture: Image.Image, boxes: list[Box]) -> Image.Image:
 def view(picture: Image.Image, box: Box, boxes: list[Box], side: int) -> Image.Image:
     """A box as the tower gets it in the smallest crop that contains it, enlarged."""
     left, top, right, bottom = box
-    holding = [
-        (x0, y0, x1, y1) for x0, y0, x1, y1 in boxes if x0 <= left and y0 <= top and x1 >= right and y1 >= bottom
-    ]
-    x0, y0, x1, y1 = min(holding, key=lambda box: box[2] - box[0])
+    x0, y0, x1, y1 = min((other for other in boxes if contains(other, box)), key=lambda box: box[2] - box[0])
     across, down = side / (x1 - x0), side / (y1 - y0)
     place = (
         math.floor((left - x0) * across),
@@ -85,7 +84,7 @@ def draw_column(picture: Image.Image, options: str, processor) -> Image.Image:
     draw = ImageDraw.Draw(column)
     large, small = ImageFont.load_default(size=34), ImageFont.load_default(size=26)
     below = column.height - REPLY
-    color = RIGHT if EXAMPLE["key"] in reply["answer"] else WRONG
+    color = RIGHT if is_correct(EXAMPLE["key"], reply["answer"]) else WRONG
     crops = f"{len(boxes)} crop{'s' if len(boxes) > 1 else ''}, {reply['image_tokens']} tokens"
     draw.text((WIDTH / 2, TITLE / 2), options, "black", small, anchor="mm")
     draw.text((WIDTH / 2, below + 32), reply["answer"], color, large, anchor="mm")

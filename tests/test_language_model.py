@@ -555,7 +555,7 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     checkpoints = {path.name for path in (tmp_path / "tiny-work").glob("*/checkpoint-*")}
     assert checkpoints == {"checkpoint-2"}, "what is finished took further steps"
     # A run doesn't resume with another tower's features, or with a language model trained on them.
-    with monkeypatch.context() as changed, pytest.raises(ValueError, match="images-1 was made with mixture 0.65"):
+    with monkeypatch.context() as changed, pytest.raises(ValueError, match="images-1 was made with scenes "):
         changed.setattr(encoding, "ZOOM_BUDGETS", (9,))
         language_model.train_tiny(recipe)
     longer = replace(recipe, tower=replace(stage, steps=3))
@@ -610,6 +610,19 @@ def test_a_round_goes_on_with_another_tower_and_other_scenes(tmp_path, monkeypat
         torch.testing.assert_close(value, model.state_dict()[name], rtol=0.02, atol=1e-3, msg=name)
     with pytest.raises(ValueError, match="images-1 was made with tower.steps 1, the recipe has 4"):
         language_model.train_tiny(replace(recipe, earlier=()))
+    shutil.rmtree(work / "language_model")
+    with pytest.raises(ValueError, match=f"checkpoint-4 is of a later round than the language model.*remove {work}"):
+        language_model.train_tiny(recipe)
+
+
+def test_rounds_go_forward():
+    stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=2)
+    recipe = language_model.TinyRecipe("tiny", stage, stage, num_images=3, short_steps=1, earlier=((1, 2), (3, 3)))
+    ends = [(tower.steps, language_model.steps) for tower, language_model in recipe.rounds()]
+    assert ends == [(1, 2), (3, 3), (4, 4)]
+    for earlier in ([(4, 3)], [(3, 4)], [(2, 2), (2, 3)]):
+        with pytest.raises(ValueError, match="a round ends after .* or set earlier to \\[\\]"):
+            replace(recipe, earlier=earlier).rounds()
 
 
 def test_a_checkpoint_to_start_from_runs_no_code_of_its_folder(processor, monkeypatch):

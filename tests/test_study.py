@@ -138,9 +138,12 @@ def test_pictures_are_drawn_once_and_their_questions_are_in_different_batches(fo
     records = measured.ask(Setting(2, 40))
     kinds = [f"{kind}-{seed}" for seeds in ((0, 1), (2,)) for kind in scenes.KINDS for seed in seeds]
     assert [record["id"] for record in records] == kinds
+    engines, engine = [], Study.engine
+    monkeypatch.setattr(Study, "engine", lambda *arguments: engines.append(engine(*arguments)) or engines[-1])
     more = measured.ask(Setting(4, 40))
+    assert engines[0].prefix_cache.reused > 300, "of 3 * 40 tokens, three times"
     assert len(drawn) == 3 and [record["id"] for record in more] == kinds
-    alone = running.evaluate("scenes", measured.engine(Setting(4, 40)), tmp_path, model="", revision="", limit=12)
+    alone = running.evaluate("scenes", engine(measured, Setting(4, 40)), tmp_path, model="", revision="", limit=12)
     replies = {record["id"]: record["reply"] for record in alone["questions"]}
     assert replies == {record["id"]: record["reply"] for record in more}
 

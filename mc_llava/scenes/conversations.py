@@ -30,7 +30,7 @@ KIND_WEIGHTS = {
 }
 MANY_CROPS = 8  # at least, of the scenes of the short steps
 # Heads, the first of a layer, that learn where to look: from a thing's name, and from each word about it.
-# Four heads of 32 numbers let all 128 of a crop's token through: with two the answers lost characters and their order.
+# Four heads of 32 numbers can pass on all 128 of a crop's token: with two, answers lost characters and their order.
 NAMING_LAYER, ANSWERING_LAYER = 1, 2
 LOOKING_HEADS = {NAMING_LAYER: 2, ANSWERING_LAYER: 4}
 VISIBLE = 4.5  # whether there is such a thing can be told
@@ -94,7 +94,7 @@ class SceneCollator:
                      ^                                |            |  |  |
                      +--- last token of the crop -----+------------+--+--+
 
-    Two heads look from the prompt's last token as well, where zoom asks: at the crops of everything that the question
+    Four heads look from the prompt's last token as well, where zoom asks: at the crops of everything that the question
     names. Crops that show the thing best count where none shows it legibly, as among zoom's scouts; no answer is
     learned that can't be told from the crops.
 

@@ -5,8 +5,10 @@ The patches that the tower keeps of a crop never change. They are computed once 
 grid or of zoom.
 """
 
+import hashlib
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,12 +20,13 @@ from .. import count_closer, look_closer, pays, plan_crops, plan_scouts, split_b
 from ..journal import replacing
 from .drawing import draw_scene
 from .materials import Materials
-from .photographs import DRAWN_SIZE_WEIGHTS, LARGE_SHARE, PHOTOGRAPH_SHARE, SIZE_WEIGHTS, training_scene
+from .photographs import training_scene
 from .scene import SIDE, Scene, Thing, legible_height, outline
 
 
 PATCH_SIZE = 8
 SHARD = 500  # images of one file of the cache
+DIGESTED = 32  # scenes
 # How often the training scenes are cut with each max_crops, in percent, unless they are zoomed into.
 CROP_BUDGETS = {0: 4, 2: 4, 4: 5, 8: 10, 16: 16, 32: 40, 64: 12, 100: 9}
 ZOOM_BUDGETS = (9, 12, 16, 24, 32, 48, 70)
@@ -39,11 +42,6 @@ class Budget(NamedTuple):
     num_tokens: int
     zoom: int = 0
     rounds: int = 0
-
-
-def mixture() -> str:
-    """What the cached scenes are made of, apart from a recipe: files of another mixture are not reused."""
-    return f"{PHOTOGRAPH_SHARE} {LARGE_SHARE} {SIZE_WEIGHTS} {DRAWN_SIZE_WEIGHTS} {CROP_BUDGETS} {ZOOM_BUDGETS}"
 
 
 def draw_budget(rng: random.Random, scene: Scene) -> Budget:
@@ -91,6 +89,24 @@ def plan_boxes(scene: Scene, budget: Budget, rng: random.Random) -> list[tuple[i
     return boxes
 
 
+def scenes_digest(materials: Materials | None) -> str:
+    """Of the first training scenes and their crops: what code or settings that make others would change."""
+    digest = hashlib.sha256()
+    for seed in range(DIGESTED):
+        scene, budget = scene_and_budget(seed, materials)
+        boxes = plan_boxes(scene, budget, random.Random(scene.background_seed))
+        # Not the scene itself, which has paths.
+        things = [(thing.called, thing.text, thing.box, thing.corners) for thing in scene.things]
+        digest.update(repr((scene.width, scene.height, things, budget, boxes)).encode())
+    return digest.hexdigest()[:16]
+
+
+def scene_and_budget(seed: int, materials: Materials | None) -> tuple[Scene, Budget]:
+    """A training scene, and how it is cut."""
+    scene = training_scene(seed, materials)
+    return scene, draw_budget(random.Random(f"budget {seed}"), scene)
+
+
 def glyph_height(group: tuple[Thing, ...], box: tuple[int, int, int, int]) -> float:
     """How many pixels of the tower the smallest glyph of a group has in a crop; 0 if the crop cuts the group."""
     return legible_height(outline(group), min(thing.glyph for thing in group), [box])
@@ -118,7 +134,7 @@ class CachedImage(NamedTuple):
 class SceneCrops(torch.utils.data.Dataset):
     """Scenes made into pictures and cut into crops: what the image processor returns for each under its budget."""
 
-    def __init__(self, image_processor, scenes: list[Scene], budgets: list[Budget]):
+    def __init__(self, image_processor, scenes: Sequence[Scene], budgets: Sequence[Budget]):
         self.image_processor, self.scenes, self.budgets = image_processor, scenes, budgets
 
     def __len__(self) -> int:
@@ -136,7 +152,9 @@ class SceneCrops(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def encode_scenes(model, processor, scenes: list[Scene], budgets: list[Budget], workers: int = 0) -> list[CachedImage]:
+def encode_scenes(
+    model, processor, scenes: Sequence[Scene], budgets: Sequence[Budget], workers: int = 0
+) -> list[CachedImage]:
     """Encode the pictures of scenes, each under its budget."""
     device = model.device
     images = []
@@ -163,8 +181,7 @@ def cache_scenes(
     for start in tqdm(range(0, len(seeds), SHARD), desc="Encoding scenes", unit_scale=SHARD, unit="scene"):
         part = seeds[start : start + SHARD]
         path = folder / f"scenes-{part.start}-{part.stop}.safetensors"
-        scenes = [training_scene(seed, materials) for seed in part]
-        budgets = [draw_budget(random.Random(f"budget {seed}"), scene) for seed, scene in zip(part, scenes)]
+        scenes, budgets = zip(*(scene_and_budget(seed, materials) for seed in part))
         if not path.exists():
             shard = encode_scenes(model, processor, scenes, budgets, workers)
             tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in names}

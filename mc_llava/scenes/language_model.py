@@ -9,6 +9,8 @@ import json
 import os
 import random
 from dataclasses import replace
+from itertools import pairwise
+from operator import lt
 from pathlib import Path
 from typing import Annotated
 
@@ -33,7 +35,7 @@ from .encoding import (
     encode_scenes,
     image_fields,
     last_tokens,
-    mixture,
+    scenes_digest,
 )
 from .making import make_scene
 from .materials import Materials
@@ -67,12 +69,12 @@ class TinyRecipe:
         language_model: the stage for everything else, on whole scenes.
         num_images: how many scenes are encoded for the language model in a round.
         short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
-        earlier: the rounds before the last one: after how many steps of the tower and of the language model each
-            ended. A round trains the tower, encodes other scenes with it and trains the language model on them.
+        earlier: the steps of the tower and of the language model at which each round before the last one ends. A
+            round trains the tower, encodes other scenes with it and trains the language model on them.
         num_tested: how many scenes that are never trained on are asked about during training.
         start: a checkpoint of the same sizes that is trained further, first its tower, then the rest; None for random
             weights.
-        photographs: folder of photographs for half of the scenes, see `Materials`; None if all are drawn.
+        photographs: folder of photographs for two thirds of the scenes, see `Materials`; None if all are drawn.
         objects: folder of cut-out objects, with photographs only.
         fonts: folder of fonts for scenes with photographs; None for the system's.
         tower_width, tower_layers, width, layers: sizes of the SigLIP and of the Phi architecture.
@@ -97,8 +99,19 @@ class TinyRecipe:
     workers: NonNegativeInt = 1
 
     def rounds(self) -> list[tuple[Stage, Stage]]:
-        """The stages of each round, both of which end where the next round goes on."""
+        """
+        The stages of each round. The next round resumes both.
+
+        Raises:
+            ValueError: if a round would end before an earlier one.
+        """
         ends = (*self.earlier, (self.tower.steps, self.language_model.steps))
+        for before, after in pairwise(ends):
+            if not all(map(lt, before, after)):
+                raise ValueError(
+                    f"a round ends after {before} steps of the tower and of the language model, the next one after "
+                    f"{after}: more are needed, or set earlier to []"
+                )
         return [
             (replace(self.tower, steps=steps), replace(self.language_model, steps=language_model_steps))
             for steps, language_model_steps in ends
@@ -379,8 +392,8 @@ def train_language_model(
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
     # The checkpoint of an earlier round has that round's tower.
-    trained = {name: value for name, value in trainee.state_dict().items() if "vision_tower" not in name}
-    model.load_state_dict(trained, strict=False)
+    tower = {f"model.vision_tower.{name}": value for name, value in model.model.vision_tower.state_dict().items()}
+    model.load_state_dict(trainee.state_dict() | tower)
 
 
 def made_of(recipe: TinyRecipe, number: int) -> dict[str, dict]:
@@ -396,7 +409,7 @@ def made_of(recipe: TinyRecipe, number: int) -> dict[str, dict]:
     tower |= {name: values[name] for name in ("tower_width", "tower_layers", "start")}
     materials = recipe.materials()
     tower["photographs, objects and fonts"] = materials and materials.digest()
-    images = tower | {"tower.decay": values["tower"]["decay"], "mixture": mixture()}
+    images = tower | {"tower.decay": values["tower"]["decay"], "scenes": scenes_digest(materials)}
     language_model |= images | {"tower.steps": values["tower"]["steps"]}
     language_model |= {name: values[name] for name in ("width", "layers", "num_images", "short_steps", "earlier")}
     images |= {"earlier": values["earlier"][: number - 1], "tower.steps": recipe.rounds()[number - 1][0].steps}
@@ -432,10 +445,11 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     """
     output = Path(recipe.output)
     work = output.with_name(output.name + "-work")
-    numbers = range(1, len(recipe.rounds()) + 1)
-    for name, wanted in {name: found for number in numbers for name, found in made_of(recipe, number).items()}.items():
-        if (work / name).exists():
-            check_made_of(work / name, wanted)
+    rounds = recipe.rounds()
+    for number in range(1, len(rounds) + 1):
+        for name, wanted in made_of(recipe, number).items():
+            if (work / name).exists():
+                check_made_of(work / name, wanted)
     if (materials := recipe.materials()) is not None:
         materials.check()
     processor = build_processor(materials)
@@ -444,8 +458,8 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     if recipe.start:
         copy_weights(load_start(recipe.start, model.config), model, processor.tokenizer)
     done = last_checkpoint(work / "language_model")
-    for number, (_, stage) in zip(numbers, recipe.rounds()):
-        if number == numbers[-1] or done is None or steps_of(done) < stage.steps:
+    for number, (_, stage) in enumerate(rounds, 1):
+        if number == len(rounds) or done is None or steps_of(done) < stage.steps:
             train_round(recipe, number, work, model, processor, materials)
     model.to(torch.bfloat16).save_pretrained(output)
     processor.save_pretrained(output)
@@ -454,12 +468,22 @@ def train_tiny(recipe: TinyRecipe) -> Path:
 
 
 def train_round(recipe: TinyRecipe, number: int, work: Path, model, processor, materials: Materials | None):
-    """Train the tower, encode this round's scenes and train the rest, all from where the last round ended."""
+    """
+    Train the tower, encode this round's scenes and train the rest, all from where the last round ended.
+
+    Raises:
+        ValueError: if the tower is one of a later round.
+    """
     folders = made_of(recipe, number)
     tower_folder, images_folder, folder = (work / name for name in folders)
     tower_stage, stage = recipe.rounds()[number - 1]
     tower, is_new = model.model.vision_tower, recipe.start is None
     check_made_of(tower_folder, folders[tower_folder.name])
+    newest = last_checkpoint(tower_folder)
+    if newest is not None and steps_of(newest) > tower_stage.steps:
+        raise ValueError(
+            f"{newest} is of a later round than the language model, whose tower is no longer there: remove {work}"
+        )
     start = None if is_new else tower.state_dict()
     pretrained = pretrain_tower(tower_folder, tower.config, tower_stage, recipe.workers, materials, start).tower
     tower.load_state_dict(pretrained.state_dict())

@@ -72,7 +72,7 @@ class Study:
         self.model_path, self.work, self.num_scenes, self.photographs = model_path, work, num_scenes, photographs
         self.model, self.processor, self.revision = load(model_path)
         self.feature_cache = FeatureCache(CACHE_BYTES, all_patches=False)
-        self.tasks: dict[str, Task] = {}
+        self.kept: dict[str, Task] = {}
 
     @property
     def made_with(self) -> dict:
@@ -82,23 +82,23 @@ class Study:
         knobs = {"max_crops": setting.max_crops, "num_tokens": setting.num_tokens, "zoom": setting.zoom}
         options = {"batch_size": BATCH_SIZE, "max_new_tokens": MAX_NEW_TOKENS}
         options["prefix_bytes"] = 0 if setting.zoom else PREFIX_BYTES
-        engine = Engine(self.model, self.processor, **knobs, **options)
-        engine.feature_cache = self.feature_cache
-        return engine
+        return Engine(self.model, self.processor, feature_cache=self.feature_cache, **knobs, **options)
 
     def task(self, name: str) -> Task:
         """
-        A task that keeps its questions, for drawing a picture takes longer than answering. Those about one picture are
-        in different batches: the later ones find its keys and values in the prefix cache.
+        A task that keeps its questions as long as no other task is asked for, because drawing their pictures takes
+        longer than answering. Those about one picture are in different batches: the later ones find its keys and
+        values in the prefix cache.
         """
-        if name not in self.tasks:
+        if name not in self.kept:
+            self.kept.clear()
             task, kinds = TASKS[name], KINDS_OF.get(name, len(KINDS))
             _, questions = task.read(self.data(name) or "")
-            kept = list(islice(questions, self.num_scenes * kinds))
-            batches = [kept[start : start + BATCH_SIZE * kinds] for start in range(0, len(kept), BATCH_SIZE * kinds)]
+            read = list(islice(questions, self.num_scenes * kinds))
+            batches = [read[start : start + BATCH_SIZE * kinds] for start in range(0, len(read), BATCH_SIZE * kinds)]
             kept = [question for batch in batches for kind in range(kinds) for question in batch[kind::kinds]]
-            self.tasks[name] = replace(task, read=lambda source: (len(kept), iter(kept)))
-        return self.tasks[name]
+            self.kept[name] = replace(task, read=lambda source: (len(kept), iter(kept)))
+        return self.kept[name]
 
     def data(self, name: str) -> str | None:
         return self.photographs if name == "photographs" else None

@@ -466,7 +466,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 @checked
 class Stage:
-    """How long and how fast a stage of `tiny` learns: a warm-up, a constant rate, a linear decay in the last steps."""
+    """How long and how fast a stage of `tiny` learns: a warm-up, a constant rate, a cosine decay in the last steps."""
 
     steps: PositiveInt
     decay: NonNegativeInt

@@ -60,6 +60,6 @@ def copy_weights(start: Start, model: MCLlavaForConditionalGeneration, tokenizer
     }
     for name, parameter in start.model.named_parameters():
         if id(parameter) in by_token:
-            weights[name][: len(ids)] = torch.stack([parameter[written].mean(0) for written in ids])
+            weights[name].copy_(torch.stack([parameter[written].mean(0) for written in ids]))
         else:
             weights[name].copy_(parameter)

@@ -24,9 +24,7 @@ ZOOMED = {
     "scenes70": ((26, 64, 1), (44, 64, 1)),
     "scenes140": ((48, 64, 2), (69, 128, 2)),
 }
-SETTINGS = tuple(
-    Setting(*knobs, task=task) for group in (UNIFORM, ZOOMED) for task, settings in group.items() for knobs in settings
-)
+SETTINGS = tuple(Setting(*knobs, task=task) for task in UNIFORM for knobs in (*UNIFORM[task], *ZOOMED[task]))
 SIZES = {"scenes": 35, "scenes70": 70, "scenes140": 140}
 COLUMNS = {**NAMES, "large": "large", "all": "all"}
 
@@ -40,11 +38,11 @@ def run_zoom_study(study: Study, output: Path) -> dict:
         `study.json`, also of "all" kinds together, and with zoom `inside`: how often all things that a question names
         lay whole in a crop of a later round, in percent. A row about signs of 1/35 includes large things.
     """
+    large = {setting: setting._replace(task="large") for setting in SETTINGS if setting.task == "scenes"}
+    asked = {setting: study.ask(setting) for setting in (*SETTINGS, *large.values())}
     rows = []
     for setting in SETTINGS:
-        records = study.ask(setting)
-        if setting.task == "scenes":
-            records = records + study.ask(setting._replace(task="large"))
+        records = asked[setting] + (asked[large[setting]] if setting in large else [])
         row = {"size": SIZES[setting.task], **study.measure(setting, records)}
         if setting.zoom:
             row["inside"] = accuracies((record["part"], is_inside(record, row["size"])) for record in records)
