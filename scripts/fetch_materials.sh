@@ -24,7 +24,7 @@ python "$here/prepare_photographs.py" "$folder" debian/*wallpapers* debian/*back
 
 for package in @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/noto@1.2.9 \
     @iconify-json/noto-v1@1.2.5 @iconify-json/fxemoji@1.2.2 @iconify-json/emojione@1.2.3 \
-    @iconify-json/twemoji@1.2.5; do
+    @iconify-json/twemoji@1.2.5 @iconify-json/fluent-emoji@1.2.7; do
     file=$(npm pack --silent "$package")
     mkdir -p "npm/$package"
     tar -xzf "$file" -C "npm/$package" --strip-components 1
@@ -33,6 +33,8 @@ python "$here/prepare_objects.py" "$folder/objects" npm/@lobehub/fluent-emoji-3d
     npm/@iconify-json/fluent-emoji-flat@* npm/@iconify-json/noto@* npm/@iconify-json/noto-v1@* \
     npm/@iconify-json/fxemoji@* npm/@iconify-json/emojione@*
 python "$here/prepare_objects.py" "$folder/test/objects" npm/@iconify-json/twemoji@*
+# In the pictures of this repository: their license allows it.
+python "$here/prepare_objects.py" "$folder/examples/objects" npm/@iconify-json/fluent-emoji@*
 
 python -m pip download --quiet --no-deps --dest . scikit-image==0.26.0
 python -m zipfile -e scikit_image-*.whl scikit-image
