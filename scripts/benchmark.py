@@ -314,7 +314,7 @@ def hash_encoder(bench: Bench) -> dict[str, float]:
 
 @row
 def host_reads(bench: Bench) -> dict[str, float]:
-    """How often our code waits for a value of the device in a `generate` with the pixels of 12 megapixels."""
+    """Reads from the device during `generate` on a picture of 12 megapixels."""
     sys.path.insert(0, str(ROOT / "tests"))
     from helpers import CountReads
 
