@@ -24,7 +24,8 @@ class Start(NamedTuple):
 def load_start(folder: str, config: MCLlavaConfig) -> Start:
     """
     Raises:
-        ValueError: if there is no such folder, or its model has other sizes than `config`.
+        ValueError: if there is no such folder, or its model has other sizes than `config`. The language model may have
+            fewer layers.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"start: there is no folder {folder}; docs/tiny.md says what to put there, or set start=null")
@@ -32,7 +33,7 @@ def load_start(folder: str, config: MCLlavaConfig) -> Start:
     for part, names in SIZES.items():
         for name in names:
             found, wanted = getattr(getattr(model.config, part), name), getattr(getattr(config, part), name)
-            if found != wanted:
+            if found != wanted and not (part == "text_config" and name == "num_hidden_layers" and found < wanted):
                 raise ValueError(
                     f"{folder} has {name} {found} in its {part}, the recipe {wanted}: set start to another folder"
                 )
@@ -43,7 +44,7 @@ def load_start(folder: str, config: MCLlavaConfig) -> Start:
 def copy_weights(start: Start, model: MCLlavaForConditionalGeneration, tokenizer: PreTrainedTokenizerBase):
     """
     Copy all weights into a model whose tokenizer may have other tokens. One that `start` does not have begins as the
-    mean of those that `start` writes it with.
+    mean of those that `start` writes it with, and a layer that it does not have as one that adds nothing.
     """
     known, vocabulary = start.tokenizer.get_vocab(), tokenizer.get_vocab()
     ids = [
@@ -63,3 +64,7 @@ def copy_weights(start: Start, model: MCLlavaForConditionalGeneration, tokenizer
             weights[name].copy_(torch.stack([parameter[written].mean(0) for written in ids]))
         else:
             weights[name].copy_(parameter)
+    for layer in model.model.language_model.layers[len(start.model.model.language_model.layers) :]:
+        for added in (layer.self_attn.dense, layer.mlp.fc2):
+            torch.nn.init.zeros_(added.weight)
+            torch.nn.init.zeros_(added.bias)
