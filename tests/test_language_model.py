@@ -489,7 +489,7 @@ def run_recipe(output) -> dict[str, dict[int, float]]:
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     work = output.with_name(output.name + "-work")
     losses = {}
-    for stage, last in (("tower", "checkpoint-120"), ("language_model", "checkpoint-20")):
+    for stage, last in (("tower", "checkpoint-120"), ("language_model-1", "checkpoint-20")):
         state = json.loads((work / stage / last / "trainer_state.json").read_text())
         losses[stage] = {entry["step"]: entry["loss"] for entry in state["log_history"] if "loss" in entry}
     return losses
@@ -502,7 +502,7 @@ def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp
     assert whole["tower"][120] < 0.8 * whole["tower"][10]
     # As if each stage had been stopped half-way, the second after its four images had come around five times.
     shutil.rmtree(work / "tower" / "checkpoint-120")
-    shutil.rmtree(work / "language_model" / "checkpoint-20")
+    shutil.rmtree(work / "language_model-1" / "checkpoint-20")
     again = run_recipe(tmp_path / "tiny")
     for stage in whole:
         assert again[stage] == pytest.approx(whole[stage], rel=1e-3)
@@ -538,13 +538,13 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     assert measured == [3] and len(model.config.zoom_heads) == 2
     inputs = processor("What color is the star?", scenes.draw_scene(scenes.make_scene(0, "test")))
     assert model.generate(**inputs, max_new_tokens=3).shape[1] > inputs["input_ids"].shape[1]
-    report = json.loads((tmp_path / "tiny-work" / "language_model" / "accuracy.jsonl").read_text())
+    report = json.loads((tmp_path / "tiny-work" / "language_model-1" / "accuracy.jsonl").read_text())
     assert set(report["crops"]) == set(scenes.KINDS)
     assert len(tested) == 2 and not tested & {scenes.make_scene(seed, "test") for seed in range(NUM_SCENES)}
     assert set(report) >= {"crops", "whole", "most", "seen"} and "photographs" not in report
 
     def cached():
-        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work/images-1").glob("*.safetensors")}
+        return {path.name: path.stat().st_mtime_ns for path in (tmp_path / "tiny-work/images-2").glob("*.safetensors")}
 
     shards = cached()
     assert set(shards) == {"scenes-0-3.safetensors", "scenes-3-5.safetensors"}
@@ -554,20 +554,20 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     assert shards == cached()
     checkpoints = {path.name for path in (tmp_path / "tiny-work").glob("*/checkpoint-*")}
     assert checkpoints == {"checkpoint-2"}, "what is finished took further steps"
-    # A run doesn't resume with another tower's features, or with a language model trained on them.
-    with monkeypatch.context() as changed, pytest.raises(ValueError, match="images-1 was made with scenes "):
+    # A run doesn't resume with features of other scenes, or with a language model trained on another tower's.
+    with monkeypatch.context() as changed, pytest.raises(ValueError, match="images-2 was made with scenes "):
         changed.setattr(encoding, "ZOOM_BUDGETS", (9,))
         language_model.train_tiny(recipe)
     longer = replace(recipe, tower=replace(stage, steps=3))
-    for name in ("images-1", "language_model"):
-        with pytest.raises(ValueError, match=f"{name} was made with tower.steps 2, the recipe has 3: remove the fold"):
-            language_model.train_tiny(longer)
-        shutil.rmtree(tmp_path / "tiny-work" / name)
+    with pytest.raises(ValueError, match="language_model-1 was made with tower.steps 2, the recipe has 3: remove the"):
+        language_model.train_tiny(longer)
+    shutil.rmtree(tmp_path / "tiny-work" / "language_model-1")
     with pytest.raises(ValueError, match="tower was made with tower.learning_rate 0.001, the recipe has 0.002"):
         language_model.train_tiny(replace(recipe, tower=replace(stage, learning_rate=2e-3)))
     language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1)))
     language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1, steps=3)))
-    assert (tmp_path / "tiny-work" / "language_model" / "checkpoint-3").is_dir() and cached() != shards
+    assert (tmp_path / "tiny-work" / "language_model-1" / "checkpoint-3").is_dir()
+    assert len(list((tmp_path / "tiny-work" / "images-3").glob("*.safetensors"))) == 2 and cached() == shards
     # A model that is trained further begins with the weights of the other one.
     still = {"tower": replace(stage, steps=1, learning_rate=1e-9)}
     still["language_model"] = replace(still["tower"], seed=1)
@@ -579,50 +579,59 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_a_round_goes_on_with_another_tower_and_other_scenes(tmp_path, monkeypatch):
+def test_a_round_goes_on_with_another_tower_other_scenes_and_more_layers(tmp_path, monkeypatch):
     monkeypatch.setattr(language_model, "SCENES_FOR_HEADS", 2)
     stage = Stage(steps=4, decay=1, learning_rate=3e-2, batch_size=2, warmup=0)
-    sizes = {"tower_width": 32, "tower_layers": 3, "width": 32, "layers": 3, "workers": 0}
-    numbers = {"num_images": 3, "short_steps": 1, "num_tested": 2, "earlier": ((1, 1),)}
-    recipe = language_model.TinyRecipe(str(tmp_path / "tiny"), stage, stage, **numbers, **sizes)
-    work = tmp_path / "tiny-work"
-    model = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(recipe))
-    made = {path.relative_to(work).as_posix(): path.stat().st_mtime_ns for path in work.glob("images-*/*.safetensors")}
-    assert set(made) == {"images-1/scenes-0-3.safetensors", "images-2/scenes-3-6.safetensors"}
-    towers = {steps: load_file(work / "tower" / f"checkpoint-{steps}" / "model.safetensors") for steps in (1, 4)}
-    name = "encoder.layers.0.mlp.fc1.weight"
-    saved = model.model.vision_tower.state_dict()[name]
-    assert torch.equal(saved, towers[4][f"tower.{name}"].bfloat16()) and not torch.equal(
-        saved, towers[1][f"tower.{name}"].bfloat16()
-    ), "the language model's checkpoint brings the tower of an earlier round"
-    # A run that was stopped in the second round doesn't repeat the first.
-    shutil.rmtree(work / "language_model" / "checkpoint-4")
-    done, train_round = [], language_model.train_round
+    sizes = {"tower_width": 32, "tower_layers": 3, "width": 32, "layers": 4, "workers": 0}
+    earlier = {"tower": {"steps": 1}, "language_model": {"steps": 1}, "layers": 3}, {"language_model": {"steps": 2}}
+    recipe = language_model.TinyRecipe(
+        str(tmp_path / "tiny"), stage, stage, num_images=3, short_steps=1, num_tested=2, earlier=earlier, **sizes
+    )
+    work, done, train_round = tmp_path / "tiny-work", [], language_model.train_round
 
-    def noted(recipe, number, *arguments):
+    def noted(rounds, number, *arguments):
         done.append(number)
-        train_round(recipe, number, *arguments)
+        return train_round(rounds, number, *arguments)
 
     monkeypatch.setattr(language_model, "train_round", noted)
+    model = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(recipe))
+    made = {path.relative_to(work).as_posix(): path.stat().st_mtime_ns for path in work.glob("images-*/*.safetensors")}
+    assert set(made) == {"images-1/scenes-0-3.safetensors", "images-4/scenes-3-6.safetensors"} and done == [1, 2, 3]
+    assert len(model.model.language_model.layers) == 4
+    first = MCLlavaForConditionalGeneration.from_pretrained(work / "round-1")
+    assert len(first.model.language_model.layers) == 3
+    name = "encoder.layers.0.mlp.fc1.weight"
+    for made_by, steps in ((first, 1), (model, 4)):
+        tower = load_file(work / "tower" / f"checkpoint-{steps}" / "model.safetensors")
+        assert torch.equal(made_by.model.vision_tower.state_dict()[name], tower[f"tower.{name}"].bfloat16())
+    assert not torch.equal(first.model.vision_tower.state_dict()[name], model.model.vision_tower.state_dict()[name])
+    # A run that was stopped in the last round doesn't repeat the others.
+    shutil.rmtree(work / "language_model-3" / "checkpoint-4")
+    done.clear()
     again = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(recipe))
-    assert done == [2]
+    assert done == [3]
     for name, value in again.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=0.02, atol=1e-3, msg=name)
-    with pytest.raises(ValueError, match="images-1 was made with tower.steps 1, the recipe has 4"):
+    with pytest.raises(ValueError, match="images-4 was made with seeds range.3, 6., the recipe has range.0, 3."):
         language_model.train_tiny(replace(recipe, earlier=()))
-    shutil.rmtree(work / "language_model")
-    with pytest.raises(ValueError, match=f"checkpoint-4 is of a later round than the language model.*remove {work}"):
+    shutil.rmtree(work / "round-1")
+    with pytest.raises(ValueError, match=f"checkpoint-4 is of a later round than .*language_model-1.*remove {work}"):
         language_model.train_tiny(recipe)
 
 
-def test_rounds_go_forward():
+def test_what_differs_in_a_round_is_checked():
     stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=2)
-    recipe = language_model.TinyRecipe("tiny", stage, stage, num_images=3, short_steps=1, earlier=((1, 2), (3, 3)))
-    ends = [(tower.steps, language_model.steps) for tower, language_model in recipe.rounds()]
-    assert ends == [(1, 2), (3, 3), (4, 4)]
-    for earlier in ([(4, 3)], [(3, 4)], [(2, 2), (2, 3)]):
-        with pytest.raises(ValueError, match="a round ends after .* or set earlier to \\[\\]"):
-            replace(recipe, earlier=earlier).rounds()
+    recipe = language_model.TinyRecipe("tiny", stage, stage, num_images=3, short_steps=1)
+    first, last = replace(recipe, earlier=({"tower": {"steps": 3}, "short_steps": 0},)).rounds()
+    assert (first.tower, first.language_model, first.short_steps) == (replace(stage, steps=3), stage, 0)
+    assert last == recipe
+    for changes, message in (
+        ({"tower": {"steps": 5}}, "the tower has 5 steps in one round and 4 in the next one"),
+        ({"layer": 4}, "layer Unexpected keyword argument"),
+        ({"tower": {"steps": 0}}, "tower.steps Input should be greater than 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(recipe, earlier=(changes,)).rounds()
 
 
 def test_a_checkpoint_to_start_from_runs_no_code_of_its_folder(processor, monkeypatch):

@@ -8,9 +8,7 @@ once, and the language model, the projector and the coordinate embedding train o
 import json
 import os
 import random
-from dataclasses import replace
 from itertools import pairwise
-from operator import lt
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +19,7 @@ from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig,
 
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaModel, MCLlavaProcessor
 from ..journal import write_json
-from ..training import StopIfDiverged, checked, last_checkpoint, set_trainable, steps_of
+from ..training import StopIfDiverged, build_recipe, checked, last_checkpoint, set_trainable, steps_of
 from ..zoom_heads import choose_heads, write_heads
 from ..zoom_heads import measure as measure_heads
 from .conversations import ANSWERING_LAYER, KIND_WEIGHTS, LOOKING_HEADS, NAMING_LAYER, SceneCollator, scene_rows
@@ -69,8 +67,9 @@ class TinyRecipe:
         language_model: the stage for everything else, on whole scenes.
         num_images: how many scenes are encoded for the language model in a round.
         short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
-        earlier: the steps of the tower and of the language model at which each round before the last one ends. A
-            round trains the tower, encodes other scenes with it and trains the language model on them.
+        earlier: for each round before the last one, the values that differ, such as `{"layers": 4, "tower": {"steps":
+            8000}}`. A round trains the tower up to its number of steps, encodes scenes with it, others if it has
+            learned, and trains the rest on them.
         num_tested: how many scenes that are never trained on are asked about during training.
         start: a checkpoint of the same sizes that is trained further, first its tower, then the rest; None for random
             weights.
@@ -87,7 +86,7 @@ class TinyRecipe:
     num_images: PositiveInt
     short_steps: NonNegativeInt
     num_tested: PositiveInt = 200
-    earlier: tuple[tuple[PositiveInt, PositiveInt], ...] = ()
+    earlier: tuple[dict, ...] = ()
     start: str | None = None
     photographs: str | None = None
     objects: str | None = None
@@ -98,24 +97,22 @@ class TinyRecipe:
     layers: Annotated[int, Field(gt=ANSWERING_LAYER)] = 4
     workers: NonNegativeInt = 1
 
-    def rounds(self) -> list[tuple[Stage, Stage]]:
+    def rounds(self) -> list["TinyRecipe"]:
         """
-        The stages of each round. The next round resumes both.
+        The recipe of each round.
 
         Raises:
-            ValueError: if a round would end before an earlier one.
+            ValueError: if a value of `earlier` is invalid, or a round's tower has more steps than the next one's.
         """
-        ends = (*self.earlier, (self.tower.steps, self.language_model.steps))
-        for before, after in pairwise(ends):
-            if not all(map(lt, before, after)):
+        values = TypeAdapter(TinyRecipe).dump_python(self, mode="json") | {"earlier": ()}
+        rounds = [build_recipe(TinyRecipe, merge(values, changes)) for changes in (*self.earlier, {})]
+        for before, after in pairwise(rounds):
+            if before.tower.steps > after.tower.steps:
                 raise ValueError(
-                    f"a round ends after {before} steps of the tower and of the language model, the next one after "
-                    f"{after}: more are needed, or set earlier to []"
+                    f"earlier: the tower has {before.tower.steps} steps in one round and {after.tower.steps} in the "
+                    "next one, which needs at least as many"
                 )
-        return [
-            (replace(self.tower, steps=steps), replace(self.language_model, steps=language_model_steps))
-            for steps, language_model_steps in ends
-        ]
+        return rounds
 
     def materials(self) -> Materials | None:
         """
@@ -128,6 +125,12 @@ class TinyRecipe:
                 "a folder, or the others to null too"
             )
         return Materials(self.photographs, self.objects, self.fonts) if self.photographs else None
+
+
+def merge(values: dict, changes: dict) -> dict:
+    """The values with some changed, also inside of a stage."""
+    stages = {name: values[name] | changes[name] for name in ("tower", "language_model") if name in changes}
+    return values | changes | stages
 
 
 def build_processor(materials: Materials | None = None) -> MCLlavaProcessor:
@@ -391,17 +394,18 @@ def train_language_model(
         callbacks=[Report(stage.save_steps, measured), StopIfDiverged()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
-    # The checkpoint of an earlier round has that round's tower.
-    tower = {f"model.vision_tower.{name}": value for name, value in model.model.vision_tower.state_dict().items()}
-    model.load_state_dict(trainee.state_dict() | tower)
+    model.load_state_dict(trainee.state_dict())
 
 
-def made_of(recipe: TinyRecipe, number: int) -> dict[str, dict]:
+def made_of(rounds: list[TinyRecipe], number: int) -> dict[str, dict]:
     """
     Folder of a stage of the round with this number -> the settings that its files depend on. More steps are allowed:
     the stage is continued.
     """
-    values = TypeAdapter(TinyRecipe).dump_python(recipe, mode="json")
+    recipe = rounds[number - 1]
+    values, *earlier = (
+        TypeAdapter(TinyRecipe).dump_python(made, mode="json") for made in (recipe, *rounds[: number - 1])
+    )
     tower, language_model = (
         {f"{stage}.{name}": value for name, value in values[stage].items() if name not in LENGTHS}
         for stage in ("tower", "language_model")
@@ -409,11 +413,18 @@ def made_of(recipe: TinyRecipe, number: int) -> dict[str, dict]:
     tower |= {name: values[name] for name in ("tower_width", "tower_layers", "start")}
     materials = recipe.materials()
     tower["photographs, objects and fonts"] = materials and materials.digest()
-    images = tower | {"tower.decay": values["tower"]["decay"], "scenes": scenes_digest(materials)}
-    language_model |= images | {"tower.steps": values["tower"]["steps"]}
-    language_model |= {name: values[name] for name in ("width", "layers", "num_images", "short_steps", "earlier")}
-    images |= {"earlier": values["earlier"][: number - 1], "tower.steps": recipe.rounds()[number - 1][0].steps}
-    return {"tower": tower, f"images-{number}": images, "language_model": language_model}
+    steps = {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")}
+    images = tower | steps | {"scenes": scenes_digest(materials), "seeds": str(seeds_of(rounds, number))}
+    language_model |= images | {name: values[name] for name in ("width", "layers", "num_images", "short_steps")}
+    language_model["earlier"] = earlier
+    return {"tower": tower, f"images-{recipe.tower.steps}": images, f"language_model-{number}": language_model}
+
+
+def seeds_of(rounds: list[TinyRecipe], number: int) -> range:
+    """Of a round's scenes: others than those before, unless its tower is the same."""
+    recipe = rounds[number - 1]
+    towers = {earlier.tower.steps for earlier in rounds[:number]}
+    return range((len(towers) - 1) * recipe.num_images, len(towers) * recipe.num_images)
 
 
 def check_made_of(folder: Path, wanted: dict):
@@ -443,55 +454,63 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     Raises:
         ValueError: if the earlier call had a recipe that this one can't resume.
     """
-    output = Path(recipe.output)
+    output, rounds = Path(recipe.output), recipe.rounds()
     work = output.with_name(output.name + "-work")
-    rounds = recipe.rounds()
     for number in range(1, len(rounds) + 1):
-        for name, wanted in made_of(recipe, number).items():
+        for name, wanted in made_of(rounds, number).items():
             if (work / name).exists():
                 check_made_of(work / name, wanted)
     if (materials := recipe.materials()) is not None:
         materials.check()
     processor = build_processor(materials)
-    torch.manual_seed(recipe.language_model.seed)
-    model = build_model(processor, vision_config(recipe.tower_width, recipe.tower_layers), recipe.width, recipe.layers)
-    if recipe.start:
-        copy_weights(load_start(recipe.start, model.config), model, processor.tokenizer)
-    done = last_checkpoint(work / "language_model")
-    for number, (_, stage) in enumerate(rounds, 1):
-        if number == len(rounds) or done is None or steps_of(done) < stage.steps:
-            train_round(recipe, number, work, model, processor, materials)
-    model.to(torch.bfloat16).save_pretrained(output)
-    processor.save_pretrained(output)
+    start = recipe.start
+    for number in range(1, len(rounds) + 1):
+        made = output if number == len(rounds) else work / f"round-{number}"
+        if made == output or not (made / MADE_OF).exists():
+            model = train_round(rounds, number, start, work, processor, materials)
+            model.to(torch.bfloat16).save_pretrained(made)
+            processor.save_pretrained(made)
+            if made != output:
+                write_json(made / MADE_OF, {"round": number})  # all of it is there
+        start = str(made)
     write_heads(output, choose_heads(measure_heads(model, processor, SCENES_FOR_HEADS), ZOOM_HEADS))
     return output
 
 
-def train_round(recipe: TinyRecipe, number: int, work: Path, model, processor, materials: Materials | None):
+def train_round(
+    rounds: list[TinyRecipe], number: int, start: str | None, work: Path, processor, materials: Materials | None
+) -> MCLlavaForConditionalGeneration:
     """
-    Train the tower, encode this round's scenes and train the rest, all from where the last round ended.
+    Train the tower, encode this round's scenes and train the rest. Returns the model.
+
+    Args:
+        start: the folder of the model to begin with: the recipe's, or the last round's.
 
     Raises:
         ValueError: if the tower is one of a later round.
     """
-    folders = made_of(recipe, number)
+    recipe, folders = rounds[number - 1], made_of(rounds, number)
     tower_folder, images_folder, folder = (work / name for name in folders)
-    tower_stage, stage = recipe.rounds()[number - 1]
-    tower, is_new = model.model.vision_tower, recipe.start is None
-    check_made_of(tower_folder, folders[tower_folder.name])
+    torch.manual_seed(recipe.language_model.seed)
+    model = build_model(processor, vision_config(recipe.tower_width, recipe.tower_layers), recipe.width, recipe.layers)
+    if start:
+        copy_weights(load_start(start, model.config), model, processor.tokenizer)
     newest = last_checkpoint(tower_folder)
-    if newest is not None and steps_of(newest) > tower_stage.steps:
-        raise ValueError(
-            f"{newest} is of a later round than the language model, whose tower is no longer there: remove {work}"
-        )
-    start = None if is_new else tower.state_dict()
-    pretrained = pretrain_tower(tower_folder, tower.config, tower_stage, recipe.workers, materials, start).tower
+    if newest is not None and steps_of(newest) > recipe.tower.steps:
+        raise ValueError(f"{newest} is of a later round than {folder}, whose tower is no longer there: remove {work}")
+    check_made_of(tower_folder, folders[tower_folder.name])
+    tower = model.model.vision_tower
+    weights = tower.state_dict() if start else None
+    pretrained = pretrain_tower(tower_folder, tower.config, recipe.tower, recipe.workers, materials, weights).tower
     tower.load_state_dict(pretrained.state_dict())
     model.eval().to(pretrained.device)
     check_made_of(images_folder, folders[images_folder.name])
-    seeds = range((number - 1) * recipe.num_images, number * recipe.num_images)
+    seeds = seeds_of(rounds, number)
     images = cache_scenes(model, processor, images_folder, seeds, recipe.workers, materials)
     check_made_of(folder, folders[folder.name])
-    if is_new and last_checkpoint(folder) is None:
+    if not start:
         whiten_projector(model.model.multi_modal_projector, images)
-    train_language_model(model, processor, images, folder, stage, recipe.short_steps, recipe.num_tested, materials)
+    train_language_model(
+        model, processor, images, folder, recipe.language_model, recipe.short_steps, recipe.num_tested, materials
+    )
+    return model
