@@ -38,7 +38,7 @@ from mc_llava.estimate import Estimate, estimate
 from mc_llava.loading import load_model, load_processor
 
 
-# `tiny` knows only drawn scenes.
+# `tiny` knows the things that were drawn into these, and cannot describe a picture.
 SCENES = [
     [str(ROOT / "examples" / example["image"]), example["question"]]
     for example in json.loads((ROOT / "examples" / "questions.json").read_text())

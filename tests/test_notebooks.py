@@ -62,8 +62,10 @@ def run(trial):
 def test_quickstart(run, trial):
     text, pictures = run("quickstart")
     assert f"Question: {trial.questions[0]}\n" in text
+    assert not trial.is_right(0, re.search("Without crops: (.*)", text)[1])
     assert trial.is_right(0, re.search("Answer: (.*)", text)[1])
-    assert pictures == 2
+    assert trial.is_right(0, re.search("With zoom: (.*)", text)[1])
+    assert pictures == 3
 
 
 def test_multi_crop(run, trial):
@@ -72,4 +74,4 @@ def test_multi_crop(run, trial):
     assert trial.is_right(0, re.findall(r"num_tokens=.*: (.*)", text)[-1]), "the saved knobs"
     row = r"max_crops=\d+: ocr \d+%, attribute \d+%, position \d+%, hard \d+%, [\d.,]+ GFLOP"
     assert len(re.findall(row, text)) == 4
-    assert pictures == 2 + (ROOT / "docs" / "study_crops.png").exists()
+    assert pictures == 3

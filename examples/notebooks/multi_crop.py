@@ -18,12 +18,14 @@ if importlib.util.find_spec("mc_llava") is None:
     get_ipython().run_line_magic("pip", f"install --quiet {folder} matplotlib")
 
 # %%
+import json
 import os
 import random
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from IPython.display import Image, display
+from IPython.display import display
+from PIL import Image
 from tqdm.auto import tqdm
 
 from mc_llava import scenes
@@ -34,12 +36,15 @@ from mc_llava.folders import TINY
 from mc_llava.loading import load_model, load_processor
 
 
-# The bundled `tiny` knows only drawn scenes. For photographs, use visheratin/MC-LLaVA-3b (6.4 GB).
+# The bundled `tiny` reads signs and names small things, but cannot describe a picture. For that, use
+# visheratin/MC-LLaVA-3b (6.4 GB).
 MODEL = os.environ.get("MC_LLAVA_MODEL", "tiny")
 NUM_SCENES = int(os.environ.get("NUM_SCENES", 40))
 engine = Engine(load_model(MODEL), load_processor(MODEL), max_new_tokens=24)
 MAX_CROPS = (0, 4, 16, 32)
 MOST_TOKENS = engine.knobs["num_tokens"]
+# Downloaded by the first cell, or a clone.
+FOLDER = next(folder for folder in (Path("MC-LLaVA"), TINY.parent) if (folder / "examples").is_dir())
 
 
 def ask(picture, question: str, **knobs) -> Reply:
@@ -54,15 +59,14 @@ def ask(picture, question: str, **knobs) -> Reply:
 # The sign that the question is about is too small to be read in the whole picture.
 
 # %%
-SCENE = 1054
-scene = scenes.make_scene(SCENE, "test")
-picture = scenes.draw_scene(scene)
-question = scenes.ask(scene, "ocr", random.Random(f"ocr {SCENE}"))
-print(f"{question.text} ({question.key})")
+examples = json.loads((FOLDER / "examples" / "questions.json").read_text())
+example = next(example for example in examples if example["image"] == "cup.jpg")
+picture, question = Image.open(FOLDER / "examples" / "cup.jpg"), example["question"]
+print(f"{question} ({example['key']})")
 
 figure, axes = plt.subplots(1, len(MAX_CROPS), figsize=(4 * len(MAX_CROPS), 4))
 for axis, max_crops in zip(axes, MAX_CROPS):
-    reply = ask(picture, question.text, max_crops=max_crops)
+    reply = ask(picture, question, max_crops=max_crops)
     axis.imshow(draw_crop_grid(picture, reply.images[0].plans[0]))
     axis.set_title(f"max_crops={max_crops}, {reply.crops} crops\n{reply.text}", fontsize=9)
     axis.axis("off")
@@ -74,7 +78,7 @@ plt.show()
 
 # %%
 for num_tokens in (MOST_TOKENS // 4, MOST_TOKENS // 2, MOST_TOKENS):
-    reply = ask(picture, question.text, num_tokens=num_tokens)
+    reply = ask(picture, question, num_tokens=num_tokens)
     share = reply.images[0].plans[0][0].num_tokens
     print(f"num_tokens={num_tokens}: {reply.crops} crops with {share} tokens or more: {reply.text}")
 
@@ -84,10 +88,7 @@ for num_tokens in (MOST_TOKENS // 4, MOST_TOKENS // 2, MOST_TOKENS):
 # `mc-llava study` asked `tiny` 500 questions of each kind and drew this plot.
 
 # %%
-for folder in (Path("MC-LLaVA"), TINY.parent):  # downloaded by the first cell, or a clone
-    if (plot := folder / "docs" / "study_crops.png").exists():
-        display(Image(plot))
-        break
+display(Image.open(FOLDER / "docs" / "study_crops.png"))
 
 # %% [markdown]
 # ## A small study
