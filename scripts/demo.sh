@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the package into a virtual environment and asks the bundled `tiny` about a drawn scene.
+# Installs the package into a virtual environment and asks the bundled `tiny` about a photograph.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PIP_CONSTRAINT=scripts/pins/demo.txt PIP_BUILD_CONSTRAINT=scripts/pins/demo.txt
@@ -8,4 +8,4 @@ python3 -m venv .venv-demo
 # From another folder, so that the installed package answers and not the checkout.
 root=$PWD
 cd "$(mktemp -d)"
-"$root/.venv-demo/bin/mc-llava" ask "$root/examples/scene1.jpg" "What is written on the blue sign?"
+"$root/.venv-demo/bin/mc-llava" ask "$root/examples/cup.jpg" "Which characters are on the black sign?"

@@ -1,6 +1,6 @@
 """
 Draw the scenes in `examples/`, from the split that `tiny` was not trained on, and write the questions about them, with
-the boxes of what they name.
+the boxes of what they name and of what stands next to it.
 
     scripts/fetch_materials.sh data
     python scripts/make_examples.py data
@@ -29,7 +29,8 @@ def main(data: Path):
                 scene, question = scenes.photograph_question(seed, kind, materials)
             else:
                 scene, question = scenes.make_scene(seed, "test"), scenes.benchmark_question(seed, kind)
-            boxes = [thing.box for _, thing in question.named]
+            named = {thing for _, thing in question.named}
+            boxes = [thing.box for group in scene.groups if named & set(group) for thing in group]
             asked.append({"image": name, "kind": kind, "question": question.text, "key": question.key, "boxes": boxes})
         scenes.draw_scene(scene).save(FOLDER / name, quality=92)
     (FOLDER / "questions.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")

@@ -4,8 +4,8 @@ Draw `docs/answers.jpg`, one question about a photograph, asked with more and mo
 
     python scripts/make_figures.py
 
-Of the first, each column shows the crops over the photograph, the sign as the vision tower gets it in the sharpest of
-these crops, and the answer of the command at the top of the column, which this script runs.
+Of the first, each column shows the crops over the photograph, what is asked about as the vision tower gets it in the
+sharpest of these crops, and the answer of the command at the top of the column, which this script runs.
 """
 
 import json
@@ -23,17 +23,19 @@ from mc_llava.scenes.scene import contains
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = json.loads((ROOT / "examples" / "questions.json").read_text())
-(EXAMPLE,) = (example for example in EXAMPLES if (example["image"], example["kind"]) == ("cup.jpg", "ocr"))
+(EXAMPLE,) = (example for example in EXAMPLES if (example["image"], example["kind"]) == ("cup.jpg", "object"))
 PICTURE = ROOT / "examples" / EXAMPLE["image"]
-OPTIONS = ("--max-crops 0", "--max-crops 8", "--max-crops 32", "--max-crops 16 --zoom 1")
+OPTIONS = ("--max-crops 0", "--max-crops 8", "--max-crops 32", "--max-crops 10 --zoom 1")
 
 # In pixels of the figure, which the README shows at half its size.
 WIDTH, GAP = 384, 20  # of a column, and between two columns
-TITLE, VIEW, REPLY = 50, 200, 100  # heights
+TITLE, VIEW, REPLY = 50, 260, 100  # heights
 COLORS = ((255, 96, 64), (64, 200, 255), (255, 224, 64), (120, 255, 120))
 RIGHT, WRONG, GREY = (0, 120, 40), (190, 30, 30), (80, 80, 80)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+LEFTS, TOPS, RIGHTS, BOTTOMS = zip(*EXAMPLE["boxes"])
+BOX: Box = min(LEFTS), min(TOPS), max(RIGHTS), max(BOTTOMS)
 
 
 def ask(*options) -> dict:
@@ -56,7 +58,7 @@ def draw_frames(picture: Image.Image, boxes: list[Box]) -> Image.Image:
 
 
 def view(picture: Image.Image, box: Box, boxes: list[Box], side: int) -> Image.Image:
-    """A box as the tower gets it in the smallest crop that contains it, enlarged."""
+    """A box as the tower gets it in the smallest crop that contains it, enlarged to `VIEW` pixels of height."""
     left, top, right, bottom = box
     x0, y0, x1, y1 = min((other for other in boxes if contains(other, box)), key=lambda box: box[2] - box[0])
     across, down = side / (x1 - x0), side / (y1 - y0)
@@ -67,7 +69,7 @@ def view(picture: Image.Image, box: Box, boxes: list[Box], side: int) -> Image.I
         math.ceil((bottom - y0) * down),
     )
     crop = picture.crop((x0, y0, x1, y1)).resize((side, side), Image.Resampling.BICUBIC)
-    return crop.crop(place).resize((WIDTH, VIEW), Image.Resampling.NEAREST)
+    return crop.crop(place).resize((round(VIEW * (right - left) / (bottom - top)), VIEW), Image.Resampling.NEAREST)
 
 
 def draw_column(picture: Image.Image, options: str, processor) -> Image.Image:
@@ -80,7 +82,8 @@ def draw_column(picture: Image.Image, options: str, processor) -> Image.Image:
 
     column = Image.new("RGB", (WIDTH, TITLE + grid.height + GAP + VIEW + REPLY), "white")
     column.paste(grid, (0, TITLE))
-    column.paste(view(picture, EXAMPLE["boxes"][0], boxes, processor.size["height"]), (0, TITLE + grid.height + GAP))
+    seen = view(picture, BOX, boxes, processor.size["height"])
+    column.paste(seen, ((WIDTH - seen.width) // 2, TITLE + grid.height + GAP))
     draw = ImageDraw.Draw(column)
     large, small = ImageFont.load_default(size=34), ImageFont.load_default(size=26)
     below = column.height - REPLY

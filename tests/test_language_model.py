@@ -530,6 +530,7 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     output = language_model.train_tiny(recipe)
     model = MCLlavaForConditionalGeneration.from_pretrained(output)
     processor = MCLlavaProcessor.from_pretrained(output)
+    assert "use_cache" not in json.loads((output / "config.json").read_text()), "a setting of Trainer's"
     tower = pretrain_tower(
         tmp_path / "tiny-work" / "tower", language_model.vision_config(32, 3), stage, workers=0
     ).tower

@@ -5,6 +5,7 @@ The tower comes from `tower.py`. Once it is frozen, the patches it keeps of a cr
 once, and the language model, the projector and the coordinate embedding train on them many times faster.
 """
 
+import copy
 import json
 import os
 import random
@@ -378,7 +379,7 @@ def train_language_model(
             found[name] = measure_language_model(trainee, processor, seen, kinds, names)
         return found
 
-    trainee = LanguageModelTrainee(model.config)
+    trainee = LanguageModelTrainee(copy.deepcopy(model.config))  # Trainer sets its use_cache
     trainee.load_state_dict(model.state_dict())
     trainee.set_attn_implementation("eager")  # which gives the weights, and whose backward pass takes less on a CPU
     for layer in trainee.model.language_model.layers:
