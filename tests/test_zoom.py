@@ -396,7 +396,7 @@ class TestRefused:
             type(zooming.config)(**{**zooming.config.to_dict(), "zoom_heads": [entry]})
 
 
-def test_tiny_reads_with_a_third_of_the_crops():
+def test_tiny_sees_more_with_zoom_than_with_a_grid_of_its_cost():
     model = MCLlavaForConditionalGeneration.from_pretrained(ROOT / "tiny", dtype=torch.float32)
     processor = MCLlavaProcessor.from_pretrained(ROOT / "tiny")
     right = {}
@@ -407,7 +407,7 @@ def test_tiny_reads_with_a_third_of_the_crops():
             output = model.generate(**inputs, max_new_tokens=24)
             replies.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
         right[name] = sum(scenes.is_correct(e["key"], reply) for e, reply in zip(EXAMPLES, replies))
-    assert right["zoom"] == len(EXAMPLES) > right["grid"], right
+    assert right["zoom"] >= right["grid"] + 2, right
 
 
 def test_parts_on_disk(processor, tmp_path):
