@@ -16,14 +16,14 @@ from mc_llava import scenes
 FOLDER = Path(__file__).parent.parent / "examples"
 # File -> the scene's number and the kinds of questions. The longer side of each is at least 1,500 pixels.
 EXAMPLES = {"scene1.jpg": (1054, ("ocr", "attribute", "position")), "scene2.jpg": (1024, ("ocr", "attribute", "hard"))}
-PHOTOGRAPHS = {"cup.jpg": (9, ("ocr", "object", "position", "existence", "absent"))}
+PHOTOGRAPHS = {"cup.jpg": (9, ("object", "ocr", "position", "existence", "absent"))}
 
 
 def main(data: Path):
     asked = []
     # The test split's fonts, and objects and a photograph whose licenses allow it.
     materials = scenes.Materials((str(FOLDER / "coffee.jpg"),), str(data / "examples/objects"), str(data / "fonts"))
-    for name, (seed, kinds) in {**EXAMPLES, **PHOTOGRAPHS}.items():
+    for name, (seed, kinds) in {**PHOTOGRAPHS, **EXAMPLES}.items():
         for kind in kinds:
             if name in PHOTOGRAPHS:
                 scene, question = scenes.photograph_question(seed, kind, materials)

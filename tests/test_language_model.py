@@ -446,7 +446,7 @@ def test_folders_that_are_missing_or_do_not_fit_are_named(tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="start: there is no folder nowhere; .* or set start=null"):
         language_model.train_tiny(replace(recipe, objects=None, start="nowhere"))
     with pytest.raises(
-        ValueError, match="tiny has num_hidden_layers 4 in its text_config, the recipe 5: set start to"
+        ValueError, match="tiny has num_hidden_layers 6 in its text_config, the recipe 5: set start to"
     ):
         language_model.train_tiny(replace(recipe, objects=None, start=str(ROOT / "tiny"), layers=5))
     with pytest.raises(ValueError, match="photographs: there is no folder nowhere"):
@@ -641,7 +641,7 @@ def test_a_checkpoint_to_start_from_runs_no_code_of_its_folder(processor, monkey
 
     monkeypatch.setattr("builtins.input", refuse)
     vision = language_model.vision_config(width=128, layers=6)
-    config = language_model.build_model(processor, vision, width=192, layers=4).config
+    config = language_model.build_model(processor, vision, width=192, layers=6).config
     assert load_start(str(ROOT / "tiny"), config).tokenizer.get_vocab()["<image>"] > 0
     config.vision_config.num_attention_heads = 8
     with pytest.raises(ValueError, match="tiny has num_attention_heads 4 in its vision_config, the recipe 8"):

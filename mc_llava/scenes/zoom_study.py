@@ -16,8 +16,8 @@ from .study import NAMES, Setting, Study, accuracies, scores_and_bars
 
 UNIFORM = {
     "scenes": ((8, 128), (16, 128), (32, 128)),
-    "scenes70": ((32, 128), (64, 128), (128, 256)),
-    "scenes140": ((32, 128), (128, 256)),
+    "scenes70": ((32, 128), (128, 256)),
+    "scenes140": ((128, 256),),
 }
 ZOOMED = {
     "scenes": ((9, 40, 1), (16, 64, 1), (28, 64, 1)),
