@@ -309,7 +309,7 @@ class TestCrops:
         # Cut in half, or too small to be told from others.
         middle = round(tiger.center[0])
         assert label_crop(scene, (middle, 0, middle + 192, 192), 96, 8, OBJECTS)["objects"][index] == IGNORED
-        assert label_crop(scene, (0, 0, 480, 480), 96, 8, OBJECTS)["objects"][index] == IGNORED
+        assert label_crop(scene, (0, 0, 720, 720), 96, 8, OBJECTS)["objects"][index] == IGNORED
 
     def test_a_sign_with_an_object_next_to_it(self, materials):
         group = make_group(
