@@ -275,7 +275,7 @@ def train(
     ] = None,
     check: Annotated[bool, typer.Option("--check", help="Only validate the data and list broken rows.")] = False,
 ):
-    """Run a recipe: fine-tune a model on data in LLaVA's format, or train tiny from scratch."""
+    """Run a recipe: fine-tune a model on data in LLaVA's format, or make tiny."""
     with extra("train"):
         from . import training
         from .scenes import language_model

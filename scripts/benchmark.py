@@ -31,6 +31,7 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "tiny")  # both trees measure this one: an earlier commit's has other sizes
 SAVED, PAGE = ROOT / "docs" / "benchmark.jsonl", ROOT / "docs" / "costs.md"
 MARKERS = ("<!-- benchmark: written by scripts/benchmark.py --table -->", "<!-- end of benchmark -->")
 PHOTOGRAPH = (4240, 2832)  # pixels: 97 crops
@@ -123,7 +124,7 @@ def build_engine(bench: Bench, layers: int = 8, max_crops: int = 0):
     from mc_llava.engine import Engine
     from mc_llava.loading import load_processor
 
-    tokenizer = load_processor("tiny").tokenizer
+    tokenizer = load_processor(TINY).tokenizer
     published, ids = MCLlavaConfig(), {"image_token_index": tokenizer.convert_tokens_to_ids("<image>")}
     ids |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {**published.text_config.to_dict(), "num_hidden_layers": layers, "vocab_size": len(tokenizer)}
@@ -215,7 +216,7 @@ def generate(bench: Bench) -> dict[str, float]:
 
     from mc_llava.loading import load
 
-    model, processor, _ = load("tiny", dtype="float32", device=bench.device)
+    model, processor, _ = load(TINY, dtype="float32", device=bench.device)
     inputs = processor("What is written on the blue sign?", Image.open(ROOT / "examples" / "scene1.jpg"))
     inputs = inputs.to(model.device)
     with torch.no_grad():
@@ -253,14 +254,14 @@ def collate(bench: Bench) -> dict[str, float]:
     from mc_llava.training import Collator, Recipe
 
     torch.set_num_threads(1)
-    processor = load_processor("tiny")
+    processor = load_processor(TINY)
     processor.image_processor.size, processor.image_processor.patch_size = {"height": 384, "width": 384}, 14
     path = bench.folder / "small.jpg"
     Image.open(bench.photograph(quality=90)).resize((640, 480)).save(path)
     turns = ["What is in the picture?", "A telescope above the Earth.", "Which color is it?", "Blue."]
     messages = [{"role": role, "content": turn} for role, turn in zip(("user", "assistant") * 2, turns)]
     rows = [{"id": str(number), "image": str(path), "messages": messages} for number in range(4)]
-    recipe = Recipe(model="tiny", data="rows.json", images=str(bench.folder), output=str(bench.folder))
+    recipe = Recipe(model=TINY, data="rows.json", images=str(bench.folder), output=str(bench.folder))
     collator = Collator(processor, recipe, 2048)
     return {"time (s)": bench.seconds(lambda: collator(rows), repeats=15)}
 
@@ -320,7 +321,7 @@ def host_reads(bench: Bench) -> dict[str, float]:
 
     from mc_llava.loading import load_model, load_processor
 
-    model, processor = load_model("tiny", device=bench.device), load_processor("tiny")
+    model, processor = load_model(TINY, device=bench.device), load_processor(TINY)
     found = {}
     for max_crops in (0, 100):
         inputs = processor("What is it?", bench.photograph(quality=90), max_crops=max_crops, num_tokens=128)

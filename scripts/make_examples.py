@@ -1,6 +1,5 @@
 """
-Draw the scenes in `examples/`, from the split that `tiny` was not trained on, and write the questions about them, with
-the boxes of what they name and of what stands next to it.
+Draw the scenes in `examples/`, from the split that `tiny` was not trained on, and write the questions about them.
 
     scripts/fetch_materials.sh data
     python scripts/make_examples.py data
@@ -29,9 +28,10 @@ def main(data: Path):
                 scene, question = scenes.photograph_question(seed, kind, materials)
             else:
                 scene, question = scenes.make_scene(seed, "test"), scenes.benchmark_question(seed, kind)
-            named = {thing for _, thing in question.named}
-            boxes = [thing.box for group in scene.groups if named & set(group) for thing in group]
-            asked.append({"image": name, "kind": kind, "question": question.text, "key": question.key, "boxes": boxes})
+            asked.append({"image": name, "kind": kind, "question": question.text, "key": question.key})
+            if kind == "object":  # what make_figures.py enlarges
+                (_, sign) = question.named[0]
+                asked[-1]["boxes"] = [thing.box for group in scene.groups if sign in group for thing in group]
         scenes.draw_scene(scene).save(FOLDER / name, quality=92)
     (FOLDER / "questions.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 

@@ -611,6 +611,15 @@ def test_a_round_goes_on_with_another_tower_other_scenes_and_more_layers(tmp_pat
     done.clear()
     again = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(recipe))
     assert done == [3]
+    changed = {"layers": 3, "tower": {"steps": 1}, "language_model": {"steps": 1, "learning_rate": 1e-3}}, earlier[1]
+    shutil.move(work / "language_model-1", work / "language_model-0")
+    for number in (2, 3):
+        shutil.move(work / f"language_model-{number}", tmp_path / f"{number}")
+    with pytest.raises(ValueError, match="round-1 was made with round .*, the recipe has .*: remove the folder"):
+        language_model.train_tiny(replace(recipe, earlier=changed))
+    shutil.move(work / "language_model-0", work / "language_model-1")
+    for number in (2, 3):
+        shutil.move(tmp_path / f"{number}", work / f"language_model-{number}")
     for name, value in again.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=0.02, atol=1e-3, msg=name)
     with pytest.raises(ValueError, match="images-4 was made with seeds range.3, 6., the recipe has range.0, 3."):
@@ -627,8 +636,13 @@ def test_what_differs_in_a_round_is_checked():
     assert (first.tower, first.language_model, first.short_steps) == (replace(stage, steps=3), stage, 0)
     assert last == recipe
     for changes, message in (
-        ({"tower": {"steps": 5}}, "the tower has 5 steps in one round and 4 in the next one"),
-        ({"layer": 4}, "layer Unexpected keyword argument"),
+        ({"tower": {"steps": 5}}, "tower.steps is 5 in one round and 4 in the next one"),
+        ({"layers": 5}, "layers is 5 in one round and 4 in the next one"),
+        ({"layer": 4}, "rounds may differ in tower.steps, layers, short_steps, language_model, not in layer"),
+        ({"num_images": 4}, "not in num_images"),
+        ({"tower": {"learning_rate": 1e-2, "steps": 3}}, "not in tower.learning_rate"),
+        ({"tower": 3}, "tower must be settings such as {steps: 1000}, got 3"),
+        ({"language_model": {"step": 3}}, "language_model.step Unexpected keyword argument"),
         ({"tower": {"steps": 0}}, "tower.steps Input should be greater than 0"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -43,8 +43,8 @@ NUM_SCENES = int(os.environ.get("NUM_SCENES", 40))
 engine = Engine(load_model(MODEL), load_processor(MODEL), max_new_tokens=24)
 MAX_CROPS = (0, 4, 16, 32)
 MOST_TOKENS = engine.knobs["num_tokens"]
-# Downloaded by the first cell, or a clone.
-FOLDER = next(folder for folder in (Path("MC-LLaVA"), TINY.parent) if (folder / "examples").is_dir())
+# What the first cell downloaded, or a clone.
+FOLDER = Path("MC-LLaVA") if Path("MC-LLaVA").is_dir() else TINY.parent
 
 
 def ask(picture, question: str, **knobs) -> Reply:

@@ -41,12 +41,12 @@ model, processor = load_model(MODEL), load_processor(MODEL)  # on a GPU if there
 # The picture is a photograph with small signs and things drawn into it. Each question about it has one right answer.
 
 # %%
-# Downloaded by the first cell, or a clone.
-EXAMPLES = next(folder for folder in (Path("MC-LLaVA/examples"), TINY.parent / "examples") if folder.is_dir())
-examples = json.loads((EXAMPLES / "questions.json").read_text())
+# What the first cell downloaded, or a clone.
+FOLDER = Path("MC-LLaVA") if Path("MC-LLaVA").is_dir() else TINY.parent
+examples = json.loads((FOLDER / "examples" / "questions.json").read_text())
 examples = [example for example in examples if example["image"] == "cup.jpg"]
 question, key = examples[0]["question"], examples[0]["key"]
-picture = Image.open(EXAMPLES / "cup.jpg")
+picture = Image.open(FOLDER / "examples" / "cup.jpg")
 display(picture)
 
 

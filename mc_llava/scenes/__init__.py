@@ -1,5 +1,6 @@
 """
-Drawn scenes: everything here exists only to make and to measure `tiny`, the small checkpoint that is bundled.
+Scenes, drawn or on photographs: everything here exists only to make and to measure `tiny`, the small checkpoint that
+is bundled.
 
 Scenes are street-like pictures with small signs, shapes and objects, with questions whose answers need the crops. A
 `Scene` is a plain description; `draw_scene` alone turns it into pixels and `ask` alone into questions, so that

@@ -98,8 +98,8 @@ class SceneCollator:
     names. Crops that show the thing best count where none shows it legibly, as among zoom's scouts; no answer is
     learned that can't be told from the crops.
 
-    Short batches show the last token of each crop alone, where the tower has learned to gather it, and hold many
-    questions: a step takes half the time. Their positions are spread as if the image had any number of tokens, for the
+    Short batches show the last token of each crop alone, where the tower has learned to gather it: a step takes half
+    the time. Their positions are spread as if the image had any number of tokens, for the
     heads to look as far as in long sequences. The other batches show the tokens of each image's own budget.
 
     Args:

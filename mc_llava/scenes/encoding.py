@@ -90,7 +90,7 @@ def plan_boxes(scene: Scene, budget: Budget, rng: random.Random) -> list[tuple[i
 
 
 def scenes_digest(materials: Materials | None) -> str:
-    """Of the first training scenes and their crops: what code or settings that make others would change."""
+    """A digest of the first training scenes and their crops: code or settings that make others change it."""
     digest = hashlib.sha256()
     for seed in range(DIGESTED):
         scene, budget = scene_and_budget(seed, materials)

@@ -55,6 +55,7 @@ FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
 SCENES_FOR_HEADS, ZOOM_HEADS = 300, 2  # scenes that zoom's heads are measured on, and how many are kept
 MADE_OF = "recipe.json"
 LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
+EARLIER = ("tower.steps", "layers", "short_steps", "language_model")  # what rounds may differ in
 
 
 @checked
@@ -69,11 +70,11 @@ class TinyRecipe:
         num_images: how many scenes are encoded for the language model in a round.
         short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
         earlier: for each round before the last one, the values that differ, such as `{"layers": 4, "tower": {"steps":
-            8000}}`. A round trains the tower up to its number of steps, encodes scenes with it, others if it has
-            learned, and trains the rest on them.
+            8000}}`, of `EARLIER`. A round trains the tower up to its number of steps, encodes scenes with it (new ones
+            if the tower was trained further), and trains the rest on them.
         num_tested: how many scenes that are never trained on are asked about during training.
-        start: a checkpoint of the same sizes that is trained further, first its tower, then the rest; None for random
-            weights.
+        start: a checkpoint of the same sizes that is trained further, first its tower, then the rest; its language
+            model may have fewer layers. None for random weights.
         photographs: folder of photographs for two thirds of the scenes, see `Materials`; None if all are drawn.
         objects: folder of cut-out objects, with photographs only.
         fonts: folder of fonts for scenes with photographs; None for the system's.
@@ -103,16 +104,21 @@ class TinyRecipe:
         The recipe of each round.
 
         Raises:
-            ValueError: if a value of `earlier` is invalid, or a round's tower has more steps than the next one's.
+            ValueError: if a value of `earlier` is invalid or may not differ, or a round has fewer layers or a shorter
+                tower's training than the one before it.
         """
         values = TypeAdapter(TinyRecipe).dump_python(self, mode="json") | {"earlier": ()}
         rounds = [build_recipe(TinyRecipe, merge(values, changes)) for changes in (*self.earlier, {})]
         for before, after in pairwise(rounds):
-            if before.tower.steps > after.tower.steps:
-                raise ValueError(
-                    f"earlier: the tower has {before.tower.steps} steps in one round and {after.tower.steps} in the "
-                    "next one, which needs at least as many"
-                )
+            for name, first, then in (
+                ("tower.steps", before.tower.steps, after.tower.steps),
+                ("layers", before.layers, after.layers),
+            ):
+                if first > then:
+                    raise ValueError(
+                        f"earlier: {name} is {first} in one round and {then} in the next one, which needs at least as "
+                        "many"
+                    )
         return rounds
 
     def materials(self) -> Materials | None:
@@ -129,9 +135,20 @@ class TinyRecipe:
 
 
 def merge(values: dict, changes: dict) -> dict:
-    """The values with some changed, also inside of a stage."""
-    stages = {name: values[name] | changes[name] for name in ("tower", "language_model") if name in changes}
-    return values | changes | stages
+    """
+    The values with some of `EARLIER` changed.
+
+    Raises:
+        ValueError: if others would change.
+    """
+    stages = {name: changes.get(name, {}) for name in ("tower", "language_model")}
+    for name, stage in stages.items():
+        if not isinstance(stage, dict):
+            raise ValueError(f"earlier: {name} must be settings such as {{steps: 1000}}, got {stage!r}")
+    named = (set(changes) - {"tower"}) | {f"tower.{name}" for name in stages["tower"]}
+    if others := named - set(EARLIER):
+        raise ValueError(f"earlier: rounds may differ in {', '.join(EARLIER)}, not in {', '.join(sorted(others))}")
+    return values | changes | {name: values[name] | stage for name, stage in stages.items()}
 
 
 def build_processor(materials: Materials | None = None) -> MCLlavaProcessor:
@@ -404,9 +421,7 @@ def made_of(rounds: list[TinyRecipe], number: int) -> dict[str, dict]:
     the stage is continued.
     """
     recipe = rounds[number - 1]
-    values, *earlier = (
-        TypeAdapter(TinyRecipe).dump_python(made, mode="json") for made in (recipe, *rounds[: number - 1])
-    )
+    values = TypeAdapter(TinyRecipe).dump_python(recipe, mode="json")
     tower, language_model = (
         {f"{stage}.{name}": value for name, value in values[stage].items() if name not in LENGTHS}
         for stage in ("tower", "language_model")
@@ -417,8 +432,15 @@ def made_of(rounds: list[TinyRecipe], number: int) -> dict[str, dict]:
     steps = {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")}
     images = tower | steps | {"scenes": scenes_digest(materials), "seeds": str(seeds_of(rounds, number))}
     language_model |= images | {name: values[name] for name in ("width", "layers", "num_images", "short_steps")}
-    language_model["earlier"] = earlier
+    language_model["earlier rounds"] = [differing(earlier) for earlier in rounds[: number - 1]]
     return {"tower": tower, f"images-{recipe.tower.steps}": images, f"language_model-{number}": language_model}
+
+
+def differing(recipe: TinyRecipe) -> dict:
+    """The settings of a round that differ from another's and that its model depends on."""
+    values = TypeAdapter(TinyRecipe).dump_python(recipe, mode="json")
+    stage = {name: value for name, value in values["language_model"].items() if name != "save_steps"}
+    return {name: values[name] for name in ("layers", "short_steps")} | stage | {"tower.steps": recipe.tower.steps}
 
 
 def seeds_of(rounds: list[TinyRecipe], number: int) -> range:
@@ -467,12 +489,13 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     start = recipe.start
     for number in range(1, len(rounds) + 1):
         made = output if number == len(rounds) else work / f"round-{number}"
+        wanted = {"round": differing(rounds[number - 1])}
         if made == output or not (made / MADE_OF).exists():
             model = train_round(rounds, number, start, work, processor, materials)
             model.to(torch.bfloat16).save_pretrained(made)
             processor.save_pretrained(made)
-            if made != output:
-                write_json(made / MADE_OF, {"round": number})  # all of it is there
+        if made != output:
+            check_made_of(made, wanted)  # recorded last: all of the model is there
         start = str(made)
     write_heads(output, choose_heads(measure_heads(model, processor, SCENES_FOR_HEADS), ZOOM_HEADS))
     return output

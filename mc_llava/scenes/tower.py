@@ -1,5 +1,5 @@
 """
-The vision tower of `tiny`, trained from scratch: the counterpart of the 3B model's pretrained SigLIP.
+The vision tower of `tiny`: the counterpart of the 3B model's pretrained SigLIP.
 
 Captions alone leave a small tower on a plateau for a long time. Here every crop gives dense targets, on two heads that
 are dropped afterwards:
