@@ -6,6 +6,7 @@ The baselines are the model without the picture, and always giving a kind's most
 """
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import islice
@@ -20,7 +21,7 @@ from ..engine import GREEDY, Engine, ask_about
 from ..estimate import estimate
 from ..evaluation.metrics import wilson_interval
 from ..evaluation.running import evaluate
-from ..evaluation.tasks import NUM_SCENES, PHOTOGRAPH_KINDS, TASKS, Task
+from ..evaluation.tasks import NUM_SCENES, PHOTOGRAPH_KINDS, TASKS, Question, Task
 from ..journal import write_json
 from ..loading import load
 from .questions import DIRECTIONS, KINDS, is_correct
@@ -72,7 +73,7 @@ class Study:
         self.model_path, self.work, self.num_scenes, self.photographs = model_path, work, num_scenes, photographs
         self.model, self.processor, self.revision = load(model_path)
         self.feature_cache = FeatureCache(CACHE_BYTES, all_patches=False)
-        self.kept: dict[str, Task] = {}
+        self.kept: dict[str, list[Question]] = {}  # of one task
 
     @property
     def made_with(self) -> dict:
@@ -85,20 +86,20 @@ class Study:
         return Engine(self.model, self.processor, feature_cache=self.feature_cache, **knobs, **options)
 
     def task(self, name: str) -> Task:
-        """
-        A task that keeps its questions as long as no other task is asked for, because drawing their pictures takes
-        longer than answering. Those about one picture are in different batches: the later ones find its keys and
-        values in the prefix cache.
-        """
-        if name not in self.kept:
-            self.kept.clear()
-            task, kinds = TASKS[name], KINDS_OF.get(name, len(KINDS))
-            _, questions = task.read(self.data(name) or "")
-            read = list(islice(questions, self.num_scenes * kinds))
-            batches = [read[start : start + BATCH_SIZE * kinds] for start in range(0, len(read), BATCH_SIZE * kinds)]
-            kept = [question for batch in batches for kind in range(kinds) for question in batch[kind::kinds]]
-            self.kept[name] = replace(task, read=lambda source: (len(kept), iter(kept)))
-        return self.kept[name]
+        """A task with the study's questions. Those about one picture are in different batches, see `in_turns`."""
+        kinds = KINDS_OF.get(name, len(KINDS))
+        count = self.num_scenes * kinds
+
+        def read(source: str | None) -> tuple[int, Iterator[Question]]:
+            if name not in self.kept:
+                self.kept.clear()
+                found = in_turns(islice(TASKS[name].read(source or "")[1], count), kinds)
+                if name not in FILES:  # asked under few settings, about large pictures
+                    return count, found
+                self.kept[name] = list(found)  # drawing takes longer than answering
+            return count, iter(self.kept[name])
+
+        return replace(TASKS[name], read=read)
 
     def data(self, name: str) -> str | None:
         return self.photographs if name == "photographs" else None
@@ -142,6 +143,16 @@ class Study:
             "gflops": round(mean_flops(self.model.config, records) / 1e9, 3),
             "accuracy": accuracies(scored + [("all", score) for _, score in scored]),
         }
+
+
+def in_turns(questions: Iterator[Question], kinds: int) -> Iterator[Question]:
+    """
+    The questions of a batch's pictures, first those of one kind: later ones find a picture's keys and values in the
+    prefix cache.
+    """
+    while pictures := list(islice(questions, BATCH_SIZE * kinds)):
+        for kind in range(kinds):
+            yield from pictures[kind::kinds]
 
 
 def run_study(study: Study, output: Path, task: str = "scenes") -> dict:
