@@ -142,7 +142,7 @@ class TestPython:
         code = "\n".join(blocks("python", document))
         printed = run("-c", self.stand_in(code), cwd=place)
         if document == "README.md":
-            assert printed.splitlines()[0] == "It says 3ZE."
+            assert printed.splitlines()[0] == "It says 9LGP."
 
     @pytest.mark.slow
     def test_training_quantized_weights(self, place):
