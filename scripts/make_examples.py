@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from mc_llava import scenes
+from mc_llava.scenes.scene import outline
 
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -31,7 +32,7 @@ def main(data: Path):
             asked.append({"image": name, "kind": kind, "question": question.text, "key": question.key})
             if kind == "object":  # what make_figures.py enlarges
                 (_, sign) = question.named[0]
-                asked[-1]["boxes"] = [thing.box for group in scene.groups if sign in group for thing in group]
+                asked[-1]["box"] = outline(next(group for group in scene.groups if sign in group))
         scenes.draw_scene(scene).save(FOLDER / name, quality=92)
     (FOLDER / "questions.json").write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
 

@@ -34,8 +34,6 @@ COLORS = ((255, 96, 64), (64, 200, 255), (255, 224, 64), (120, 255, 120))
 RIGHT, WRONG, GREY = (0, 120, 40), (190, 30, 30), (80, 80, 80)
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
-LEFTS, TOPS, RIGHTS, BOTTOMS = zip(*EXAMPLE["boxes"])
-BOX: Box = min(LEFTS), min(TOPS), max(RIGHTS), max(BOTTOMS)
 
 
 def ask(*options) -> dict:
@@ -82,7 +80,7 @@ def draw_column(picture: Image.Image, options: str, processor) -> Image.Image:
 
     column = Image.new("RGB", (WIDTH, TITLE + grid.height + GAP + VIEW + REPLY), "white")
     column.paste(grid, (0, TITLE))
-    seen = view(picture, BOX, boxes, processor.size["height"])
+    seen = view(picture, EXAMPLE["box"], boxes, processor.size["height"])
     column.paste(seen, ((WIDTH - seen.width) // 2, TITLE + grid.height + GAP))
     draw = ImageDraw.Draw(column)
     large, small = ImageFont.load_default(size=34), ImageFont.load_default(size=26)

@@ -489,13 +489,12 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     start = recipe.start
     for number in range(1, len(rounds) + 1):
         made = output if number == len(rounds) else work / f"round-{number}"
-        wanted = {"round": differing(rounds[number - 1])}
         if made == output or not (made / MADE_OF).exists():
             model = train_round(rounds, number, start, work, processor, materials)
             model.to(torch.bfloat16).save_pretrained(made)
             processor.save_pretrained(made)
         if made != output:
-            check_made_of(made, wanted)  # recorded last: all of the model is there
+            check_made_of(made, {"round": differing(rounds[number - 1])})  # recorded last: all of the model is there
         start = str(made)
     write_heads(output, choose_heads(measure_heads(model, processor, SCENES_FOR_HEADS), ZOOM_HEADS))
     return output
