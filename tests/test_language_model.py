@@ -21,7 +21,23 @@ from mc_llava.evaluation.tasks import NUM_SCENES
 from mc_llava.scenes import conversations, encoding, language_model
 from mc_llava.scenes.encoding import Budget
 from mc_llava.scenes.scene import legible_height, outline
-from mc_llava.scenes.tower import CropDataset, MuonAndAdamW, Stage, TowerForPretraining, pretrain_tower, sine_positions
+from mc_llava.scenes.tower import (
+    CropDataset,
+    MuonAndAdamW,
+    Stage,
+    TowerForPretraining,
+    label_crop,
+    pretrain_tower,
+    sine_positions,
+)
+from mc_llava.scenes.trainee import (
+    PLACE_WEIGHT,
+    READING_WEIGHT,
+    LanguageModelTrainee,
+    SceneTrainer,
+    looking_loss,
+    reading_loss,
+)
 from mc_llava.scenes.warm_start import Start, copy_weights, load_start
 
 
@@ -59,8 +75,8 @@ def test_cached_features_give_the_same_answers_as_pixels(processor, model):
     image = scenes.draw_scene(scene)
     inputs = processor("What color is the star?", image, max_crops=8, num_tokens=40)
     (cached,) = encoding.encode_scenes(model, processor, drawn(0), [Budget(8, 40)])
-    trainee = language_model.LanguageModelTrainee(model.config).eval()
-    trainee.load_state_dict(model.state_dict())
+    trainee = LanguageModelTrainee(model.config).eval()
+    trainee.begin_with(model)
     with torch.no_grad():
         expected = model(**inputs).logits
         fields = encoding.image_fields([cached, cached])
@@ -210,10 +226,10 @@ def test_the_loss_of_looking_falls_with_the_share_of_the_right_crops():
     }
 
     def loss():
-        return language_model.looking_loss(layers, attentions, hidden_states, **looks).item()
+        return looking_loss(layers, attentions, hidden_states, **looks).item()
 
     # Two fifths of the attention in both layers; nothing known of the one name's place in either layer after it.
-    places = language_model.PLACE_WEIGHT * 2 * 0.375
+    places = PLACE_WEIGHT * 2 * 0.375
     assert loss() == pytest.approx(-2 * math.log(0.4) + places, rel=1e-4)
     attentions[1][0, :2, 3] = torch.tensor([0, 0.5, 0.5, 0, 0])  # the third head is free
     assert loss() == pytest.approx(-math.log(0.4) + places, rel=1e-4)
@@ -230,9 +246,9 @@ def test_the_loss_of_looking_falls_with_the_share_of_the_right_crops():
     assert loss() == 0
 
 
-def test_the_trainer_adds_the_loss_of_looking(processor, tmp_path):
+def test_the_trainer_adds_the_losses_of_looking_and_reading(processor, tmp_path):
     model = language_model.build_model(processor, language_model.vision_config(width=64, layers=1), width=64, layers=3)
-    trainee = language_model.LanguageModelTrainee(model.config)
+    trainee = LanguageModelTrainee(model.config)
     trainee.set_attn_implementation("eager")
     images = encoding.encode_scenes(model.eval(), processor, drawn(3, 4), [Budget(32, 128)] * 2)
     batch = conversations.SceneCollator(processor, images, captions=0.0, turns=4)(
@@ -243,12 +259,46 @@ def test_the_trainer_adds_the_loss_of_looking(processor, tmp_path):
         layer.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     with torch.no_grad():
         arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
-        loss = language_model.LookingTrainer(trainee, arguments).compute_loss(trainee.eval(), dict(batch)).item()
-        looks = batch.pop("looks")
+        loss = SceneTrainer(trainee, arguments).compute_loss(trainee.eval(), dict(batch)).item()
+        looks, readings = batch.pop("looks"), batch.pop("readings")
         read.clear()
         outputs = trainee(**batch, output_attentions=True)
-        looking = language_model.looking_loss(layers, outputs.attentions, read, **looks).item()
-    assert looking > 1 and loss == pytest.approx(outputs.loss.item() + looking, rel=1e-5)
+        looking = looking_loss(layers, outputs.attentions, read, **looks).item()
+        reading = READING_WEIGHT * reading_loss(trainee, read, **readings).item()
+    assert looking > 1 and reading > 1
+    assert loss == pytest.approx(outputs.loss.item() + looking + reading, rel=1e-5)
+
+
+def test_the_loss_of_reading_is_about_what_each_crops_last_token_tells(processor):
+    model = language_model.build_model(processor, language_model.vision_config(width=64, layers=1), width=64, layers=3)
+    trainee = LanguageModelTrainee(model.config)
+    images = encoding.encode_scenes(model.eval(), processor, drawn(3, 4), [Budget(32, 128), Budget(8, 40)])
+    collator = conversations.SceneCollator(processor, images, captions=0.0, turns=1)
+    batch = collator([{"image": index, "short": False, "seed": 1} for index in (0, 1)])
+    readings = batch["readings"]
+    tokens = [image.num_tokens.cumsum(0) - 1 for image in images]
+    for row, (image, last) in enumerate(zip(images, tokens)):
+        (visual,) = (batch["input_ids"][row] == processor.image_token_id).nonzero(as_tuple=True)
+        assert torch.equal(readings["positions"][readings["rows"] == row], visual[last])
+        for name in conversations.READ:
+            shown = [label_crop(image.scene, tuple(box), scenes.SIDE, 8)[name] for box in image.boxes.tolist()]
+            assert readings[name][readings["rows"] == row].tolist() == [label.tolist() for label in shown]
+    # Only the tokens that are read matter, and a head that has learned them has no loss.
+    hidden_states = [torch.randn(*batch["input_ids"].shape, 64) for _ in range(4)]
+    others = [states.clone() for states in hidden_states]
+    elsewhere = torch.ones(batch["input_ids"].shape, dtype=torch.bool)
+    elsewhere[readings["rows"], readings["positions"]] = False
+    for states in others:
+        states[elsewhere] = 0
+    loss = reading_loss(trainee, hidden_states, **readings)
+    assert loss == reading_loss(trainee, others, **readings) and loss > 5
+    optimizer = torch.optim.AdamW(trainee.reading_head.parameters(), lr=0.1)
+    for _ in range(100):
+        optimizer.zero_grad()
+        loss = reading_loss(trainee, hidden_states, **readings)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
 
 
 def test_the_projector_starts_where_all_directions_count_the_same(model):
@@ -585,6 +635,7 @@ def test_a_round_goes_on_with_another_tower_other_scenes_and_more_layers(tmp_pat
     stage = Stage(steps=4, decay=1, learning_rate=3e-2, batch_size=2, warmup=0)
     sizes = {"tower_width": 32, "tower_layers": 3, "width": 32, "layers": 4, "workers": 0}
     earlier = {"tower": {"steps": 1}, "language_model": {"steps": 1}, "layers": 3}, {"language_model": {"steps": 2}}
+    earlier[1]["num_images"] = 2
     recipe = language_model.TinyRecipe(
         str(tmp_path / "tiny"), stage, stage, num_images=3, short_steps=1, num_tested=2, earlier=earlier, **sizes
     )
@@ -597,7 +648,9 @@ def test_a_round_goes_on_with_another_tower_other_scenes_and_more_layers(tmp_pat
     monkeypatch.setattr(language_model, "train_round", noted)
     model = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(recipe))
     made = {path.relative_to(work).as_posix(): path.stat().st_mtime_ns for path in work.glob("images-*/*.safetensors")}
-    assert set(made) == {"images-1/scenes-0-3.safetensors", "images-4/scenes-3-6.safetensors"} and done == [1, 2, 3]
+    scenes_of = {"images-1": ["0-3"], "images-4": ["3-5", "3-6"]}  # of the second tower first two, then one more
+    assert set(made) == {f"{name}/scenes-{part}.safetensors" for name, parts in scenes_of.items() for part in parts}
+    assert done == [1, 2, 3]
     assert len(model.model.language_model.layers) == 4
     first = MCLlavaForConditionalGeneration.from_pretrained(work / "round-1")
     assert len(first.model.language_model.layers) == 3
@@ -622,7 +675,7 @@ def test_a_round_goes_on_with_another_tower_other_scenes_and_more_layers(tmp_pat
         shutil.move(tmp_path / f"{number}", work / f"language_model-{number}")
     for name, value in again.state_dict().items():
         torch.testing.assert_close(value, model.state_dict()[name], rtol=0.02, atol=1e-3, msg=name)
-    with pytest.raises(ValueError, match="images-4 was made with seeds range.3, 6., the recipe has range.0, 3."):
+    with pytest.raises(ValueError, match="images-4 was made with first seed 3, the recipe has 0"):
         language_model.train_tiny(replace(recipe, earlier=()))
     shutil.rmtree(work / "round-1")
     with pytest.raises(ValueError, match=f"checkpoint-4 is of a later round than .*language_model-1.*remove {work}"):
@@ -632,14 +685,18 @@ def test_a_round_goes_on_with_another_tower_other_scenes_and_more_layers(tmp_pat
 def test_what_differs_in_a_round_is_checked():
     stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=2)
     recipe = language_model.TinyRecipe("tiny", stage, stage, num_images=3, short_steps=1)
-    first, last = replace(recipe, earlier=({"tower": {"steps": 3}, "short_steps": 0},)).rounds()
+    first, last = replace(recipe, earlier=({"tower": {"steps": 3}, "short_steps": 0, "num_images": 9},)).rounds()
     assert (first.tower, first.language_model, first.short_steps) == (replace(stage, steps=3), stage, 0)
     assert last == recipe
     for changes, message in (
         ({"tower": {"steps": 5}}, "tower.steps is 5 in one round and 4 in the next one"),
         ({"layers": 5}, "layers is 5 in one round and 4 in the next one"),
-        ({"layer": 4}, "rounds may differ in tower.steps, layers, short_steps, language_model, not in layer"),
-        ({"num_images": 4}, "not in num_images"),
+        (
+            {"layer": 4},
+            "rounds may differ in tower.steps, layers, short_steps, num_images, language_model, not in layer",
+        ),
+        ({"num_images": 4}, "num_images is 4 in one round and 3 in the next one"),
+        ({"num_tested": 4}, "not in num_tested"),
         ({"tower": {"learning_rate": 1e-2, "steps": 3}}, "not in tower.learning_rate"),
         ({"tower": 3}, "tower must be settings such as {steps: 1000}, got 3"),
         ({"language_model": {"step": 3}}, "language_model.step Unexpected keyword argument"),

@@ -7,13 +7,14 @@ import random
 import re
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset
 
-from .encoding import MOST_TOKENS, READABLE, CachedImage, glyph_height, image_fields, last_tokens
+from .encoding import MOST_TOKENS, PATCH_SIZE, READABLE, CachedImage, glyph_height, image_fields, last_tokens
 from .questions import SceneQuestion, ask, can_ask, caption
-from .scene import Thing
-from .tower import Stage
+from .scene import SIDE, Thing
+from .tower import Stage, label_crop
 
 
 # How often the kinds of question are tried, reading most of all: it comes last, and not all crops allow it. The last
@@ -33,7 +34,11 @@ MANY_CROPS = 8  # at least, of the scenes of the short steps
 # Four heads of 32 numbers can pass on all 128 of a crop's token: with two, answers lost characters and their order.
 NAMING_LAYER, ANSWERING_LAYER = 1, 2
 LOOKING_HEADS = {NAMING_LAYER: 2, ANSWERING_LAYER: 4}
-VISIBLE = 4.5  # whether there is such a thing can be told
+# The targets of a crop that its token must tell the answering layer.
+READ = ("sign_texts", "sign_neighbors", "shape_colors", "objects")
+# Pixels of the tower from which it can be told whether there is such a thing, and a text or a name: the tower reads
+# three in five texts of 5.5 to 6.5.
+VISIBLE, TELLABLE = 4.5, 5.5
 UNTOLD = 0.1  # share of questions that may be about what no crop shows well enough
 VISUAL_TOKENS = 8192  # at most, of a batch: with many tokens an image it has fewer images, or a step takes a minute
 ALIKE_BATCHES = 16  # of as many batches, those of like length go together
@@ -86,17 +91,9 @@ class SceneCollator:
     Fresh conversations about cached images: some questions of all kinds, or a caption, with the loss on the answers.
     They depend on the rows alone: a resumed run draws the same as an uninterrupted one.
 
-    Each conversation also has its attention targets, as the generator knows which crops contain an object. A language
-    model is slow to find these among thirty crops by itself:
-
-        visual tokens              question                       answer
-        [whole] [1] [2] ... [31]   What does the red sign say?    It says 48H7.
-                     ^                                |            |  |  |
-                     +--- last token of the crop -----+------------+--+--+
-
-    Four heads look from the prompt's last token as well, where zoom asks: at the crops of everything that the question
-    names. Crops that show the thing best count where none shows it legibly, as among zoom's scouts; no answer is
-    learned that can't be told from the crops.
+    Each conversation also has the targets of `looking_loss` and `reading_loss`. Four heads look from the prompt's last
+    token as well, where zoom asks: at the crops of everything that the question names. Crops that show the thing best
+    count where none shows it legibly, as among zoom's scouts; no answer is learned that can't be told from the crops.
 
     Short batches show the last token of each crop alone, where the tower has learned to gather it: a step takes half
     the time. Their positions are spread as if the image had any number of tokens, for the
@@ -165,6 +162,24 @@ class SceneCollator:
             labels += [-100] * len(asked["input_ids"]) + (replied if told else [-100] * len(replied))
         return ids, labels, looks
 
+    def readings(self, images: list[CachedImage], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """
+        Returns:
+            rows, positions: int[crops], of the last token of each crop of each image.
+            sign_texts and so on: int[crops, ...], what the crop shows, see `label_crop`.
+        """
+        firsts = (input_ids == self.image_token_id).int().argmax(-1)
+        labels = [
+            label_crop(image.scene, tuple(box), SIDE, PATCH_SIZE, self.objects)
+            for image in images
+            for box in image.boxes.tolist()
+        ]
+        return {
+            "rows": torch.arange(len(images)).repeat_interleave(torch.tensor([len(image.boxes) for image in images])),
+            "positions": torch.cat([first + i.num_tokens.cumsum(0) - 1 for first, i in zip(firsts, images)]),
+            **{name: torch.tensor(np.stack([found[name] for found in labels])) for name in READ},
+        }
+
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         rng = random.Random(rows[0]["seed"])
         # The same in all rows, so that few positions are padding.
@@ -195,6 +210,7 @@ class SceneCollator:
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _, _ in talks]),
             "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels, _ in talks]),
             **image_fields(images),
+            "readings": self.readings(images, input_ids),
             "looks": {
                 "layers": torch.tensor([look.layer for _, look in looks], dtype=torch.long),
                 "rows": torch.tensor([row for row, _ in looks], dtype=torch.long),
@@ -225,7 +241,7 @@ def can_tell(question: SceneQuestion, heights: dict[Thing, float]) -> bool:
         return True
     if question.kind in ("existence", "absent"):
         return min(heights.values()) >= VISIBLE
-    return all(heights[thing] >= READABLE for _, thing in question.named)
+    return all(heights[thing] >= TELLABLE for _, thing in question.named)
 
 
 def last_tokens_showing(image: CachedImage) -> dict[Thing, list[int]]:

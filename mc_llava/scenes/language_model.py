@@ -16,14 +16,14 @@ from typing import Annotated
 import torch
 from pydantic import Field, NonNegativeInt, PositiveInt, TypeAdapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig, Trainer, TrainingArguments
+from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig, TrainingArguments
 
-from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaModel, MCLlavaProcessor
+from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
 from ..journal import write_json
 from ..training import StopIfDiverged, build_recipe, checked, last_checkpoint, set_trainable, steps_of
 from ..zoom_heads import choose_heads, write_heads
 from ..zoom_heads import measure as measure_heads
-from .conversations import ANSWERING_LAYER, KIND_WEIGHTS, LOOKING_HEADS, NAMING_LAYER, SceneCollator, scene_rows
+from .conversations import ANSWERING_LAYER, KIND_WEIGHTS, SceneCollator, scene_rows
 from .encoding import (
     MOST_TOKENS,
     NUM_TOKENS,
@@ -42,6 +42,7 @@ from .photographs import make_photograph_scene, training_scene
 from .questions import KINDS, KINDS_ON_PHOTOGRAPHS, ask, can_ask, caption, is_correct
 from .scene import SIDE
 from .tower import MuonAndAdamW, Report, Stage, pretrain_tower
+from .trainee import LanguageModelTrainee, SceneTrainer
 from .warm_start import copy_weights, load_start
 
 
@@ -50,12 +51,11 @@ VOCABULARY = 768  # at most
 MAX_CROPS = 32
 TURNS = 8  # at most, of one conversation
 CAPTIONS = 0.05  # share of the conversations that are a caption, in batches that are not short
-PLACE_WEIGHT = 4.0  # two places can be compared once each can be read off its name
 FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
 SCENES_FOR_HEADS, ZOOM_HEADS = 300, 2  # scenes that zoom's heads are measured on, and how many are kept
 MADE_OF = "recipe.json"
 LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
-EARLIER = ("tower.steps", "layers", "short_steps", "language_model")  # what rounds may differ in
+EARLIER = ("tower.steps", "layers", "short_steps", "num_images", "language_model")  # what rounds may differ in
 
 
 @checked
@@ -71,7 +71,7 @@ class TinyRecipe:
         short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
         earlier: for each round before the last one, the values that differ, such as `{"layers": 4, "tower": {"steps":
             8000}}`, of `EARLIER`. A round trains the tower up to its number of steps, encodes scenes with it (new ones
-            if the tower was trained further), and trains the rest on them.
+            if the tower was trained further, or more of the same), and trains the rest on them.
         num_tested: how many scenes that are never trained on are asked about during training.
         start: a checkpoint of the same sizes that is trained further, first its tower, then the rest; its language
             model may have fewer layers. None for random weights.
@@ -104,8 +104,8 @@ class TinyRecipe:
         The recipe of each round.
 
         Raises:
-            ValueError: if a value of `earlier` is invalid or may not differ, or a round has fewer layers or a shorter
-                tower's training than the one before it.
+            ValueError: if a value of `earlier` is invalid or may not differ, or a round has fewer layers, a shorter
+                tower's training, or fewer images of the same tower than the one before it.
         """
         values = TypeAdapter(TinyRecipe).dump_python(self, mode="json") | {"earlier": ()}
         rounds = [build_recipe(TinyRecipe, merge(values, changes)) for changes in (*self.earlier, {})]
@@ -113,6 +113,7 @@ class TinyRecipe:
             for name, first, then in (
                 ("tower.steps", before.tower.steps, after.tower.steps),
                 ("layers", before.layers, after.layers),
+                ("num_images", before.num_images * (before.tower.steps == after.tower.steps), after.num_images),
             ):
                 if first > then:
                     raise ValueError(
@@ -227,73 +228,6 @@ def build_model(processor: MCLlavaProcessor, vision: SiglipVisionConfig, width: 
     return MCLlavaForConditionalGeneration(config)
 
 
-class CachedTower(MCLlavaModel):
-    """Takes cached features of the frozen tower in place of pixels: right-aligned, [crops, longest, width]."""
-
-    def encode_crops(self, pixel_values: torch.Tensor, **kwargs) -> torch.Tensor:
-        return pixel_values
-
-    def get_image_features(self, *fields, output_hidden_states=None, output_attentions=None, **kwargs):
-        # Those of the language model are wanted where the loss of looking asks for attentions: no tower is here.
-        return super().get_image_features(*fields, **kwargs)
-
-
-class LanguageModelTrainee(MCLlavaForConditionalGeneration):
-    """The same parameters as the model's own, over a `CachedTower`."""
-
-    _auto_class = None  # its checkpoints are only for resuming: no code is saved with them
-
-    def __init__(self, config: MCLlavaConfig):
-        super().__init__(config)
-        self.model = CachedTower(config)
-
-
-class LookingTrainer(Trainer):
-    """Adds `looking_loss` to the loss on the answers."""
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        looks = inputs.pop("looks")
-        inputs |= {"output_attentions": True, "output_hidden_states": True, "use_cache": False}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        layers = self.accelerator.unwrap_model(model).model.language_model.layers
-        loss = loss + looking_loss(layers, outputs.attentions, outputs.hidden_states, **looks)
-        return (loss, outputs) if return_outputs else loss
-
-
-def looking_loss(
-    decoder_layers: torch.nn.ModuleList,
-    attentions: tuple[torch.Tensor, ...],
-    hidden_states: tuple[torch.Tensor, ...],
-    layers: torch.Tensor,
-    rows: torch.Tensor,
-    positions: torch.Tensor,
-    targets: torch.Tensor,
-    places: torch.Tensor,
-) -> torch.Tensor:
-    """
-    How little the heads look where they should: -log of the attention's share there. And how far the first two numbers
-    that the next layers read, behind a thing's name, are from the thing's place.
-
-    Args:
-        attentions, hidden_states: the language model's, as transformers returns them.
-        layers, rows, positions: int[looks], from where to look.
-        targets: bool[looks, length], the positions to look at.
-        places: float[looks, 2], of the thing there, (x / width, y / height).
-    """
-    losses = []
-    for layer, heads in LOOKING_HEADS.items():
-        here = layers == layer
-        weights = attentions[layer][rows[here], :heads, positions[here]].float()
-        share = (weights * targets[here, None]).sum(-1)
-        losses.append(-(share + 1e-6).log().sum() / max(1, share.numel()))
-    here = layers == NAMING_LAYER
-    for layer in range(NAMING_LAYER + 1, len(decoder_layers)):
-        read = decoder_layers[layer].input_layernorm(hidden_states[layer][rows[here], positions[here]])
-        distance = (read[:, :2].float() - places[here]).abs()
-        losses.append(PLACE_WEIGHT * distance.sum() / max(1, distance.numel()))
-    return sum(losses)
-
-
 @torch.no_grad()
 def answer_cached(
     model, processor, images: list[CachedImage], questions: list[str], batch_size: int = 64
@@ -396,13 +330,15 @@ def train_language_model(
             found[name] = measure_language_model(trainee, processor, seen, kinds, names)
         return found
 
-    trainee = LanguageModelTrainee(copy.deepcopy(model.config))  # Trainer sets its use_cache
-    trainee.load_state_dict(model.state_dict())
+    torch.manual_seed(stage.seed)  # of the head, however many stages were finished before
+    trainee = LanguageModelTrainee(copy.deepcopy(model.config), objects)  # Trainer sets its use_cache
+    trainee.begin_with(model)
     trainee.set_attn_implementation("eager")  # which gives the weights, and whose backward pass takes less on a CPU
     for layer in trainee.model.language_model.layers:
         layer.compile()  # saves time on a CPU; needs a C++ compiler
     set_trainable(trainee, ("coordinates", "projector", "language_model"))
-    trainer = LookingTrainer(
+    trainee.reading_head.requires_grad_(True)
+    trainer = SceneTrainer(
         trainee,
         TrainingArguments(**stage.options(output), train_sampling_strategy="sequential"),
         train_dataset=scene_rows(images, stage, short_steps),
@@ -412,7 +348,7 @@ def train_language_model(
         callbacks=[Report(stage.save_steps, measured), StopIfDiverged()],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(output))
-    model.load_state_dict(trainee.state_dict())
+    trainee.give_to(model)
 
 
 def made_of(rounds: list[TinyRecipe], number: int) -> dict[str, dict]:
@@ -430,7 +366,7 @@ def made_of(rounds: list[TinyRecipe], number: int) -> dict[str, dict]:
     materials = recipe.materials()
     tower["photographs, objects and fonts"] = materials and materials.digest()
     steps = {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")}
-    images = tower | steps | {"scenes": scenes_digest(materials), "seeds": str(seeds_of(rounds, number))}
+    images = tower | steps | {"scenes": scenes_digest(materials), "first seed": seeds_of(rounds, number).start}
     language_model |= images | {name: values[name] for name in ("width", "layers", "num_images", "short_steps")}
     language_model["earlier rounds"] = [differing(earlier) for earlier in rounds[: number - 1]]
     return {"tower": tower, f"images-{recipe.tower.steps}": images, f"language_model-{number}": language_model}
@@ -440,14 +376,16 @@ def differing(recipe: TinyRecipe) -> dict:
     """The settings of a round that differ from another's and that its model depends on."""
     values = TypeAdapter(TinyRecipe).dump_python(recipe, mode="json")
     stage = {name: value for name, value in values["language_model"].items() if name != "save_steps"}
-    return {name: values[name] for name in ("layers", "short_steps")} | stage | {"tower.steps": recipe.tower.steps}
+    stage |= {name: values[name] for name in ("layers", "short_steps", "num_images")}
+    return stage | {"tower.steps": recipe.tower.steps}
 
 
 def seeds_of(rounds: list[TinyRecipe], number: int) -> range:
-    """Of a round's scenes: others than those before, unless its tower is the same."""
+    """Of a round's scenes: others than those of other towers before."""
     recipe = rounds[number - 1]
-    towers = {earlier.tower.steps for earlier in rounds[:number]}
-    return range((len(towers) - 1) * recipe.num_images, len(towers) * recipe.num_images)
+    counts = {earlier.tower.steps: earlier.num_images for earlier in rounds[:number]}  # of each tower's last round
+    first = sum(count for steps, count in counts.items() if steps != recipe.tower.steps)
+    return range(first, first + recipe.num_images)
 
 
 def check_made_of(folder: Path, wanted: dict):

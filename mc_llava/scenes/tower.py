@@ -326,6 +326,37 @@ def _weighted_loss(logits: torch.Tensor, targets: torch.Tensor, nothing: float, 
     return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
 
+def num_logits(targets: dict[str, tuple[tuple[int, ...], int, float]]) -> int:
+    """How many a head needs for targets of a crop."""
+    return sum(math.prod(shape) * classes for shape, classes, _ in targets.values())
+
+
+def split_logits(
+    logits: torch.Tensor, targets: dict[str, tuple[tuple[int, ...], int, float]]
+) -> dict[str, torch.Tensor]:
+    """[crops, `num_logits`] -> name -> [crops, *shape, classes]."""
+    found, start = {}, 0
+    for name, (shape, classes, _) in targets.items():
+        stop = start + math.prod(shape) * classes
+        found[name] = logits[:, start:stop].unflatten(-1, (*shape, classes))
+        start = stop
+    return found
+
+
+def crop_loss(
+    logits: dict[str, torch.Tensor],
+    labels: dict[str, torch.Tensor],
+    targets: dict[str, tuple[tuple[int, ...], int, float]],
+) -> torch.Tensor:
+    """The sum over the targets of a crop: cross-entropy against those labels of `label_crop`."""
+    losses = [
+        _weighted_loss(logits[name], labels[name], nothing, ends=name == "sign_texts")
+        for name, (shape, _, nothing) in targets.items()
+        if shape[0]
+    ]
+    return torch.stack(losses).sum()
+
+
 def sine_positions(grid: int, width: int) -> torch.Tensor:
     """
     Sines and cosines of each patch's column and row: float[grid * grid, width], with mean square 1/2.
@@ -355,10 +386,9 @@ class TowerForPretraining(nn.Module):
             self.tower.embeddings.position_embedding.weight.copy_(sine_positions(grid, width))
         self.patch_norm, self.gather_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.patch_head = nn.Linear(width, sum(classes for classes, _ in self.patch_targets.values()))
-        self.crop_sizes = [int(np.prod(shape)) * classes for shape, classes, _ in self.crop_targets.values()]
-        self.num_places = len(COLORS) + len(NAMES) + len(objects)
+        self.num_read, num_places = num_logits(self.crop_targets), len(COLORS) + len(NAMES) + len(objects)
         self.gather_head = nn.Sequential(
-            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, sum(self.crop_sizes) + 2 * self.num_places)
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, self.num_read + 2 * num_places)
         )
 
     def encode(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -378,10 +408,9 @@ class TowerForPretraining(nn.Module):
         patch_logits = self.patch_head(self.patch_norm(early)).split(sizes, -1)
         logits = dict(zip(self.patch_targets, patch_logits))
         last = self.gather_norm(late[:, -gathered:]).mean(1)
-        *crop_logits, places = self.gather_head(last).split([*self.crop_sizes, 2 * self.num_places], -1)
-        for (name, (shape, classes, _)), values in zip(self.crop_targets.items(), crop_logits):
-            logits[name] = values.unflatten(-1, (*shape, classes))
-        logits["places"] = places.unflatten(-1, (-1, 2)).float()
+        gathered_logits = self.gather_head(last)
+        logits |= split_logits(gathered_logits[..., : self.num_read], self.crop_targets)
+        logits["places"] = gathered_logits[..., self.num_read :].unflatten(-1, (-1, 2)).float()
         return logits
 
     def forward(self, pixel_values: torch.Tensor, **targets: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -389,11 +418,7 @@ class TowerForPretraining(nn.Module):
         losses = [
             _weighted_loss(logits[name], targets[name], nothing) for name, (_, nothing) in self.patch_targets.items()
         ]
-        losses += [
-            _weighted_loss(logits[name], targets[name], nothing, ends=name == "sign_texts")
-            for name, (shape, _, nothing) in self.crop_targets.items()
-            if shape[0]
-        ]
+        losses.append(crop_loss(logits, targets, self.crop_targets))
         known = ~targets["places"].isnan()
         errors = (logits["places"] - targets["places"].nan_to_num()).abs() * known
         losses.append(4 * errors.sum() / known.sum().clamp(min=1))
