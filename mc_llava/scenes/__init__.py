@@ -16,6 +16,7 @@ memorize: their seeds, backgrounds and font families differ.
     tower.py            trains the vision tower on single crops
     encoding.py         whole scenes behind the tower, under budgets of all kinds
     conversations.py    what is asked and said about them, and where to look
+    trainee.py          the language model while it learns, and its auxiliary losses
     language_model.py   builds `tiny` and trains all but the tower
     study.py            measures how crops, tokens and zoom affect accuracy, on drawn scenes and on photographs
     zoom_study.py       measures guided zoom against a grid, for smaller signs and large things
