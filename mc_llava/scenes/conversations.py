@@ -176,7 +176,7 @@ class SceneCollator:
         ]
         return {
             "rows": torch.arange(len(images)).repeat_interleave(torch.tensor([len(image.boxes) for image in images])),
-            "positions": torch.cat([first + i.num_tokens.cumsum(0) - 1 for first, i in zip(firsts, images)]),
+            "positions": torch.cat([first + image.last for first, image in zip(firsts, images)]),
             **{name: torch.tensor(np.stack([found[name] for found in labels])) for name in READ},
         }
 
@@ -249,7 +249,7 @@ def last_tokens_showing(image: CachedImage) -> dict[Thing, list[int]]:
     Thing -> the last token, of the image's, of each crop in which it and its neighbor can be told; where there is
     none, of those that show them best.
     """
-    last = (image.num_tokens.cumsum(0) - 1).tolist()
+    last = image.last.tolist()
     showing = {}
     for group in image.scene.groups:
         for thing, heights in _heights(image, group):

@@ -130,6 +130,11 @@ class CachedImage(NamedTuple):
 
     OF_CROPS = ("boxes", "coords", "num_tokens")
 
+    @property
+    def last(self) -> torch.Tensor:
+        """int64[crops], the last token of each crop among the image's."""
+        return self.num_tokens.cumsum(0) - 1
+
 
 class SceneCrops(torch.utils.data.Dataset):
     """Scenes made into pictures and cut into crops: what the image processor returns for each under its budget."""
@@ -212,5 +217,4 @@ def image_fields(images: list[CachedImage]) -> dict[str, torch.Tensor]:
 
 def last_tokens(image: CachedImage) -> CachedImage:
     """The image with one token a crop."""
-    last = image.num_tokens.cumsum(0) - 1
-    return image._replace(features=image.features[last], num_tokens=torch.ones_like(image.num_tokens))
+    return image._replace(features=image.features[image.last], num_tokens=torch.ones_like(image.num_tokens))

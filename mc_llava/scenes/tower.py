@@ -326,21 +326,17 @@ def _weighted_loss(logits: torch.Tensor, targets: torch.Tensor, nothing: float, 
     return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
 
 
-def num_logits(targets: dict[str, tuple[tuple[int, ...], int, float]]) -> int:
-    """How many a head needs for targets of a crop."""
-    return sum(math.prod(shape) * classes for shape, classes, _ in targets.values())
+def num_logits(targets: dict[str, tuple[tuple[int, ...], int, float]]) -> list[int]:
+    """How many a head needs for each of some targets of a crop."""
+    return [math.prod(shape) * classes for shape, classes, _ in targets.values()]
 
 
 def split_logits(
     logits: torch.Tensor, targets: dict[str, tuple[tuple[int, ...], int, float]]
 ) -> dict[str, torch.Tensor]:
-    """[crops, `num_logits`] -> name -> [crops, *shape, classes]."""
-    found, start = {}, 0
-    for name, (shape, classes, _) in targets.items():
-        stop = start + math.prod(shape) * classes
-        found[name] = logits[:, start:stop].unflatten(-1, (*shape, classes))
-        start = stop
-    return found
+    """[crops, sum of `num_logits`] -> name -> [crops, *shape, classes]."""
+    parts = zip(targets.items(), logits.split(num_logits(targets), -1))
+    return {name: part.unflatten(-1, (*shape, classes)) for (name, (shape, classes, _)), part in parts}
 
 
 def crop_loss(
@@ -386,7 +382,7 @@ class TowerForPretraining(nn.Module):
             self.tower.embeddings.position_embedding.weight.copy_(sine_positions(grid, width))
         self.patch_norm, self.gather_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.patch_head = nn.Linear(width, sum(classes for classes, _ in self.patch_targets.values()))
-        self.num_read, num_places = num_logits(self.crop_targets), len(COLORS) + len(NAMES) + len(objects)
+        self.num_read, num_places = sum(num_logits(self.crop_targets)), len(COLORS) + len(NAMES) + len(objects)
         self.gather_head = nn.Sequential(
             nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, self.num_read + 2 * num_places)
         )

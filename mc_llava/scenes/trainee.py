@@ -52,7 +52,7 @@ class LanguageModelTrainee(MCLlavaForConditionalGeneration):
         self.model = CachedTower(config)
         targets = crop_targets(objects)
         self.targets = {name: targets[name] for name in READ}
-        self.reading_head = nn.Linear(config.text_config.hidden_size, num_logits(self.targets))
+        self.reading_head = nn.Linear(config.text_config.hidden_size, sum(num_logits(self.targets)))
 
     def begin_with(self, model: MCLlavaForConditionalGeneration):
         """Copy a model's parameters; the head keeps its own."""
