@@ -12,33 +12,34 @@ from .crops_mc_llava import (
 )
 
 
-# A round covers a region with 2 x 2 crops that overlap by a quarter, or with 3 x 3 that overlap by two fifths. Both
-# have about half of the region's side, and a thing at the seam of two crops lies whole in one of them. 3 x 3 crops
-# also cover a margin of a sixth of the region's side, into which a thing at its edge may extend.
+# A round covers a region with 2 x 2 crops of about half its side, or with 3 x 3 that also cover a margin of a sixth of
+# its side, into which a thing at its edge may extend, and that overlap so much that a thing at a seam lies whole in one
+# of them. Chosen on development scenes, as the rest of `split_budget`; docs/tiny.md has what was measured.
 FEW, MANY = 4, 9
-OVERLAPS = {FEW: (1, 4), MANY: (2, 5)}
+OVERLAPS = {FEW: (1, 8), MANY: (2, 5)}
 MARGINS = {FEW: (0, 1), MANY: (1, 6)}
-SCOUT_OVERLAP = (1, 4)
+SCOUT_OVERLAP = (1, 8)
+LEAST_SCOUTS = 6
 
 
 def split_budget(max_crops: int, rounds: int) -> tuple[int, int, int, int]:
     """
     Divide `max_crops` crops among scouts and rounds of looking closer.
 
-    About half of them scout; each round covers some regions with `FEW` or `MANY` crops each. 64 crops and 2 rounds are
-    28 scouts and twice 2 regions of 9 crops.
+    A round covers one region with `MANY` crops, and more regions where half of the crops suffice for them; all other
+    crops scout. 64 crops are 46 scouts and 2 rounds of 9, or with 1 round 37 scouts and 3 regions of 9.
 
     Returns:
-        rounds (fewer if the crops don't suffice), scouts, regions per round, crops per region. With fewer than 8
-        crops there are no rounds.
+        rounds (fewer if the crops don't suffice), scouts, regions per round, crops per region. With fewer than 15
+        crops there is one round of `FEW`, with fewer than 8 there is none.
     """
-    rounds = min(rounds, max_crops // (2 * FEW))
-    if rounds < 1:
+    if rounds < 1 or max_crops < 2 * FEW:
         return 0, max_crops, 0, 0
-    share = max_crops // (2 * rounds)
-    per_region = MANY if share >= MANY - 1 else FEW
-    regions = max(1, (2 * share + per_region) // (2 * per_region))
-    return rounds, max_crops - rounds * regions * per_region, regions, per_region
+    if max_crops < LEAST_SCOUTS + MANY:
+        return 1, max_crops - FEW, 1, FEW
+    rounds = min(rounds, (max_crops - LEAST_SCOUTS) // MANY)
+    regions = max(1, max_crops // (2 * rounds * MANY))
+    return rounds, max_crops - rounds * regions * MANY, regions, MANY
 
 
 def count_closer(width: int, height: int, zoom: int, max_crops: int, num_tokens: int, side: int) -> tuple[int, int]:

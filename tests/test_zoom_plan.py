@@ -66,9 +66,10 @@ def test_neither_knob_is_exceeded_in_any_round(width, height, zoom, max_crops, n
 
 
 def test_the_budget_is_divided_as_documented():
-    assert split_budget(64, 2) == (2, 28, 2, 9)
+    assert split_budget(64, 2) == (2, 46, 1, 9) and split_budget(64, 1) == (1, 37, 3, 9)
     assert split_budget(16, 1) == (1, 7, 1, 9) and split_budget(10, 1) == (1, 6, 1, 4)
-    assert split_budget(16, 5)[0] == 2 and split_budget(7, 1) == (0, 7, 0, 0) and split_budget(0, 3) == (0, 0, 0, 0)
+    assert split_budget(16, 5)[0] == 1 and split_budget(25, 5)[0] == 2
+    assert split_budget(7, 1) == (0, 7, 0, 0) and split_budget(0, 3) == (0, 0, 0, 0)
 
 
 def test_the_drawn_tiles():
@@ -110,7 +111,7 @@ def test_what_a_grid_shows_in_full_is_not_scouted():
     assert count_closer(1024, 768, 2, 100, 728, 384) == (0, 0)
     assert plan_scouts(1024, 768, 2, 100, 728, 384, 14) == plan_crops(1024, 768, 100, 728, 384, 14)
     rounds, closer = count_closer(4240, 2832, 2, 64, 728, 384)
-    assert rounds == 2 and closer == 36 and len(plan_scouts(4240, 2832, 2, 64, 728, 384, 14)) <= 64 - closer + 1
+    assert rounds == 2 and closer == 18 and len(plan_scouts(4240, 2832, 2, 64, 728, 384, 14)) <= 64 - closer + 1
 
 
 def test_a_small_picture_has_no_scouts_and_odd_knobs_are_refused():

@@ -20,9 +20,9 @@ UNIFORM = {
     "scenes140": ((128, 256),),
 }
 ZOOMED = {
-    "scenes": ((9, 40, 1), (16, 64, 1), (28, 64, 1)),
-    "scenes70": ((26, 64, 1), (44, 64, 1)),
-    "scenes140": ((48, 64, 2), (69, 128, 2)),
+    "scenes": ((9, 40, 1), (16, 64, 1), (25, 64, 2)),
+    "scenes70": ((36, 128, 3), (44, 256, 3)),
+    "scenes140": ((48, 256, 3), (69, 256, 2)),
 }
 SETTINGS = tuple(Setting(*knobs, task=task) for task in UNIFORM for knobs in (*UNIFORM[task], *ZOOMED[task]))
 SIZES = {"scenes": 35, "scenes70": 70, "scenes140": 140}
