@@ -478,7 +478,7 @@ class TestWhatCanBeTold:
         assert set(labels) == {-100} and looks
 
     def test_where_nothing_is_legible_the_best_crops_are_looked_at(self, processor, model):
-        (scouts,) = encoding.encode_scenes(model, processor, drawn(3), [Budget(12, 128, 1, 0)])
+        (scouts,) = encoding.encode_scenes(model, processor, drawn(3), [Budget(9, 128, 1, 0)])
         for group in scouts.scene.groups:
             heights = [encoding.glyph_height(group, box) for box in scouts.boxes.tolist()]
             last = (scouts.num_tokens.cumsum(0) - 1).tolist()
