@@ -27,7 +27,7 @@ from .feature_cache_mc_llava import FeatureCache, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
 from .image_processing_mc_llava import ZOOM_FIELDS, look_up_bytes
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
-from .zoom_plan_mc_llava import look_closer, pays, share_evenly, split_budget
+from .zoom_plan_mc_llava import look_closer, pays, plan_rounds, share_evenly
 
 
 logger = logging.get_logger(__name__)
@@ -218,13 +218,13 @@ class MCLlavaZoomMixin:
             crops_per_image, rows, tokens, options
         ):
             end, size = start + crops, 3 * height * width
-            rounds, _, regions, per_region = split_budget(min(max_crops, budget - 1), zoom)
+            rounds, regions, per_region = plan_rounds(crops, zoom, max_crops, budget)
             views.append(
                 View(
                     pixels=pictures[byte : byte + size].view(height, width, 3),
                     resample=resample,
                     row=row,
-                    rounds=rounds if crops > 1 else 0,
+                    rounds=rounds,
                     regions=regions,
                     per_region=per_region,
                     plan=plans[start:end],

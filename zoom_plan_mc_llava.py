@@ -13,21 +13,22 @@ from .crops_mc_llava import (
 
 
 # A round covers a region with 2 x 2 crops of about half its side, or with 3 x 3 that also cover a margin of a sixth of
-# its side, into which a thing at its edge may extend, and that overlap so much that a thing at a seam lies whole in one
-# of them. Chosen on development scenes, as the rest of `split_budget`; docs/tiny.md has what was measured.
+# its side, into which a thing at its edge may extend, and that overlap so much that a thing at a seam lies whole in
+# one of them. All of it was chosen on development scenes, like how `split_budget` divides crops; see docs/tiny.md.
 FEW, MANY = 4, 9
 OVERLAPS = {FEW: (1, 8), MANY: (2, 5)}
 MARGINS = {FEW: (0, 1), MANY: (1, 6)}
 SCOUT_OVERLAP = (1, 8)
-LEAST_SCOUTS = 6
+LEAST_SCOUTS = 6  # before 3 x 3 crops are affordable
 
 
 def split_budget(max_crops: int, rounds: int) -> tuple[int, int, int, int]:
     """
     Divide `max_crops` crops among scouts and rounds of looking closer.
 
-    A round covers one region with `MANY` crops, and more regions where half of the crops suffice for them; all other
-    crops scout. 64 crops are 46 scouts and 2 rounds of 9, or with 1 round 37 scouts and 3 regions of 9.
+    Each round covers one region with `MANY` crops, or several as long as all rounds together take at most two thirds
+    of the crops; the remaining crops scout. 64 crops are 28 scouts and 2 rounds of 2 regions, or 37 scouts and 3
+    rounds of 1.
 
     Returns:
         rounds (fewer if the crops don't suffice), scouts, regions per round, crops per region. With fewer than 15
@@ -38,8 +39,24 @@ def split_budget(max_crops: int, rounds: int) -> tuple[int, int, int, int]:
     if max_crops < LEAST_SCOUTS + MANY:
         return 1, max_crops - FEW, 1, FEW
     rounds = min(rounds, (max_crops - LEAST_SCOUTS) // MANY)
-    regions = max(1, max_crops // (2 * rounds * MANY))
+    regions = max(1, 2 * max_crops // (3 * rounds * MANY))
     return rounds, max_crops - rounds * regions * MANY, regions, MANY
+
+
+def plan_rounds(crops: int, zoom: int, max_crops: int, num_tokens: int) -> tuple[int, int, int]:
+    """
+    How a picture with these scouts is looked at: as `split_budget` says, but in no more rounds than the knobs have
+    room for. `num_tokens`, which the scouts got, may be fewer than were asked for.
+
+    Args:
+        crops: the whole picture and its scouts.
+
+    Returns:
+        rounds, regions per round, crops per region.
+    """
+    rounds, _, regions, per_region = split_budget(min(max_crops, num_tokens - 1), zoom)
+    room = min(max_crops + 1, num_tokens) - crops
+    return min(rounds, room // max(1, regions * per_region)) if crops > 1 else 0, regions, per_region
 
 
 def count_closer(width: int, height: int, zoom: int, max_crops: int, num_tokens: int, side: int) -> tuple[int, int]:
@@ -201,4 +218,4 @@ def look_closer(
     return new
 
 
-__all__ = ["count_closer", "look_closer", "pays", "plan_scouts", "share_evenly", "split_budget", "tile"]
+__all__ = ["count_closer", "look_closer", "pays", "plan_rounds", "plan_scouts", "share_evenly", "split_budget", "tile"]

@@ -4,11 +4,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mc_llava import count_closer, look_closer, pays, plan_crops, plan_scouts, share_evenly, split_budget, tile
+from mc_llava import (
+    count_closer,
+    look_closer,
+    pays,
+    plan_crops,
+    plan_rounds,
+    plan_scouts,
+    share_evenly,
+    split_budget,
+    tile,
+)
 
 
 sizes = st.one_of(st.integers(1, 3000), st.integers(1, 20_000))
-towers = st.sampled_from([(384, 14), (224, 16), (96, 8), (56, 14)])
+towers = st.sampled_from([(384, 14), (224, 16), (96, 8), (56, 14), (28, 14)])
 
 
 def contains(outer, inner) -> bool:
@@ -16,7 +26,12 @@ def contains(outer, inner) -> bool:
 
 
 @settings(max_examples=300, deadline=None)
-@given(width=sizes, height=sizes, most=st.integers(1, 60), overlap=st.sampled_from([(0, 1), (1, 5), (1, 4), (2, 5)]))
+@given(
+    width=sizes,
+    height=sizes,
+    most=st.integers(1, 60),
+    overlap=st.sampled_from([(0, 1), (1, 8), (1, 5), (1, 4), (2, 5)]),
+)
 def test_tiles_cover_a_region_and_overlap(width, height, most, overlap):
     boxes = tile((7, 11, 7 + width, 11 + height), most, overlap)
     assert 1 <= len(boxes) <= most and len(set(boxes)) == len(boxes)
@@ -32,7 +47,7 @@ def test_tiles_cover_a_region_and_overlap(width, height, most, overlap):
 @given(
     width=sizes,
     height=sizes,
-    zoom=st.integers(1, 5),
+    zoom=st.integers(1, 10),
     max_crops=st.integers(0, 150),
     num_tokens=st.integers(1, 800),
     tower=towers,
@@ -51,6 +66,7 @@ def test_neither_knob_is_exceeded_in_any_round(width, height, zoom, max_crops, n
     if rounds:
         assert all(min(box[2] - box[0], width) >= min(side, width) for box in boxes), "no scout is enlarged"
     covered = set()
+    rounds, regions, per_region = plan_rounds(len(boxes), zoom, max_crops, tokens)
     for _ in range(rounds):
         relevance = data.draw(
             st.lists(st.floats(0, 1, allow_subnormal=False), min_size=len(boxes), max_size=len(boxes))
@@ -66,9 +82,12 @@ def test_neither_knob_is_exceeded_in_any_round(width, height, zoom, max_crops, n
 
 
 def test_the_budget_is_divided_as_documented():
-    assert split_budget(64, 2) == (2, 46, 1, 9) and split_budget(64, 1) == (1, 37, 3, 9)
+    assert split_budget(64, 2) == (2, 28, 2, 9) and split_budget(64, 3) == (3, 37, 1, 9)
     assert split_budget(16, 1) == (1, 7, 1, 9) and split_budget(10, 1) == (1, 6, 1, 4)
     assert split_budget(16, 5)[0] == 1 and split_budget(25, 5)[0] == 2
+    assert split_budget(8, 3) == (1, 4, 1, 4) and split_budget(14, 1)[3] == 4 and split_budget(15, 1)[3] == 9
+    assert [split_budget(crops, 9)[0] for crops in (23, 24, 32, 33)] == [1, 2, 2, 3]
+    assert [split_budget(crops, rounds)[2] for crops, rounds in ((26, 1), (27, 1), (53, 2), (54, 2))] == [1, 2, 1, 2]
     assert split_budget(7, 1) == (0, 7, 0, 0) and split_budget(0, 3) == (0, 0, 0, 0)
 
 
@@ -111,7 +130,7 @@ def test_what_a_grid_shows_in_full_is_not_scouted():
     assert count_closer(1024, 768, 2, 100, 728, 384) == (0, 0)
     assert plan_scouts(1024, 768, 2, 100, 728, 384, 14) == plan_crops(1024, 768, 100, 728, 384, 14)
     rounds, closer = count_closer(4240, 2832, 2, 64, 728, 384)
-    assert rounds == 2 and closer == 18 and len(plan_scouts(4240, 2832, 2, 64, 728, 384, 14)) <= 64 - closer + 1
+    assert rounds == 2 and closer == 36 and len(plan_scouts(4240, 2832, 2, 64, 728, 384, 14)) <= 64 - closer + 1
 
 
 def test_a_small_picture_has_no_scouts_and_odd_knobs_are_refused():
