@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from .. import count_closer, look_closer, pays, plan_crops, plan_scouts, split_budget
+from .. import count_closer, look_closer, pays, plan_crops, plan_rounds, plan_scouts
 from ..journal import replacing
 from .drawing import draw_scene
 from .materials import Materials
@@ -68,9 +68,10 @@ def plan_boxes(scene: Scene, budget: Budget, rng: random.Random) -> list[tuple[i
     if budget.zoom == 0:
         plan = plan_crops(scene.width, scene.height, budget.max_crops, budget.num_tokens, SIDE, PATCH_SIZE)
         return [crop.box for crop in plan]
-    boxes = [crop.box for crop in plan_scouts(*knobs, SIDE, PATCH_SIZE)]
-    _, _, regions, per_region = split_budget(min(budget.max_crops, budget.num_tokens - 1), budget.zoom)
-    rounds, _ = count_closer(*knobs, SIDE)
+    scouts = plan_scouts(*knobs, SIDE, PATCH_SIZE)
+    boxes, num_tokens = [crop.box for crop in scouts], sum(crop.num_tokens for crop in scouts)
+    zoom, _ = count_closer(*knobs, SIDE)
+    rounds, regions, per_region = plan_rounds(len(boxes), zoom, budget.max_crops, num_tokens)
     sought = rng.sample(scene.groups, min(len(scene.groups), 1 if rng.random() < 0.7 else 2))
     covered: set[tuple[int, int, int, int]] = set()
     for _ in range(min(rounds, budget.rounds)):
