@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import make_tables
 import pytest
 from helpers import EXAMPLES, ROOT
 from PIL import Image
@@ -14,7 +15,6 @@ from mc_llava import scenes
 from mc_llava.engine import GREEDY, Engine, ask_about
 from mc_llava.folders import TINY
 from mc_llava.loading import load
-from mc_llava.scenes import study, zoom_study
 from mc_llava.scenes.study import MAX_NEW_TOKENS, NAMES
 
 
@@ -49,14 +49,24 @@ def test_it_sees_what_the_study_says(replies, kind):
     assert score >= row["accuracy"][kind]["score"] - 10, f"{NAMES[kind]}: {score}"
 
 
-@pytest.mark.parametrize(
-    "name, markdown",
-    [("study", study.markdown), ("study_photographs", study.markdown), ("study_zoom", zoom_study.markdown)],
-)
-def test_the_documentation_has_the_studys_figures(name, markdown):
+@pytest.mark.parametrize("name", make_tables.RESULTS)
+def test_the_results_are_of_one_model_and_enough_questions(name):
     found = json.loads((ROOT / "docs" / f"{name}.json").read_text())
     assert found["revision"] == STUDY["revision"] and found["scenes"] == 500
-    assert markdown(found) in (ROOT / "docs" / "tiny.md").read_text()
+
+
+@pytest.mark.parametrize("page", make_tables.PAGES)
+def test_the_pages_have_the_studys_tables(page):
+    text = (ROOT / page).read_text()
+    assert make_tables.renewed(page, text) == text
+    changed = re.sub(r"(\| \d+\.\d) \|$", r"\g<1>9 |", text, flags=re.MULTILINE)  # every last cell
+    assert changed != text and make_tables.renewed(page, changed) == text
+
+
+def test_a_row_that_the_study_lacks_is_an_error():
+    table = ["| a | b | c | d |", "|---|---|---|---|", "| 1 | 2 | 3 | x |"]
+    with pytest.raises(ValueError, match="no row for the knobs 1 2 4"):
+        make_tables.rows_of([*table, "| 1 | 2 | 4 | y |"], table)
 
 
 def test_it_is_small():
