@@ -10,10 +10,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageChops
 
 
-BAND_PIXELS = 2**19
+BAND_PIXELS, LEAST_BAND_PIXELS, BANDS = 2**19, 2**15, 32  # a picture has at least so many bands, if they aren't small
 DEPTHS = (8, 10, 12, 14, 16)  # bits of grey that cameras, X-ray detectors and microscopes give
 MAX_PROFILE_BYTES = 2**22  # of an ICC profile; those of printers have about 2 MB
-ONE_FRAME = ("JPEG", "PNG", "BMP", "PPM")  # formats with one picture a file, except for animated PNGs
 PROFILE_SPACES = {b"RGB ": "RGB", b"GRAY": "L", b"CMYK": "CMYK"}
 PROFILE_CLASSES = (b"scnr", b"mntr", b"prtr", b"spac")
 SAME_COLOR = 2  # of 255: a profile that moves no color further counts as sRGB
@@ -53,16 +52,10 @@ def image_to_rgb(image: Image.Image, is_ours: bool = False) -> Image.Image:
         return picture
     if type(image) is Image.Image:
         return image
-    # Pillow decodes the next frame of a file into the memory of the last one.
-    has_one_frame = image.format in ONE_FRAME and not getattr(image, "is_animated", False)
-    return _share(image if is_ours or has_one_frame else image.copy())
-
-
-def _share(image: Image.Image) -> Image.Image:
-    """A plain image that shares the pixels of a file's image until either of them is changed."""
-    picture = image._new(image.im)  # as Pillow's `copy` ends
+    # As Pillow's `copy`, which a caller's image needs: it can be changed, or moved to another frame. Pixels that are
+    # mapped from a file are read-only.
+    picture = image._new(image.im) if is_ours and not image.readonly else image.copy()
     picture.info = {}
-    picture.readonly = image.readonly = 1
     return picture
 
 
@@ -156,7 +149,7 @@ def _color_sample(mode: str) -> Image.Image:
 def _spans(size: tuple[int, int]) -> Iterator[tuple[int, int]]:
     """The first row of each band and the one after its last."""
     width, height = size
-    rows = max(1, BAND_PIXELS // width)
+    rows = max(1, min(BAND_PIXELS, max(LEAST_BAND_PIXELS, width * height // BANDS)) // width)
     return ((top, min(top + rows, height)) for top in range(0, height, rows))
 
 

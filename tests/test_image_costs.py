@@ -293,7 +293,7 @@ def peak(function):
     return status("VmHWM") - before
 
 side = 4000
-def encode(mode, format, **options):
+def encode(mode, format, side=side, **options):
     file = io.BytesIO()
     Image.new(mode, (side, side)).save(file, format, **options)
     return file.getvalue()
@@ -317,6 +317,10 @@ for mode, format, options in (
     whole = peak(lambda: load_image(content))
     print(mode, format, *options, 0 if whole <= decoder + side**2 else whole / side**2, sep=",")
 
+for mode in ("I", "F", "RGBA"):
+    content = encode(mode, "TIFF", side=1100, compression="tiff_lzw")
+    print(mode, "small", peak(lambda: load_image(content)) / 1100**2, sep=",")
+
 import numpy as np
 import torch
 for kind in ("uint8", "uint16", "float16", "float32", "float64"):
@@ -336,5 +340,5 @@ def test_memory_is_at_most_three_times_the_pictures_or_the_decoders():
     run = subprocess.run([sys.executable, "-c", MEMORY, profile], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     rows = [line.split(",") for line in run.stdout.split()]
-    assert len(rows) == 43
+    assert len(rows) == 46
     assert [row for row in rows if float(row[-1]) > 3 * 3] == []

@@ -416,9 +416,9 @@ def test_bands_are_turned_upright_one_by_one(monkeypatch, mode, orientation):
 
 
 def test_a_picture_and_its_file_are_changed_apart(tmp_path):
-    """They share memory until one of them is."""
     image = picture(20, 10)
     image.save(tmp_path / "image.png")
+    image.save(tmp_path / "image.bmp")  # whose pixels Pillow maps from the file
     for change, other in ((0, 1), (1, 0)):
         with Image.open(tmp_path / "image.png") as file:
             both = [file, load_image(file)]
@@ -427,8 +427,16 @@ def test_a_picture_and_its_file_are_changed_apart(tmp_path):
             assert both[change].tobytes() != image.tobytes() == both[other].tobytes()
     file = Image.open(tmp_path / "image.png")
     loaded = load_image(file)
+    loaded.load()[0, 0] = file.load()[1, 1] = (1, 2, 3)
+    assert loaded.getpixel((1, 1)) == image.getpixel((1, 1)) and file.getpixel((0, 0)) == image.getpixel((0, 0))
+    file.frombytes(bytes(3 * 20 * 10))
     file.close()
+    loaded.putpixel((0, 0), image.getpixel((0, 0)))
     assert loaded.tobytes() == image.tobytes()
+    for name in ("image.png", "image.bmp"):
+        loaded = load_image(tmp_path / name)
+        loaded.load()[0, 0] = (1, 2, 3)
+        assert loaded.getpixel((0, 0)) == (1, 2, 3) != load_image(tmp_path / name).getpixel((0, 0))
 
 
 def test_a_picture_stays_when_its_file_shows_another_frame():
