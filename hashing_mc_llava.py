@@ -40,6 +40,15 @@ def hash_tensors(tensors) -> str:
     return digest.hexdigest()
 
 
+def adapter_states(module: nn.Module) -> list[tuple]:
+    """Of each layer with PEFT's adapters: whether they are disabled, which are active, and the factor of each."""
+    return [
+        (layer.disable_adapters, layer.active_adapters, getattr(layer, "scaling", None))
+        for layer in module.modules()
+        if isinstance(getattr(layer, "disable_adapters", None), bool)  # without adapters it is a method
+    ]
+
+
 def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
     """
     The sum of each tensor's mixed words on a CPU, in blocks that stay in a core's cache. Each thread sums other
@@ -116,4 +125,4 @@ def _mix(
     return mixed
 
 
-__all__ = ["hash_tensors"]
+__all__ = ["adapter_states", "hash_tensors"]

@@ -44,7 +44,7 @@ from .encoded_images_mc_llava import (
     sum_per_image,
 )
 from .generation_mc_llava import CACHE, CACHE_NAMES, MCLlavaGenerationMixin, one_cache
-from .hashing_mc_llava import hash_tensors
+from .hashing_mc_llava import adapter_states, hash_tensors
 from .precision_mc_llava import warn_of_float16
 from .zoom_mc_llava import MCLlavaZoomMixin, refuse_zoom
 
@@ -596,7 +596,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
     def hash_encoder(self) -> str:
         """
         A hash of everything that `EncodedImages` depend on: the weights of vision tower, coordinate embedding and
-        projector, and which of PEFT's adapters in them are active.
+        projector, and which of PEFT's adapters in them are active, with which factor.
 
         It is computed at each call, because there is no reliable way to tell that weights have changed.
 
@@ -605,12 +605,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
         """
         parts = (self.model.vision_tower, self.model.coord_embed, self.model.multi_modal_projector)
         weights = hash_tensors(tensor for part in parts for tensor in read_weights(part).values())
-        adapters = [
-            (module.disable_adapters, module.active_adapters)
-            for part in parts
-            for module in part.modules()
-            if isinstance(getattr(module, "disable_adapters", None), bool)  # without adapters it is a method
-        ]
+        adapters = [state for part in parts for state in adapter_states(part)]
         return hashlib.sha256(f"{weights} {adapters}".encode()).hexdigest()
 
     @can_return_tuple

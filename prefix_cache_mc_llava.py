@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from itertools import chain
 from threading import Lock
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .encoded_images_mc_llava import read_integers
+from .hashing_mc_llava import adapter_states
 
 
 SAMPLE = 4096  # values of each weight that are compared, spread evenly
@@ -176,7 +178,7 @@ class PrefixCache:
         if not is_left:
             raise ValueError("a prefix cache needs prompts that are padded on the left: pad them there")
         starts = [attention_mask.shape[1] - count for count in counts]
-        names = [name_tokens(made_by, row[start:]) for row, start in zip(embeds, starts)]
+        names = [name_tokens(made_by, row[start:]) for row, start in zip(read_bytes(embeds), starts)]
         prompts = Prompts(starts, names)
         cache = DynamicCache(config=model.config.get_text_config())
         cache.layers = [RoomyLayer() for _ in cache.layers]
@@ -207,9 +209,10 @@ class PrefixCache:
             repeats: how many rows of `cache` each prompt has.
         """
         length = cache.get_seq_length()
+        new = None if new_embeds is None else read_bytes(new_embeds)
         for row, (start, names) in enumerate(zip(prompts.starts, prompts.names)):
-            if new_embeds is not None:
-                names = names + name_tokens(names[-1], new_embeds[row]) if names else []
+            if new is not None:
+                names = names + name_tokens(names[-1], new[row]) if names else []
             names = names[: length - start]
             layers = [(layer.keys[row * repeats], layer.values[row * repeats]) for layer in cache.layers]
             self._put(names, start, layers)
@@ -289,17 +292,22 @@ class PrefixCache:
                 del self._tokens[name]
 
 
-def name_tokens(before: bytes, embeds: torch.Tensor) -> list[bytes]:
+def read_bytes(embeds: torch.Tensor) -> np.ndarray:
+    """float[batch, length, hidden] as uint8[batch, length, bytes] on the host, in one copy."""
+    return embeds.detach().contiguous().view(torch.uint8).cpu().numpy()
+
+
+def name_tokens(before: bytes, embeds: np.ndarray) -> list[bytes]:
     """
     A name for each token: a digest of all that its keys and values depend on, which are the weights, the dtype, and
     the embeddings up to it.
 
     Args:
         before: the name of the token before them or, at the start of a prompt, what `describe_language_model` returns.
-        embeds: float[length, hidden].
+        embeds: uint8[length, bytes], of `read_bytes`.
     """
     names, name = [], before
-    for row in embeds.detach().contiguous().view(torch.uint8).cpu().numpy():
+    for row in embeds:
         name = hashlib.sha256(name + row.tobytes()).digest()
         names.append(name)
     return names
@@ -311,10 +319,7 @@ def describe_language_model(model) -> bytes:
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     language_model, digest = model.model.language_model, hashlib.sha256()
     digest.update(f"{autocast} {model.config.get_text_config().to_json_string()}".encode())
-    for module in language_model.modules():
-        if isinstance(getattr(module, "disable_adapters", None), bool):  # PEFT's; without adapters it is a method
-            state = module.disable_adapters, module.active_adapters, getattr(module, "scaling", None)
-            digest.update(str(state).encode())
+    digest.update(str(adapter_states(language_model)).encode())
     samples = {}
     for name, tensor in chain(language_model.named_parameters(), language_model.named_buffers()):
         for part in plain_tensors(tensor):

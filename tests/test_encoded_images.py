@@ -274,6 +274,16 @@ class TestHash:
         names = [name for name, _ in model.named_parameters() if "base_layer.weight" in name]
         assert names and (model.hash_encoder() == apart) == self.is_as_before(model, names)
 
+    def test_the_factor_of_an_adapter_is_noticed(self, inputs):
+        peft = pytest.importorskip("peft", reason='pip install "mc-llava[train]" to test adapters')
+        model = small_model()
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["linear_1"], init_lora_weights=False))
+        encoded = model.encode_images(**inputs)
+        model.model.multi_modal_projector.linear_1.set_scale("default", 0.5)
+        assert not torch.equal(model.encode_images(**inputs).features, encoded.features)
+        with pytest.raises(ValueError, match="other weights of vision tower.* encode them again"):
+            model.generate(**text_of(inputs), image_features=encoded)
+
     @staticmethod
     def is_as_before(model, names) -> bool:
         fresh, weights = small_model().state_dict(), model.state_dict()

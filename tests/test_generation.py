@@ -9,7 +9,7 @@ from transformers import GenerationConfig, TextStreamer
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
-from mc_llava import CROPS_PER_PASS, Crop, MCLlavaModel, SuppressToken
+from mc_llava import CROPS_PER_PASS, Crop, MCLlavaModel, PrefixCache, SuppressToken
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(2000, 300)]
@@ -301,6 +301,14 @@ class TestReads:
         assert len(many["pixel_values"]) > 2 * CROPS_PER_PASS
         for options in ({}, {"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}, {"output_logits": True}):
             assert 1 <= len(self.count(model, many, **options)) == len(one) <= 4
+
+    def test_a_prefix_cache(self, model, processor):
+        """As many for one row as for three, those that it reads the weights and embeddings with included."""
+        found = []
+        for texts, images in ((TEXTS[:1], NESTED[:1]), ([*TEXTS, "No image"], [*NESTED, []])):
+            inputs, kept = processor(texts, images, max_crops=3), PrefixCache()
+            found += [len(self.count(model, inputs, prefix_cache=kept)) for _ in range(2)]
+        assert len(set(found)) == 1 and found[0] <= 6
 
     def test_features(self, model, processor):
         few = processor(TEXTS[:1], NESTED[:1], max_crops=0)

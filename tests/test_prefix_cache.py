@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import TextIteratorStreamer
 from transformers.cache_utils import DynamicLayer
 
-from mc_llava import PrefixCache
+from mc_llava import MCLlavaForConditionalGeneration, PrefixCache
 from mc_llava.engine import GREEDY, Engine, ask_about
 from mc_llava.prefix_cache_mc_llava import ROOM, RoomyLayer, can_keep_prefixes
 
@@ -238,11 +238,25 @@ def test_another_dtype_and_another_model(processor):
         lambda: ask(model, inputs, prefix_cache=kept),
         lambda: ask(small_model(1), inputs, prefix_cache=kept),
         lambda: ask(model.bfloat16(), inputs, prefix_cache=kept),
-        lambda: autocast(model.float(), inputs, prefix_cache=kept),
+        lambda: ask(model.float(), inputs, prefix_cache=kept),
+        lambda: autocast(model, inputs, prefix_cache=kept),
     ):
         change()
         assert kept.reused == 0
     assert autocast(model, inputs, prefix_cache=kept) == autocast(model, inputs) and kept.reused > 0
+
+
+def test_the_same_weights_in_a_model_that_computes_otherwise(model, processor):
+    kept, config = PrefixCache(), copy.deepcopy(model.config)
+    config.text_config.rope_parameters["rope_theta"] = 100.0
+    other = MCLlavaForConditionalGeneration._from_config(config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    weights, same = (each.model.language_model.get_parameter("layers.0.mlp.fc1.weight") for each in (model, other))
+    assert weights.data_ptr() == same.data_ptr()
+    for each in (model, other.eval()):
+        assert ask(each, inputs, prefix_cache=kept) == ask(each, inputs)
+    assert kept.reused == 0
 
 
 def autocast(model, inputs, **options) -> list:
@@ -264,9 +278,14 @@ def test_adapters(processor):
     def change_nothing():
         pass
 
+    def scale():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.set_scale("default", 0.5)
+
     for change, is_known in (
         (change_nothing, False),
         (change_nothing, True),
+        (scale, False),
         (adapted.merge_adapter, False),
         (adapted.unmerge_adapter, False),
         (adapted.disable_adapter_layers, False),
@@ -315,6 +334,18 @@ def test_a_bound_may_be_a_float(model, processor, max_bytes):
     inputs = processor("What is it?", IMAGES[0], **KNOBS)
     assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
     assert kept.reused == min(inputs["input_ids"].shape[1] - 1, max_bytes // TOKEN_BYTES)
+
+
+def test_what_is_used_least_recently_is_dropped(model, processor):
+    red, blue, green = (processor("What is it?", image, **KNOBS) for image in IMAGES)
+    ask(model, red, prefix_cache=(kept := PrefixCache()))
+    one = kept.nbytes
+    kept = PrefixCache(max_bytes=2 * one)
+    for inputs in (red, blue, red, green):
+        ask(model, inputs, prefix_cache=kept)
+    reused = kept.reused
+    ask(model, red, prefix_cache=kept)
+    assert kept.reused - reused == red["input_ids"].shape[1] - 1, "all but the last token"
 
 
 def test_what_is_used_last_stays(model, processor):
