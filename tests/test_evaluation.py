@@ -26,6 +26,7 @@ from helpers import ROOT, picture, prompt
 from PIL import Image
 
 from mc_llava import MCLlavaForConditionalGeneration, cli, loading, scenes
+from mc_llava.ahead import Ahead
 from mc_llava.engine import Engine, ask_about
 from mc_llava.evaluation import running, tasks
 from mc_llava.evaluation.comparison import compare
@@ -689,6 +690,23 @@ class TestFailures:
             run("textvqa", engine, tmp_path / "results", data)
         assert len(run("textvqa", engine, tmp_path / "results", data)["questions"]) == 4
         assert len(calls) == 3, "the first batch was not asked again"
+
+    def test_ctrl_c_ends_what_is_prepared_ahead(self, engine, tmp_path, monkeypatch):
+        begun = []
+
+        class Noted(Ahead):
+            def __init__(self, *arguments):
+                begun.append(self)
+                super().__init__(*arguments)
+
+        def interrupt(conversations, **options):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(running, "Ahead", Noted)
+        monkeypatch.setattr(engine, "answer", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            run("scenes", engine, tmp_path, limit=9)
+        assert len(begun) == 2 and all(work._is_stopped for work in begun)
 
     def test_out_of_memory(self, engine, images, tmp_path, monkeypatch):
         """A batch is asked again one by one, when its tensors are gone; a single question ends the run."""

@@ -156,6 +156,10 @@ class TestFloat16:
         small_model().half().generate(torch.tensor([[5, 6]]), max_new_tokens=1)
         assert len(self.warnings(caplog)) == 1
 
+    def test_pictures_alone(self, processor, caplog):
+        small_model().half().encode_images(**processor("What?", picture(40, 30)))
+        assert len(self.warnings(caplog)) == 1
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_others_are_not_warned(self, processor, caplog, dtype):
         small_model().to(dtype).generate(**processor("What?", picture(40, 30)), max_new_tokens=1)

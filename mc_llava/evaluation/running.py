@@ -2,7 +2,8 @@
 Puts a task's questions to a model and writes what it said: `TASK.json`, a record per question and the scores.
 
 While a task runs, its journal is `TASK.partial.jsonl`. Batches depend on the data set and the batch size alone, so
-that an interrupted run ends in the same file as an uninterrupted one, unless the engine has a prefix cache.
+that an interrupted run ends in the same file as an uninterrupted one, unless the engine has a prefix cache, or float
+rounding decides about a picture that recurs: its features were in the cache, or are encoded with others'.
 """
 
 import hashlib
