@@ -12,6 +12,7 @@ LINE = {
     "what": "A picture to tensors.",
     "device": "a card",
     "threads": 2,
+    "rounds": 3,
     "parts": {
         "time (s)": {
             "before": {"median": 0.5, "least": 0.4, "most": 0.6},
@@ -35,6 +36,7 @@ def test_trees_alternate_and_pairs_are_compared(monkeypatch, tmp_path):
     record = benchmark.compare("preprocess", {"before": "old", "after": "new"}, options)
     assert asked == ["old", "new"] * 3
     found = record["parts"]["time (s)"]
+    assert record["rounds"] == 3
     assert [found[label]["median"] for label in ("before", "after", "ratio")] == [8, 2, 0.25]
     assert (found["ratio"]["least"], found["ratio"]["most"]) == (0.25, 0.5)
 
@@ -50,7 +52,7 @@ def test_the_newest_line_of_a_row_and_device_is_in_the_table(monkeypatch, tmp_pa
     text = page.read_text()
     assert text.startswith("Before.\n") and text.endswith("\nAfter.\n")
     assert "old" not in text and text.count("A picture to tensors.") == 2
-    assert "| 0.5 | 0.25 | 0.5 (0.45 to 0.55) | a card, 2 threads |" in text
+    assert "| 0.5 | 0.25 | 0.5 (0.45 to 0.55) | 3 | a card, 2 threads |" in text
     page.write_text("no markers")
     with pytest.raises(SystemExit, match="lacks the markers"):
         benchmark.write_table()
