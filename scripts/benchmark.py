@@ -441,9 +441,9 @@ def device_name(device: str) -> str:
         return torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
-    return next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    cores = fields.get("cpu cores")
+    return fields.get("model name", platform.machine()) + (f", cores: {cores}" if cores else "")
 
 
 def measure(name: str, tree: Path, folder: str, options: argparse.Namespace) -> dict:
@@ -510,7 +510,7 @@ def write_table():
         for part, found in record["parts"].items():
             before, after = (show(found.get(label)) for label in ("before", "after"))
             ratio = show(found.get("ratio"), with_spread=True)
-            row = [record["what"], part, before, after, ratio, record["rounds"], machine]
+            row = [record["what"], part, before, after, ratio, record.get("rounds", ""), machine]
             text.append(f"| {' | '.join(map(str, row))} |")
     head, start, rest = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])
     _, end, tail = rest.partition(MARKERS[1])
