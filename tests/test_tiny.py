@@ -63,6 +63,16 @@ def test_the_pages_have_the_studys_tables(page):
     assert changed != text and make_tables.renewed(page, changed) == text
 
 
+def test_no_table_is_missing():
+    text = (ROOT / "docs" / "tiny.md").read_text()
+    for table in make_tables.all_tables():
+        assert "\n".join(table) in text
+        with pytest.raises(ValueError, match="no table with the head"):
+            make_tables.renewed("docs/tiny.md", text.replace("\n".join(table), ""))
+    with pytest.raises(ValueError, match="no table with the head"):
+        make_tables.renewed("README.md", "no tables")
+
+
 def test_a_row_that_the_study_lacks_is_an_error():
     table = ["| a | b | c | d |", "|---|---|---|---|", "| 1 | 2 | 3 | x |"]
     with pytest.raises(ValueError, match="no row for the knobs 1 2 4"):
