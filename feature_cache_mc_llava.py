@@ -5,7 +5,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from threading import Lock
 from weakref import WeakValueDictionary
 
@@ -114,7 +114,7 @@ class FeatureCache:
             for index in missing:
                 image, crop = crops[index]
                 boxes.setdefault(image, []).append(crop.box)
-            return model.model.encode_each(one_ahead(_look_up_pixels(boxes, device)))
+            return model.model.encode_passes(one_ahead(_look_up_pixels(boxes, device)))
 
         with torch.no_grad():
             keys = [((*image.name, *made_by), crop.box) for image, crop in crops]
@@ -189,7 +189,8 @@ class FeatureCache:
         Args:
             keys: (what `picture_key` returns, box) of each crop.
             counts: how many patches are asked for of each crop.
-            encode: given the indices of new crops, in order, returns all patches of each.
+            encode: given the indices of new crops, returns all patches of these, in order, in parts of
+                float[crops, patches, vision_hidden].
         """
         asked, of_picture = {}, Counter()
         for key, count in zip(keys, counts):
@@ -204,12 +205,14 @@ class FeatureCache:
             self.hits += len(pictures) - len(incomplete)
         if missing:
             numbers = {key: index for index, key in reversed(list(enumerate(keys)))}
-            for key, patches in zip(missing, encode([numbers[key] for key in missing]), strict=True):
-                found[key] = patches[-asked[key] :].clone()  # a view would keep the whole pass in memory
-                row = patches[0].nbytes
+            passes = encode([numbers[key] for key in missing])
+            each = _split_passes(passes, [asked[key] for key in missing])
+            for key, (last, patches) in zip(missing, each, strict=True):
+                found[key] = last
+                row = last.nbytes // len(last)
                 # What is too large for the cache must not empty it.
                 if of_picture[key[0]] * row <= self.max_bytes:
-                    kept = patches[1:].clone() if self.all_patches else found[key]
+                    kept = patches[1:].clone() if self.all_patches else last
                     self._put(key, _KeptCrop(kept, asked[key]))
         return [found[key][-count:] for key, count in zip(keys, counts)]
 
@@ -246,6 +249,22 @@ class FeatureCache:
                 else:
                     _, dropped = self._crops.popitem(last=False)
                     self.nbytes -= dropped.patches.nbytes
+
+
+def _split_passes(passes: Iterable[torch.Tensor], counts: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """
+    Of each crop i, the last `counts[i]` patches in memory of their own, and a view of all patches, which would keep
+    the whole pass in memory.
+
+    One operator copies all crops with equal counts: after each operator, this thread may have to wait for others to
+    let go of Python.
+    """
+    counts = iter(counts)
+    for patches in passes:
+        stop = 0
+        for count, group in groupby(islice(counts, len(patches))):
+            start, stop = stop, stop + len(list(group))
+            yield from zip(torch.unbind_copy(patches[start:stop, -count:]), patches[start:stop])
 
 
 def _look_up_pixels(boxes: "dict[PreparedImage, list[Box]]", device: torch.device) -> Iterator[torch.Tensor]:

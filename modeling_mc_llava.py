@@ -339,9 +339,9 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
             ]
         )
 
-    def encode_each(self, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
+    def encode_passes(self, parts: Iterable[torch.Tensor]) -> Iterator[torch.Tensor]:
         """
-        All patches of each crop, one crop after another: float[patches, vision_hidden].
+        All patches of crops, in order, pass by pass: float[crops, patches, vision_hidden].
 
         Args:
             parts: float[crops, 3, side, side] each, of any sizes. Each pass has `CROPS_PER_PASS` crops of them.
@@ -352,10 +352,10 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 held.append(part[:free])
                 part, free = part[free:], free - len(held[-1])
                 if not free:
-                    yield from self.encode_crops(_join(held).to(self.vision_tower.dtype))
+                    yield self.encode_crops(_join(held).to(self.vision_tower.dtype))
                     held, free = [], CROPS_PER_PASS
         if held:
-            yield from self.encode_crops(_join(held).to(self.vision_tower.dtype))
+            yield self.encode_crops(_join(held).to(self.vision_tower.dtype))
 
     def add_positions(
         self, hidden_states: torch.Tensor, crop_coords: torch.Tensor, crop_num_tokens: torch.LongTensor

@@ -284,7 +284,7 @@ class MCLlavaZoomMixin:
         else:
             keys = [(view.key, crop.box) for view, crop in new]
             tokens = feature_cache.look_up(
-                keys, counts, lambda missing: self.model.encode_each([pixels(set(missing))])
+                keys, counts, lambda missing: self.model.encode_passes([pixels(set(missing))])
             )
         for (view, _), kept in zip(new, tokens):
             view.patches.append(kept)

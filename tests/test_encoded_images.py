@@ -483,12 +483,24 @@ class TestFeatureCache:
         cache.encode(model, processor.image_processor, IMAGES[:1], max_crops=0, num_tokens=6)
         assert passes == [4, 1], "one more token"
 
+    @pytest.mark.parametrize("all_patches", [True, False])
+    def test_kept_patches_do_not_keep_their_pass(self, model, processor, passes, all_patches):
+        cache, asked = FeatureCache(all_patches=all_patches), {"max_crops": 8, "num_tokens": 20}
+        encoded = cache.encode(model, processor.image_processor, IMAGES, **asked)
+        assert sum(passes) == len(cache) > len(IMAGES)
+        counts = [count for image in encoded for count in image.crop_num_tokens.tolist()]
+        assert len(set(counts)) > 2, "crops of a pass give different numbers of tokens"
+        kept = [crop.patches for crop in cache._crops.values()]
+        assert [len(patches) for patches in kept] == ([PATCHES] * len(kept) if all_patches else counts)
+        assert all(patches.untyped_storage().nbytes() == patches.nbytes for patches in kept)
+        assert cache.nbytes == sum(patches.nbytes for patches in kept)
+
     def test_a_slower_thread_leaves_longer_patches(self, model, processor, passes):
         cache, asked = FeatureCache(all_patches=False), {"max_crops": 0}
 
         def encode_more(missing):
             cache.encode(model, processor.image_processor, IMAGES[:1], **asked, num_tokens=10)
-            return iter([torch.zeros(1 + PATCHES, ROW // 4)])
+            return iter([torch.zeros(1, 1 + PATCHES, ROW // 4)])
 
         cache.encode(model, processor.image_processor, IMAGES[:1], **asked, num_tokens=5)
         ((key, _),) = cache._crops.items()
