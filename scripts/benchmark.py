@@ -504,13 +504,13 @@ def write_table():
     """Writes the newest line of each row and device into the page, between its markers."""
     lines = SAVED.read_text(encoding="utf-8").splitlines()
     newest = {(record["row"], record["device"]): record for record in map(json.loads, lines)}
-    text = ["| | | before | after | ratio | pairs | machine |", "|---|---|---|---|---|---|---|"]
+    text = ["| row | what | | before | after | ratio | pairs | machine |", "|---|---|---|---|---|---|---|---|"]
     for record in newest.values():
         machine = f"{record['device']}, {record['threads']} thread{'s' * (record['threads'] > 1)}"
         for part, found in record["parts"].items():
             before, after = (show(found.get(label)) for label in ("before", "after"))
             ratio = show(found.get("ratio"), with_spread=True)
-            row = [record["what"], part, before, after, ratio, record.get("rounds", ""), machine]
+            row = [f"`{record['row']}`", record["what"], part, before, after, ratio, record.get("rounds", ""), machine]
             text.append(f"| {' | '.join(map(str, row))} |")
     head, start, rest = PAGE.read_text(encoding="utf-8").partition(MARKERS[0])
     _, end, tail = rest.partition(MARKERS[1])
