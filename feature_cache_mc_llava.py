@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
+from operator import itemgetter
 from threading import Lock
 from weakref import WeakValueDictionary
 
@@ -262,9 +263,11 @@ def _split_passes(passes: Iterable[torch.Tensor], counts: list[int]) -> Iterator
     counts = iter(counts)
     for patches in passes:
         stop = 0
-        for count, group in groupby(islice(counts, len(patches))):
-            start, stop = stop, stop + len(list(group))
-            yield from zip(torch.unbind_copy(patches[start:stop, -count:]), patches[start:stop])
+        each = zip(islice(counts, len(patches)), patches, strict=True)
+        for count, group in groupby(each, key=itemgetter(0)):
+            views = [view for _, view in group]
+            start, stop = stop, stop + len(views)
+            yield from zip(torch.unbind_copy(patches[start:stop, -count:]), views)
 
 
 def _look_up_pixels(boxes: "dict[PreparedImage, list[Box]]", device: torch.device) -> Iterator[torch.Tensor]:

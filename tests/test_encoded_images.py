@@ -495,6 +495,12 @@ class TestFeatureCache:
         assert all(patches.untyped_storage().nbytes() == patches.nbytes for patches in kept)
         assert cache.nbytes == sum(patches.nbytes for patches in kept)
 
+    @pytest.mark.parametrize("crops", [1, 3])
+    def test_as_many_crops_must_come_as_were_missing(self, crops):
+        keys = [(("picture",), (0, 0, side, side)) for side in (8, 9)]
+        with pytest.raises(ValueError, match="zip"):
+            FeatureCache().look_up(keys, [5, 5], lambda missing: [torch.zeros(crops, 1 + PATCHES, ROW // 4)])
+
     def test_a_slower_thread_leaves_longer_patches(self, model, processor, passes):
         cache, asked = FeatureCache(all_patches=False), {"max_crops": 0}
 
