@@ -9,13 +9,14 @@ alone turns rows into batches, with the loss on what the assistant says. LLaVA's
 """
 
 import codecs
+import hashlib
 import json
 import math
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,8 +41,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import Crop, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
 from .folders import find_model
-from .journal import check_utf8, replacing, storing, to_line, to_text
-from .loading import load_model, load_processor
+from .journal import check_utf8, difference, hash_file, replacing, storing, to_line, to_text, write_json
+from .loading import identify, load_model, load_processor
 
 
 IMAGE = "<image>"
@@ -57,9 +58,12 @@ PARTS = {
 # gradients would wait for one.
 UNREAD = "vision_tower.post_layernorm."
 LORA_TARGETS = r".*language_model\.layers\.\d+\..*(q_proj|k_proj|v_proj|dense|fc1|fc2)"
-checked = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+checked = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 
 BROKEN_FILE = "broken.jsonl"
+MADE_OF = "made_of.json"  # what a run's checkpoints depend on
+# Of a recipe: what a run can be resumed with other values of.
+FREE = ("images", "output", "max_broken", "epochs", "max_steps", "save_steps", "log_steps", "workers", "resume")
 ROWS_AT_ONCE = 10_000  # that wait for a thread
 DIVERGED = (
     "training has diverged. Start again in another output with a lower learning_rate or more warmup; the checkpoints "
@@ -189,7 +193,7 @@ def build_recipe(kind: type, values: dict):
 
 @dataclass
 class Rows:
-    """The rows of a file: good ones as {"id", "image", "messages"}, and broken ones with their reasons."""
+    """The rows of a file: good ones as {"row", "id", "image", "messages"}, and broken ones with their reasons."""
 
     good: list[dict] = field(default_factory=list)
     broken: list[dict] = field(default_factory=list)  # {"row": position in the file, "id", "reason"}
@@ -216,12 +220,15 @@ def read_rows(recipe: Recipe, processor: MCLlavaProcessor, context: int) -> Rows
 
     def read(position_and_entry):
         position, entry = position_and_entry
-        name = str(entry.get("id", position)) if isinstance(entry, dict) else str(position)
+        name = entry.get("id") if isinstance(entry, dict) else None
+        name = str(position if name is None else name)  # what exports a table writes null for no id
         try:
+            if isinstance(entry, ValueError):
+                raise entry
             check_text("the id", name)
             row = read_row(entry, recipe.images, special_tokens)
             check_room(row, processor, context - (0 if row["image"] is None else recipe.num_tokens[1]))
-            return row | {"id": name}
+            return row | {"id": name, "row": position}
         except ValueError as error:
             return {"row": position, "id": name, "reason": str(error)}
 
@@ -238,15 +245,25 @@ def read_rows(recipe: Recipe, processor: MCLlavaProcessor, context: int) -> Rows
 
 
 def read_entries(data: str) -> list:
-    """The values in a file of JSON or JSON lines, with or without a byte order mark, whatever they are."""
+    """
+    The values in a file of JSON or JSON lines, with or without a byte order mark, whatever they are. A line that is
+    not JSON becomes the ValueError that says why.
+    """
     try:
         content = Path(data).read_bytes().removeprefix(codecs.BOM_UTF8)
         check_utf8(content)
         if content.lstrip().startswith(b"["):
             return json.loads(content)
-        return [json.loads(line) for line in content.split(b"\n") if line.strip()]
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read {data} as JSON or JSON lines: {error}") from error
+    return [read_line(number, line) for number, line in enumerate(content.split(b"\n"), 1) if line.strip()]
+
+
+def read_line(number: int, line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"line {number} is not JSON: {error}")
 
 
 def check_text(kind: str, text: str):
@@ -319,9 +336,12 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     Read a recipe's data and name its broken rows in `output`/broken.jsonl. Each of several processes reads all.
 
     Raises:
-        ValueError: if there are more than `max_broken` of them, or none to train on, or `num_tokens` leaves no room in
-            the context.
+        ValueError: if there are more than `max_broken` of them, or none to train on, `num_tokens` leaves no room in
+            the context, or `output` is the model's folder.
     """
+    model = Path(find_model(recipe.model))
+    if model.exists() and model.resolve() == Path(recipe.output).resolve():
+        raise ValueError(f"{recipe.output} is the model to start from, which stays as it is: name another output")
     context = MCLlavaConfig.from_pretrained(find_model(recipe.model)).text_config.max_position_embeddings
     if recipe.num_tokens[1] >= context:
         raise ValueError(
@@ -367,7 +387,7 @@ class Collator:
         self.processor, self.recipe, self.context = processor, recipe, context
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
-        rng = random.Random(f"{self.recipe.seed} {[row['id'] for row in rows]}")
+        rng = random.Random(f"{self.recipe.seed} {[row['row'] for row in rows]}")
         knobs = [(rng.randint(*self.recipe.max_crops), rng.randint(*self.recipe.num_tokens)) for _ in rows]
         pictures = [None if row["image"] is None else load_image(Path(row["image"])) for row in rows]
         plans = [
@@ -432,6 +452,26 @@ class Collator:
 
 
 # Training
+
+
+def check_made_of(recipe: Recipe, rows: Rows):
+    """
+    Record in `output` what a run's checkpoints depend on.
+
+    Raises:
+        ValueError: if they are of a run with another model, other rows or other values of the recipe: rows would be
+            repeated or left out, or nothing learned at all.
+    """
+    path, digest = Path(recipe.output, MADE_OF), hashlib.sha256()
+    hash_file(digest, Path(recipe.data))
+    wanted = {name: value for name, value in asdict(recipe).items() if name not in FREE}
+    wanted |= {"model": identify(recipe.model), "data": f"sha256:{digest.hexdigest()}"}
+    wanted = json.loads(json.dumps(wanted | {"broken": [row["row"] for row in rows.broken]}))  # lists, not tuples
+    if last_checkpoint(path.parent) and path.exists():
+        if text := difference(json.loads(path.read_bytes()), wanted):
+            raise ValueError(f"{path.parent} was begun with {text}: name another output, or resume as it was begun")
+    elif is_main_process():
+        write_json(path, wanted)
 
 
 def last_checkpoint(output: Path) -> str | None:
@@ -546,7 +586,7 @@ def train(recipe: Recipe) -> Path:
 
     Raises:
         ValueError: if the data has too many broken rows, `num_tokens` leaves no room in the context, `output` has
-            checkpoints and `resume` is not set, or training diverges.
+            checkpoints and `resume` is not set or they are of another run, or training diverges.
         OSError: if a file can't be written. What was written before stays: see `resume`.
     """
     from datasets import Dataset
@@ -558,6 +598,7 @@ def train(recipe: Recipe) -> Path:
         raise ValueError(f"{output} holds {Path(checkpoint).name}: set resume to continue, or name another output")
     processor = load_processor(recipe.model)
     rows = check(recipe, processor)
+    check_made_of(recipe, rows)
 
     model, lora = build_trainee(recipe)
     collator = Collator(processor, recipe, model.config.text_config.max_position_embeddings)

@@ -50,11 +50,11 @@ def load_handler(folder: Path):
     return module
 
 
-def write_untrained_tiny(folder: Path, layers: int):
+def write_untrained_tiny(folder: Path, layers: int, seed: int = 0):
     """A random model of `tiny`'s kind with its processor, for what trains one."""
     from mc_llava.scenes import language_model  # needs the extra train, which vLLM's environment lacks
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     processor = language_model.build_processor()
     vision = language_model.vision_config(width=32, layers=layers)
     language_model.build_model(processor, vision, width=32, layers=layers).save_pretrained(folder)

@@ -272,6 +272,27 @@ def test_data_that_is_not_in_utf_8_is_refused(tmp_path, encoding):
             read_entries(str(tmp_path / "rows.json"))
 
 
+def test_a_line_that_is_cut_is_a_broken_row(recipe, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row()) + "\n\n" + json.dumps(row(id="y"))[:-9] + "\n")
+    found = check(
+        replace(recipe, data=str(tmp_path / "rows.jsonl"), max_broken=1), MCLlavaProcessor.from_pretrained(recipe.model)
+    )
+    (broken,) = found.broken
+    assert [row["id"] for row in found.good] == ["x"]
+    assert broken["row"] == 1 and broken["reason"].startswith("line 3 is not JSON")
+
+
+def test_rows_without_an_id_get_knobs_of_their_own(recipe, tmp_path):
+    """What exports a table writes null."""
+    (tmp_path / "rows.json").write_text(json.dumps([row(id=None), row(id=None), row()]))
+    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+    rows = check(replace(recipe, data=str(tmp_path / "rows.json")), processor).good
+    assert [row["id"] for row in rows] == ["0", "1", "x"]
+    collator = Collator(processor, replace(recipe, max_crops=(0, 100), num_tokens=(8, 728)), context=2048)
+    lengths = {collator([row])["input_ids"].shape[1] for row in rows}
+    assert len(lengths) == 3
+
+
 @pytest.mark.parametrize("lines", [False, True])
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
 def test_a_byte_order_mark(folder, recipe, tmp_path, lines, mark):
@@ -465,6 +486,42 @@ def test_training_lowers_the_loss_and_resumes_on_the_same_curve(recipe, tmp_path
     Path(output, "checkpoint-4", "trainer_state.json").unlink()
     train(replace(recipe, resume=True))
     assert losses(output) == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("changed", ["data", "broken", "model", "learning_rate"])
+def test_a_run_is_not_resumed_as_another(recipe, folder, tmp_path, changed):
+    """Its next rows would be others than those that are left."""
+    rows = read_entries(recipe.data)
+    begun = replace(recipe, data=str(tmp_path / "rows.json"), max_steps=2, max_broken=9, learning_rate=1e-4)
+    Path(begun.data).write_text(json.dumps([*rows, row(image="later.jpg")]))
+    train(begun)
+    again = replace(begun, resume=True, max_steps=4)
+    if changed == "data":
+        Path(begun.data).write_text(json.dumps(rows))
+    elif changed == "broken":
+        shutil.copytree(begun.images, tmp_path / "images")
+        shutil.copy(Path(begun.images, rows[0]["image"]), tmp_path / "images" / "later.jpg")
+        again = replace(again, images=str(tmp_path / "images"))
+    elif changed == "model":
+        again = replace(again, model=str(tmp_path / "model"))
+        write_untrained_tiny(tmp_path / "model", layers=1, seed=1)
+    else:
+        again = replace(again, learning_rate=1e-2)
+    with pytest.raises(ValueError, match=f"{begun.output} was begun with {changed} .* this run .*: name another"):
+        train(again)
+    assert list(losses(Path(begun.output))) == [1, 2]
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=2)])
+def test_the_model_to_start_from_is_not_overwritten(recipe, tmp_path, lora):
+    """Adapters would be merged into it again when the run is resumed."""
+    shutil.copytree(recipe.model, tmp_path / "model")
+    (tmp_path / "link").symlink_to("model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    changes = {"lora": lora, "train": ("projector",), "model": str(tmp_path / "model")}
+    with pytest.raises(ValueError, match="link is the model to start from.*name another output"):
+        train(replace(recipe, output=str(tmp_path / "link"), **changes))
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
 class TestAUsersOwnTrainer:
