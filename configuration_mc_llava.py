@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto import CONFIG_MAPPING
@@ -170,6 +171,8 @@ class MCLlavaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
+        if not isinstance(config_dict, dict):
+            raise ValueError(f"config.json must be an object, got {config_dict!r:.100}: fetch it again")
         config_dict = without_kernels(config_dict)
         if config_dict.get("model_type", cls.model_type) != cls.model_type:
             raise ValueError(
@@ -178,7 +181,11 @@ class MCLlavaConfig(PreTrainedConfig):
         for name in cls.sub_configs:
             if isinstance(config_dict.get(name), dict):
                 config_dict[name] = without_kernels(config_dict[name])
-        return super().from_dict(config_dict, **kwargs)
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except (StrictDataclassError, AttributeError, TypeError) as error:  # a value's type, or an unknown dtype
+            reason = " ".join(str(error).split())
+            raise ValueError(f"config.json has a wrong value ({reason}): fetch it again") from error
 
     @staticmethod
     def _sub_config(config: dict | PreTrainedConfig | None, default: dict) -> PreTrainedConfig:

@@ -319,10 +319,11 @@ class EndpointHandler:
         """The options with numbers of their types and `stop` as a list of strings, without those that are None."""
         options = {name: value for name, value in parameters.items() if value is not None}
         check_names(options, set(OPTIONS))
-        if is_same(options.get("temperature"), 0):  # how OpenAI's clients ask for greedy decoding
-            del options["temperature"]
         if not isinstance(options.get("do_sample", False), bool):
             raise ValueError(f"do_sample must be true or false, got {show(options['do_sample'])}")
+        if is_same(options.get("temperature"), 0):  # how OpenAI's clients ask for greedy decoding
+            del options["temperature"]
+            options["do_sample"] = False
         for name in NUMBERS.keys() & options.keys():
             options[name] = check_number(name, options[name], *NUMBERS[name])
         stops = options.get("stop", [])

@@ -130,16 +130,37 @@ def picture_suffixes() -> set[str]:
     return known | {".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif"}
 
 
+def walk(top: Path) -> Iterator[Path]:
+    """
+    All that is in a folder and its subfolders but for these. Links to folders are followed, to each folder once: a
+    link may lead back.
+
+    Raises:
+        ValueError: if a folder can't be read.
+    """
+
+    def refuse(error: OSError):
+        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+    entered = set()
+    for folder, subfolders, files in os.walk(top, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(folder)) in entered:
+            subfolders.clear()
+            continue
+        entered.add(real)
+        subfolders.sort()  # so that it is always the same way that leads to a folder
+        yield from (Path(folder, name) for name in files)
+
+
 class Folder:
-    """The images in a folder and its subfolders, by name."""
+    """The images in a folder and its subfolders, by name. Linked folders count, each folder once."""
 
     def __init__(self, path: Path):
         self.folder = path
         suffixes, self.names, self.left_out = picture_suffixes(), [], []
-        for file in path.rglob("*"):
+        for file in walk(path):
             is_picture = file.suffix.lower() in suffixes and file.is_file()
-            if not file.is_dir():
-                (self.names if is_picture else self.left_out).append(file.relative_to(path).as_posix())
+            (self.names if is_picture else self.left_out).append(file.relative_to(path).as_posix())
         self.names.sort()
         self.left_out.sort()
         # A file name can be bytes that are not UTF-8.

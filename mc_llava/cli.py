@@ -86,6 +86,8 @@ def ask(
 
     if show is not None and len(sources) > 1:
         raise ValueError(f"--show draws one picture, got {len(sources)}: ask about one, or leave it out")
+    if show is not None:
+        check_picture_file(show)
     images = [read_image(source) for source in sources]
     processor = load_processor(model)
     processor.apply_chat_template(ask_about([], question))  # a question that is refused waits for no weights
@@ -103,9 +105,6 @@ def ask(
     with crop_progress(engine.model, sum(map(len, plans)) + sum(closer)):
         asked = images if knobs["zoom"] else engine.encode(images, plans)
         (reply,) = engine.answer([ask_about(asked, question)], streamer)
-    if show is not None:
-        draw_looks(images[0], reply.images[0]).save(show)
-        say(f"wrote {show}")
     if as_json:
         answer = {
             "answer": reply.text,
@@ -119,6 +118,9 @@ def ask(
             "seconds": round(time.perf_counter() - start, 3),
         }
         print(json.dumps(answer, ensure_ascii=False))
+    if show is not None:  # last: the disk may be full
+        draw_looks(images[0], reply.images[0]).save(show)
+        say(f"wrote {show}")
 
 
 @app.command()
@@ -195,6 +197,7 @@ def crops(
     from .crop_grid import draw_crop_grid
     from .folders import read_plan_options
 
+    check_picture_file(Path(output))
     options = read_plan_options(model)
     for name, value in (("max_crops", max_crops), ("num_tokens", num_tokens)):
         if value is not None:
@@ -496,6 +499,16 @@ def read_image(source: str) -> "Image.Image":
     from . import load_image
 
     return load_image(sys.stdin.buffer.read() if source == "-" else source)
+
+
+def check_picture_file(path: Path):
+    """ValueError if a picture can't be written there, before there is one."""
+    from PIL import Image
+
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"the picture {path} can't be written: name a file in a folder that is there")
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"the format of the picture {path} is unknown: end its name in .png or .jpg")
 
 
 def check_revision(model: str, revision: str | None):

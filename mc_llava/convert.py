@@ -1,8 +1,8 @@
 """Converts a checkpoint in the published layout to a model folder that the Auto classes load."""
 
-import os
 import shutil
 from pathlib import Path
+from tempfile import mkdtemp
 
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError
@@ -25,7 +25,8 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
 
     Args:
         source: a folder, a Hub id, or "tiny" for the bundled checkpoint.
-        target: a folder that doesn't exist yet, or is empty. Files appear in it only once all of them are valid.
+        target: a folder that doesn't exist yet, or is empty. Until all files are valid, they are in a hidden folder
+            in the target, or next to where it will be.
         revision: branch, tag or commit of a Hub id.
         push_to_hub: repository id to upload the folder to, created if necessary.
 
@@ -34,8 +35,10 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
         OSError: if the disk is full.
     """
     target = Path(target).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f"{target} is not empty: pass a new or empty folder")
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target} is a file: pass a new or empty folder")
+    if target.exists() and (found := next(target.iterdir(), None)):
+        raise ValueError(f"{target} is not empty, it holds {found.name}: pass a new or empty folder")
     folder = Path(find_model(source))
     if folder.is_dir():
         if revision is not None:
@@ -46,10 +49,9 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
         patterns = ["*.json", "*.safetensors", "*.txt"]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
 
-    # Next to the target, or where its first missing parent will be, so that moving it is instant.
-    parent = next(parent for parent in target.parents if parent.is_dir())
-    unfinished = parent / f".{target.name}-{os.getpid()}"
-    unfinished.mkdir()
+    # On the target's file system, so that moving is instant: an empty target may be a mounted volume.
+    parent = next(parent for parent in (target, *target.parents) if parent.is_dir())
+    unfinished = Path(mkdtemp(prefix=f".{target.name}-unfinished-", dir=parent))
     try:
         with storing(target, "free some space and convert again, nothing was left behind"):
             _copy_weights(folder, unfinished)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import cached_assets_path
+from jinja2 import TemplateError
 from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -134,7 +135,18 @@ def quantization(name: str, dtype: torch.dtype) -> QuantizationConfigMixin:
 
 
 def load_processor(path: str, revision: str | None = None) -> MCLlavaProcessor:
-    return MCLlavaProcessor.from_pretrained(find_model(path), revision=revision or "main")
+    """
+    A model's processor, whose chat template was tried.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    try:
+        processor = MCLlavaProcessor.from_pretrained(find_model(path), revision=revision or "main")
+        processor.apply_chat_template([{"role": "user", "content": "Hello"}])
+    except (json.JSONDecodeError, AttributeError, TypeError, TemplateError) as error:
+        raise ValueError(f"the processor of {path} can't be loaded ({error}): fetch its files again") from error
+    return processor
 
 
 def identify(path: str, revision: str | None = None) -> str:

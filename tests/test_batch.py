@@ -139,6 +139,24 @@ def test_what_a_folder_leaves_out_is_told(tmp_path, converted):
         run(job(tmp_path, converted, source=str(tmp_path), question="What is it?"), tmp_path.parent / "out.jsonl")
 
 
+def test_linked_folders_are_entered_once(tmp_path):
+    for name in ("photos", "other/deep"):
+        (tmp_path / name).mkdir(parents=True)
+        picture(9, 9).save(tmp_path / name / "a.png")
+    (tmp_path / "photos" / "2023").symlink_to(tmp_path / "other")
+    (tmp_path / "photos" / "again").symlink_to(tmp_path / "other" / "deep")
+    (tmp_path / "other" / "up").symlink_to(tmp_path)  # a loop
+    rows = open_rows(tmp_path / "photos")
+    assert rows.names == ["2023/deep/a.png", "a.png"] and not rows.left_out
+
+
+@pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may read all folders")
+def test_a_folder_that_can_not_be_read_is_an_error(tmp_path):
+    (tmp_path / "closed").mkdir(mode=0)
+    with pytest.raises(ValueError, match="cannot read the folder .*closed"):
+        open_rows(tmp_path)
+
+
 def test_a_name_that_is_no_utf8_and_what_is_no_file(tmp_path):
     name = b"caf\xe9.png"
     try:

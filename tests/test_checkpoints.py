@@ -37,7 +37,7 @@ from mc_llava import (
 )
 from mc_llava import convert as convert_module
 from mc_llava.convert import convert
-from mc_llava.loading import load_model
+from mc_llava.loading import load_model, load_processor
 
 
 CODE_FILES = [f"{name}.py" for name in ROOT_FILES]
@@ -262,12 +262,31 @@ class TestConversion:
 
     def test_the_target_must_be_free(self, checkpoint, tmp_path):
         (tmp_path / "file").write_text("mine")
-        for target in (tmp_path, tmp_path / "file"):
-            with pytest.raises(ValueError, match="not empty"):
+        for target, reason in ((tmp_path, "is not empty, it holds file"), (tmp_path / "file", "is a file")):
+            with pytest.raises(ValueError, match=f"{reason}: pass a new or empty folder"):
                 convert(str(checkpoint), str(target))
         assert [path.name for path in tmp_path.iterdir()] == ["file"]
         (tmp_path / "empty").mkdir()
         assert (convert(str(checkpoint), str(tmp_path / "empty")) / "config.json").exists()
+
+    def test_unfinished_files_are_on_the_targets_disk_and_a_killed_run_is_in_nobodys_way(
+        self, checkpoint, tmp_path, monkeypatch
+    ):
+        """An empty target may be a mounted volume. In a container, each run has the number of the one before."""
+        found, copy = [], convert_module._copy_weights
+
+        def copy_and_leave(source, target):
+            copy(source, target)
+            found.append(target.parent)
+            shutil.copytree(target, f"{target}-killed")
+
+        monkeypatch.setattr(convert_module, "_copy_weights", copy_and_leave)
+        convert(str(checkpoint), str(tmp_path / "model"))
+        shutil.rmtree(tmp_path / "model")
+        convert(str(checkpoint), str(tmp_path / "model"))
+        (tmp_path / "volume").mkdir()
+        convert(str(checkpoint), str(tmp_path / "volume"))
+        assert found == [tmp_path, tmp_path, tmp_path / "volume"]
 
     def test_a_target_with_missing_parents_or_the_working_directory(self, checkpoint, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -609,6 +628,22 @@ class TestAutoClasses:
         processor.tokenizer.save_pretrained(tmp_path)
         assert "auto_map" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
         assert len(AutoTokenizer.from_pretrained(tmp_path)) == len(processor.tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", b'{"version": "1.0", "model": {'),
+        ("processor_config.json", b"[]"),
+        ("chat_template.jinja", b"{% for message in messages %}"),
+        ("chat_template.jinja", b"{{ messages[0].nothing.more }}"),
+    ],
+)
+def test_a_damaged_file_of_a_processor_is_an_error_that_names_the_folder(converted, tmp_path, name, content):
+    shutil.copytree(converted, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "model" / name).write_bytes(content)
+    with pytest.raises(ValueError, match="processor of .*/model can't be loaded .*fetch its files again"):
+        load_processor(str(tmp_path / "model"))
 
 
 class TestASavedImageProcessor:

@@ -88,6 +88,24 @@ def test_ask_zooms_and_shows_where(tmp_path):
     assert refused.returncode == 1 and b"--show draws one picture, got 2" in refused.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("nowhere/looks.png", b"name a file in a folder that is there"),
+        ("folder.png", b"name a file in a folder that is there"),
+        ("looks", b"end its name in .png or .jpg"),
+        ("looks.jp", b"end its name in .png or .jpg"),
+    ],
+)
+def test_a_picture_that_can_not_be_written_is_refused_before_anything_is_asked(tmp_path, name, reason):
+    (tmp_path / "folder.png").mkdir()
+    asked = run("ask", COFFEE, "Which?", "--show", tmp_path / name)
+    drawn = run("crops", COFFEE, "-o", tmp_path / name)
+    for refused in (asked, drawn):
+        assert refused.returncode == 1 and refused.stdout == b"" and reason in refused.stderr
+        assert b"pixels" not in refused.stderr and b"computing" not in refused.stderr
+
+
 def test_chat_zooms_for_each_question():
     questions = b"What is written on the blue sign?\nWhat color is the star?\n\n"
     result = run("chat", ROOT / "examples" / "scene1.jpg", "--zoom", 1, "--max-crops", 16, input=questions)

@@ -569,9 +569,21 @@ class TestVstar:
         annotation.write_text(json.dumps({"question": "What?", "options": ["a", "b"]}))
         (question,) = TASKS["vstar"].read(str(tmp_path))[1]
         assert question.image == annotation.with_suffix(".png")
-        annotation.write_text(json.dumps({"question": "What?", "options": []}))
-        with pytest.raises(ValueError, match="has no options: download"):
-            TASKS["vstar"].read(str(tmp_path))
+        lettered = tmp_path / "test_questions.jsonl"
+        for broken in ('{"question": "What?", "options": []}', '{"question": "What?", "options": 5}', "[]", "{", "{}"):
+            annotation.write_text(broken)
+            with pytest.raises(ValueError, match=r"cannot read .*sign\[1\].json .*: download V\*-bench again"):
+                TASKS["vstar"].read(str(tmp_path))
+        annotation.write_text(json.dumps({"question": "What?", "options": ["a", "b"]}))
+        for broken in (
+            "[]",
+            "{",
+            '{"image": "a.png", "label": "A"}',
+            '{"image": "a.png", "text": "?", "label": null}',
+        ):
+            lettered.write_text(broken)
+            with pytest.raises(ValueError, match=r"cannot read .*test_questions.jsonl .*: download V\*-bench again"):
+                TASKS["vstar"].read(str(tmp_path))
 
     def test_a_tie_is_wrong(self):
         assert running.is_best([-1.0, -1.0], 0) == running.is_best([float("nan")] * 2, 0) == 0

@@ -464,6 +464,7 @@ class TestSeed:
         greedy = choice(handler(ask(trial)))
         for options in ({"top_k": 1}, {"top_p": 0}, {"temperature": 0.01}):
             assert choice(handler(ask(trial, **{"temperature": 50, "seed": 1, **options}))) == greedy
+        assert choice(handler(ask(trial, **{**self.HOT, "seed": 1, "do_sample": True, "temperature": 0}))) == greedy
 
     @pytest.mark.parametrize("seed", [1.5, "1", True, [1], 2**63, float("nan"), float("inf"), {}], ids=str)
     def test_of_other_types(self, handler, trial, seed):

@@ -210,6 +210,7 @@ class TestRequests:
         asked = (
             ("Which?", {"max_new_tokens": 6}, lambda doc: [first, second]),
             ("What?", {"max_new_tokens": 3, "temperature": 0, "top_p": 1.0, "image_aspect_ratio": "pad"}, None),
+            ("Who?", {"max_new_tokens": 6, "temperature": 0, "do_sample": True}, None),
             ("Why?", {"max_new_tokens": 6}, lambda doc: [first]),
         )
         replies = plugin.generate_until([self.request("generate_until", 0, *request) for request in asked])

@@ -336,6 +336,25 @@ class TestConfig:
         with pytest.raises(ValueError, match=message):
             MCLlavaConfig(**changes)
 
+    @pytest.mark.parametrize(
+        "content",
+        [
+            [],
+            {"image_token_index": "3"},
+            {"projector_hidden_act": 1},
+            {"zoom_heads": [1]},
+            {"dtype": "x"},
+            {"vision_config": {"hidden_size": "x"}},
+            {"text_config": {"num_hidden_layers": 1.5}},
+            {"text_config": []},
+        ],
+        ids=str,
+    )
+    def test_a_file_with_a_value_of_another_type(self, tmp_path, content):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match="config.json .*: fetch it again"):
+            MCLlavaConfig.from_pretrained(tmp_path)
+
     @pytest.mark.parametrize("model_type", ["llava", "phi", "mc_llava", None])
     def test_a_file_of_another_model(self, tmp_path, model_type):
         small_config().save_pretrained(tmp_path)

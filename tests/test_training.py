@@ -272,10 +272,19 @@ def test_data_that_is_not_in_utf_8_is_refused(tmp_path, encoding):
             read_entries(str(tmp_path / "rows.json"))
 
 
+@pytest.mark.parametrize("name", ["epochs", "warmup", "learning_rate", "weight_decay"])
+def test_numbers_that_are_not_finite_are_refused_before_rows_are_read(recipe, name):
+    for number in ("inf", "nan"):
+        values = asdict(recipe) | {name: float(number)}
+        with pytest.raises(ValueError, match=f"the recipe is invalid: {name} .*finite"):
+            build_recipe(Recipe, values)
+
+
 def test_a_line_that_is_cut_is_a_broken_row(recipe, tmp_path):
     (tmp_path / "rows.jsonl").write_text(json.dumps(row()) + "\n\n" + json.dumps(row(id="y"))[:-9] + "\n")
     found = check(
-        replace(recipe, data=str(tmp_path / "rows.jsonl"), max_broken=1), MCLlavaProcessor.from_pretrained(recipe.model)
+        replace(recipe, data=str(tmp_path / "rows.jsonl"), max_broken=1),
+        MCLlavaProcessor.from_pretrained(recipe.model),
     )
     (broken,) = found.broken
     assert [row["id"] for row in found.good] == ["x"]

@@ -89,12 +89,13 @@ class MCLlavaForLmmsEval(lmms):
         # Tasks also have options for particular models, such as image_aspect_ratio: keep those that `generate` knows.
         known = self.engine.model.generation_config.to_dict()
         given = {name: value for name, value in batch[0].args[1].items() if name in known}
-        if not given.get("temperature"):
+        temperature = given.get("temperature")
+        given["do_sample"] = temperature != 0 and bool(given.get("do_sample", temperature))
+        if not given["do_sample"]:
             for name in ("temperature", "top_p", "top_k"):  # used only with sampling
                 given.pop(name, None)
-        options = {"do_sample": "temperature" in given, **given}
         conversations = [ask_about(self._images(request), request.args[0]) for request in batch]
-        replies = [reply.text for reply in self.engine.answer(conversations, **options)]
+        replies = [reply.text for reply in self.engine.answer(conversations, **given)]
         for end in until:
             replies = [reply.split(end)[0].strip() if end else reply for reply in replies]
         return replies

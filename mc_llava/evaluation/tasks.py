@@ -11,8 +11,10 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,7 @@ def load_rows(
     """
     try:
         import datasets
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise ValueError('reading data sets needs the package datasets: pip install "mc-llava[eval]"') from error
@@ -132,7 +135,7 @@ def load_rows(
         else:
             rows = datasets.load_dataset(source, config, split=split, streaming=True)
             count = rows.info.splits[split].num_examples if rows.info.splits else None
-    except (OSError, KeyError, HFValidationError) as error:
+    except (OSError, KeyError, HFValidationError, ArrowException) as error:
         raise ValueError(f"cannot read the data set {source} ({error}): check the path, or the network") from error
     return count, _without_decoding(rows, source, columns)
 
@@ -230,8 +233,12 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
 
     published, questions = {}, []
     if (lettered := folder / "test_questions.jsonl").exists():
-        lines = lettered.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a string may hold U+2028
-        published = {entry["image"]: entry for entry in map(json.loads, filter(str.strip, lines))}
+        with _naming(lettered):
+            lines = lettered.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a string may hold U+2028
+            entries = map(json.loads, filter(str.strip, lines))
+            published = {entry["image"]: (entry["text"], entry["label"]) for entry in entries}
+            if not all(map(is_text, chain(published, *published.values()))):
+                raise ValueError("image, text and label must be strings")
     for part in VSTAR_PARTS:
         for path in sorted((folder / part).glob("*.json")):
             neighbors = path.parent.glob(f"{glob.escape(path.stem)}.*")
@@ -239,23 +246,39 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
             if len(images) != 1:
                 raise ValueError(f"{path} has {len(images)} images next to it, expected 1: download V*-bench again")
             id = images[0].relative_to(folder).as_posix()
-            questions.append(_vstar_annotation(path, images[0], id, part, published.get(id)))
+            with _naming(path):
+                choice = _vstar_choice(json.loads(path.read_text(encoding="utf-8-sig")))
+            text, label = published.get(id) or _ask_for_letter(choice, id)
+            questions.append(Question(id, _with_letter_instruction(text), images[0], label, part, choice))
     return len(questions), questions
 
 
-def _vstar_annotation(path: Path, image: Path, id: str, part: str, published: dict | None) -> Question:
-    annotation = json.loads(path.read_text(encoding="utf-8-sig"))
-    if missing := [name for name in ("question", "options") if not annotation.get(name)]:
-        raise ValueError(f"the annotation {path} has no {missing[0]}: download V*-bench again")
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """ValueError that names the file of V*-bench from which something is missing."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot read {path} ({error!r}): download V*-bench again") from error
+
+
+def _vstar_choice(annotation: dict) -> Choice:
     options = annotation["options"]
-    choice = Choice(annotation["question"], tuple(options), right=0)  # the annotations put the right one first
-    if published:
-        text, label = published["text"], published["label"]
-    else:  # OCR and GPT4V-hard have no published order: one that depends on the image alone
-        order = random.Random(id).sample(range(len(options)), len(options))
-        letters = [f"({chr(65 + place)}) {options[index]}" for place, index in enumerate(order)]
-        text, label = "\n".join([annotation["question"], *letters]), chr(65 + order.index(0))
-    return Question(id, _with_letter_instruction(text), image, label, part, choice)
+    if not isinstance(options, list) or not options or not all(map(is_text, [annotation["question"], *options])):
+        raise ValueError("it must have a question and a list of options")
+    return Choice(annotation["question"], tuple(options), right=0)  # the annotations put the right one first
+
+
+def _ask_for_letter(choice: Choice, id: str) -> tuple[str, str]:
+    """The question with its options, and the right letter: OCR and GPT4V-hard have no published order."""
+    options = choice.options
+    order = random.Random(id).sample(range(len(options)), len(options))  # depends on the image alone
+    letters = [f"({chr(65 + place)}) {options[index]}" for place, index in enumerate(order)]
+    return "\n".join([choice.question, *letters]), chr(65 + order.index(0))
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _vstar_row(row: dict) -> Question:
