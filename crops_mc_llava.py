@@ -65,6 +65,7 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
     max_crops = check_knob("max_crops", max_crops, minimum=0)
     num_tokens = check_knob("num_tokens", num_tokens, minimum=1)
 
+    max_tokens_per_crop(side, patch_size)  # or `side` is too small
     base, columns, rows = plan_grid(width, height, min(max_crops, num_tokens - 1), side)
     stride = base // 2
     check_number(columns * rows + (columns * rows > 1))

@@ -7,8 +7,10 @@ import bisect
 import io
 import re
 import struct
+from collections.abc import Iterator
+from itertools import islice
 
-from PIL import Image
+from PIL import ExifTags, Image
 
 
 MAX_IMAGE_SIDE = 20_000  # pixels; Pillow's own Image.MAX_IMAGE_PIXELS bounds the area
@@ -19,7 +21,16 @@ MAX_ICONS = 256
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"zTXt", b"iTXt", b"iCCP")
 MAX_TEXTS = 64  # of a PNG
-MAX_CHUNKS = 4096  # of a PNG before its pixels
+PNG_PIXELS = (b"IDAT", b"fdAT", b"fcTL")
+PIXEL_BYTES = 256  # of each of these at least, on average; encoders write 8 KB and more
+MAX_CHUNKS = 4096  # of a PNG, a JPEG or a GIF besides those with pixels
+MAX_EXIFS = 64  # segments of a JPEG; Pillow copies those before for each
+TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+")  # Pillow takes wrong ones, too
+VALUE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), 1)) | {16: 8}  # of each type of a TIFF's values
+DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop)  # that a directory may name
+SHARED_BYTES = 2**20  # that tags may have in any file; encoders let few of them share their values
+MAX_TAGS = 2**16  # of a directory, as in any TIFF but a BigTIFF
+MAX_PARTS = 2**19  # strips or tiles of a TIFF
 MAX_TILE_PIXELS = 2**24  # that a TIFF's tiles may have beyond the picture's edges
 MAX_PYTHON_PIXELS = 2**24  # of a run-length encoded BMP, which Pillow decodes in Python
 MAX_COMMENTS = 10_000  # of a PPM in decimal numbers; Pillow copies the rest of the file for each
@@ -41,11 +52,11 @@ def check_size(width: int, height: int, name: str):
 
 def check_header(file, name: str):
     """
-    Check what `Image.open` would spend on an ICO, of which it decodes a picture, or on a PNG, whose text it inflates.
-    Files of other formats pass.
+    Check what `Image.open` would spend on an ICO, of which it decodes a picture, on a PNG, whose text it inflates, on
+    a GIF, whose comments it joins, and on the tags of a TIFF, or of the EXIF in a JPEG or an AVIF. Other formats pass.
 
     Raises:
-        ValueError: if there are too many icons or texts, or an icon is larger than icons are.
+        ValueError: if there are too many icons, texts, comments or tags, or an icon is larger than icons are.
     """
     file.seek(0)
     head = file.read(8)
@@ -53,6 +64,20 @@ def check_header(file, name: str):
         texts = sum(kind in PNG_TEXTS for kind, _ in _png_chunks(file, name))
         if texts > MAX_TEXTS:
             raise ValueError(f"{name} is a PNG of {texts} compressed texts, {MAX_TEXTS} are allowed: save it again")
+    elif head.startswith(b"\xff\xd8"):
+        file.seek(0)
+        check_tags(io.BytesIO(_join_exif(file, name)), name)
+    elif head.startswith(b"GIF8"):
+        _check_gif(file, name)
+    elif head[:4] in TIFF_SIGNATURES:
+        check_tags(file, name)
+    elif head[4:] == b"ftyp":
+        content = head + file.read()
+        signatures = list(islice(re.finditer(b"|".join(map(re.escape, TIFF_SIGNATURES)), content), MAX_EXIFS + 1))
+        if len(signatures) > MAX_EXIFS:
+            raise ValueError(f"{name} has EXIF in more than {MAX_EXIFS} places: save it again")
+        for found in signatures:
+            check_tags(io.BytesIO(content[found.start() :]), name)
     elif head.startswith(b"\0\0\1\0"):
         count = int.from_bytes(head[4:6], "little")
         if count > MAX_ICONS:
@@ -83,14 +108,92 @@ def _icon_size(file, name: str) -> tuple[int, int]:
 
 
 def _png_chunks(file, name: str) -> list[tuple[bytes, bytes]]:
-    """The kind and the first 8 bytes of each chunk of a PNG up to its pixels. The file stands behind the signature."""
-    chunks = []
-    while len(head := file.read(16)) == 16 and head[4:8] not in (b"IDAT", b"IEND"):
-        chunks.append((head[4:8], head[8:]))
-        if len(chunks) > MAX_CHUNKS:
-            raise ValueError(f"{name} is a PNG of more than {MAX_CHUNKS} chunks before its pixels: save it again")
-        file.seek(int.from_bytes(head[:4], "big") - 4, io.SEEK_CUR)  # 8 of its bytes are read, 4 of its checksum not
+    """
+    The kind and the first 8 bytes of each chunk of a PNG but those of its pixels. The file is behind its signature.
+    """
+    chunks, pixels, bytes_of_pixels = [], 0, 0
+    while len(head := file.read(16)) >= 8 and (kind := head[4:8]) != b"IEND":
+        length = int.from_bytes(head[:4], "big")
+        if kind in PNG_PIXELS:
+            pixels, bytes_of_pixels = pixels + 1, bytes_of_pixels + length
+        else:
+            chunks.append((kind, head[8:]))
+        if len(chunks) > MAX_CHUNKS or pixels > MAX_CHUNKS + bytes_of_pixels // PIXEL_BYTES:
+            raise ValueError(f"{name} is a PNG of more than {MAX_CHUNKS} chunks besides its pixels: save it again")
+        file.seek(length + 12 - len(head), io.SEEK_CUR)  # also over its checksum
     return chunks
+
+
+def _check_gif(file, name: str):
+    file.seek(10)
+    flags, blocks = file.read(3).ljust(1, b"\0")[0], 0
+    file.seek(3 << (flags & 7) + 1 if flags & 128 else 0, io.SEEK_CUR)  # its palette
+    while (kind := file.read(1)) not in (b"", b";", b","):  # its end, a picture
+        blocks += 1
+        if kind == b"!":
+            file.read(1)
+            while (length := file.read(1)) not in (b"", b"\0"):
+                file.seek(length[0], io.SEEK_CUR)
+                blocks += 1
+        if blocks > MAX_CHUNKS:
+            raise ValueError(f"{name} is a GIF of more than {MAX_CHUNKS} blocks before its pixels: save it again")
+
+
+def _join_exif(file, name: str) -> bytes:
+    """The EXIF of a JPEG, which starts here, as Pillow joins it from segments."""
+    parts, others = [], 0
+    for marker, length in _jpeg_segments(file):
+        if marker == 0xDA:  # pixels
+            break
+        if marker == 0xE1 and file.read(6) == b"Exif\0\0":
+            parts.append(file.read(max(length - 6, 0)))
+        else:
+            others += 1
+        if others > MAX_CHUNKS or len(parts) > MAX_EXIFS:
+            raise ValueError(
+                f"{name} is a JPEG of more than {MAX_CHUNKS} segments, or {MAX_EXIFS} with EXIF: save it again"
+            )
+    return b"".join(parts)
+
+
+def check_tags(file, name: str):
+    """
+    Check how much Pillow reads as a TIFF's tags. Before Pillow 13, it copies the values of each, which may all lie in
+    the same place.
+
+    Args:
+        file: all of it is a TIFF, or what EXIF has behind its own signature. Other content passes.
+
+    Raises:
+        ValueError: if the values have many more bytes than the file, or there are more strips or tiles than any
+            picture has.
+    """
+    size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    head = file.read(16).ljust(16, b"\0")
+    if head[:4] not in TIFF_SIGNATURES:
+        return
+    order, is_big = "<" if head.startswith(b"II") else ">", head[2] == 43  # as Pillow tells them
+    number, entry, at = (order + "Q", order + "HHQQ", 8) if is_big else (order + "H", order + "HHII", 4)
+    starts, total = [struct.unpack_from(entry[0] + entry[-1], head, at)[0]], 0
+    for start in starts:  # which grow
+        file.seek(min(start, size))
+        (count,) = struct.unpack(number, file.read(struct.calcsize(number)).ljust(struct.calcsize(number), b"\0"))
+        if count > MAX_TAGS:
+            raise ValueError(f"{name} has {count} tags in a directory, {MAX_TAGS} are allowed: save it again")
+        entries = file.read(min(count, size) * struct.calcsize(entry))
+        entries = entries[: len(entries) // struct.calcsize(entry) * struct.calcsize(entry)]
+        for tag, kind, values, place in struct.iter_unpack(entry, entries):
+            length = values * VALUE_BYTES.get(kind, 0)
+            if length > at and place + length > size:  # Pillow reads no further
+                break
+            total += length
+            if total > 4 * size + SHARED_BYTES:
+                raise ValueError(f"{name} has tags of more than {total} bytes, and {size} bytes: save it again")
+            if tag in (273, 279, 324, 325) and values > MAX_PARTS:
+                raise ValueError(f"{name} has {values} strips or tiles, {MAX_PARTS} are allowed: save it again")
+            if tag in DIRECTORIES and len(starts) <= len(DIRECTORIES):
+                starts.append(place)
 
 
 def check_work(image: Image.Image):
@@ -129,17 +232,21 @@ def _check_jpeg(image: Image.Image, file):
 
 def _count_scans(file, enough: int) -> int:
     """The scans up to the end of a JPEG, as libjpeg finds them, but no more than `enough`."""
-    scans = 0
+    return len(list(islice((marker for marker, _ in _jpeg_segments(file) if marker == 0xDA), enough)))
+
+
+def _jpeg_segments(file) -> Iterator[tuple[int, int]]:
+    """The marker of each segment of a JPEG, which starts here, and its length. The file stands where it begins."""
     file.seek(2, io.SEEK_CUR)
-    while scans < enough and (marker := _next_marker(file)) not in (None, 0xD9):
-        scans += marker == 0xDA
+    while (marker := _next_marker(file)) not in (None, 0xD9):
         if marker == 0x01 or marker == 0xD8:  # they have no length
             continue
         length = file.read(2)
         if len(length) < 2:
-            break
-        file.seek(max(int.from_bytes(length, "big") - 2, 0), io.SEEK_CUR)
-    return scans
+            return
+        position, length = file.tell(), max(int.from_bytes(length, "big") - 2, 0)
+        yield marker, length
+        file.seek(position + length)
 
 
 def _next_marker(file) -> int | None:

@@ -4,10 +4,13 @@ the way, which would be gigabytes for a whole picture. Imports neither torch nor
 """
 
 import io
+import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops
+
+from .image_costs_mc_llava import check_tags
 
 
 BAND_PIXELS, LEAST_BAND_PIXELS, BANDS = 2**19, 2**15, 32  # a picture has at least so many bands, if they aren't small
@@ -75,11 +78,21 @@ def array_to_rgb(read: Rows, size: tuple[int, int], name: str) -> Image.Image:
 def find_orientation(image: Image.Image) -> Image.Transpose | None:
     """What turns the image upright. A broken EXIF block says nothing."""
     try:
+        _check_exif(image)
         return UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
     except MemoryError:
         raise
     except Exception:  # Pillow raises errors of many types for broken data
         return None
+
+
+def _check_exif(image: Image.Image):
+    """`check_tags` of what `getexif` would read."""
+    exif, written = image.info.get("exif"), image.info.get("Raw profile type exif")
+    if exif is None and isinstance(written, str):  # by ImageMagick, in hexadecimal digits
+        exif = bytes.fromhex("".join(written.split("\n")[3:]))
+    if isinstance(exif, bytes):
+        check_tags(io.BytesIO(re.sub(rb"^(Exif\0\0){1,2}", b"", exif)), "EXIF")
 
 
 def _drop_broken_exif(image: Image.Image):

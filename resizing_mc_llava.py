@@ -169,14 +169,16 @@ def cut_on_device(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.T
 
 
 def _rows_first(box: Box, side: int) -> bool:
-    """Whether Pillow resizes the rows of a crop before its columns. Its rule was found by comparing pixels."""
+    """Whether Pillow resizes the rows of a crop before its columns. Its rules were found by comparing pixels."""
     left, top, right, bottom = box
-    return not _pillow_chooses() or bottom - top <= max(side, 2 * (right - left) - side)
+    if _pillow_chooses():
+        return bottom - top <= max(side, 2 * (right - left) - side)
+    return bottom - top <= max(side, 100 * (right - left))
 
 
 @cache
 def _pillow_chooses() -> bool:
-    """Whether the installed Pillow chooses the order of the two passes (13.0 does) or resizes rows first."""
+    """Whether the installed Pillow chooses the order of the two passes (13.0 does) or resizes rows first, mostly."""
     pixels = np.random.default_rng(0).integers(0, 2, (64, 16, 3), dtype=np.uint8) * 255
     tall, bicubic = Image.fromarray(pixels), Image.Resampling.BICUBIC
     rows_last = tall.resize((16, 24), bicubic).resize((24, 24), bicubic)

@@ -127,6 +127,7 @@ def plan_scouts(
     """
     check_sides(width, height)
     max_crops, num_tokens = check_knob("max_crops", max_crops, 0), check_knob("num_tokens", num_tokens, 1)
+    most = max_tokens_per_crop(side, patch_size)
     rounds, closer = count_closer(width, height, zoom, max_crops, num_tokens, side)
     if not rounds:
         return plan_crops(width, height, max_crops, num_tokens, side, patch_size)
@@ -134,7 +135,7 @@ def plan_scouts(
     check_number(scouts + 1)
     boxes = [(0, 0, width, height)]
     boxes = list(dict.fromkeys(boxes + tile(boxes[0], scouts, SCOUT_OVERLAP, least=side)))
-    return share_evenly(boxes, min(num_tokens, len(boxes) * max_tokens_per_crop(side, patch_size)))
+    return share_evenly(boxes, min(num_tokens, len(boxes) * most))
 
 
 def share_evenly(boxes: list[Box], num_tokens: int) -> list[Crop]:

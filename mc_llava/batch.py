@@ -17,7 +17,7 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 from threading import Lock
@@ -88,7 +88,9 @@ class Parquet:
         self.path, self.folder, self.data_error = path, path.parent, ArrowException
         try:
             self.file = ParquetFile(path)
-            self.columns = [name for name in COLUMNS if name in self.file.schema_arrow.names]
+            names = self.file.schema_arrow.names
+            has_images = "image" in names or "images" in names
+            self.columns = [name for name in COLUMNS if name in names] if has_images else names  # see `find_images`
             footer = self.file.metadata
             self.ends = list(accumulate(footer.row_group(group).num_rows for group in range(footer.num_row_groups)))
         except (ArrowException, ValueError, OverflowError) as error:
@@ -121,9 +123,13 @@ class Parquet:
                     raise
                 raise ValueError(f"cannot read row group {group} of {self.path}: {error}") from error
         start = self.ends[group] - len(self.table)
-        return self.table.slice(index - start, 1).to_pylist()[0]
+        try:
+            return self.table.slice(index - start, 1).to_pylist()[0]
+        except KeyError as error:  # of a time zone
+            raise ValueError(f"a value can't be read: {error}") from error
 
 
+@cache
 def picture_suffixes() -> set[str]:
     """Of the formats that `load_image` reads, with those that need a plugin: without it, their rows say so."""
     known = {suffix for suffix, format in Image.registered_extensions().items() if format in FORMATS}
@@ -197,14 +203,29 @@ def open_rows(source: str | os.PathLike) -> JsonLines | Parquet | Folder:
 
 
 def find_images(row: dict, folder: Path) -> list[str | bytes | Path]:
-    """What `load_image` reads for each image of a row: a file's path or bytes, or a data URI."""
+    """
+    What `load_image` reads for each image of a row: a file's path or bytes, or a data URI.
+
+    Raises:
+        ValueError: if an image has another form, or the row none, but something like one under another name.
+    """
     held = [cells for cells in (row.get("image"), row.get("images")) if cells is not None and cells != []]
     if not held:
+        if other := next((name for name, cell in row.items() if name not in COLUMNS and is_like_image(cell)), None):
+            raise ValueError(f"the row has no image, but {other!r:.80}, which looks like one: call it image or images")
         return []
     if len(held) > 1:
         raise ValueError("the row has both image and images: leave one of them out")
     cells = held[0]
     return [find_image(cell, folder) for cell in (cells if isinstance(cells, list) else [cells])]
+
+
+def is_like_image(cell: Any) -> bool:
+    if isinstance(cell, list):
+        return any(map(is_like_image, cell))
+    if isinstance(cell, str):
+        return cell.startswith("data:image/") or Path(cell[-20:]).suffix.lower() in picture_suffixes()
+    return isinstance(cell, bytes) or isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes)
 
 
 def find_image(cell: str | bytes | dict, folder: Path) -> str | bytes | Path:

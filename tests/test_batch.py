@@ -139,6 +139,28 @@ def test_what_a_folder_leaves_out_is_told(tmp_path, converted):
         run(job(tmp_path, converted, source=str(tmp_path), question="What is it?"), tmp_path.parent / "out.jsonl")
 
 
+@with_pyarrow
+def test_a_picture_under_another_name_is_not_left_out(tmp_path):
+    """The answer would come without it, and nothing would tell."""
+    import pyarrow
+    from pyarrow import parquet
+
+    picture(9, 9).save(tmp_path / "a.png")
+    content, question = (tmp_path / "a.png").read_bytes(), "What is it?"
+    lines = [{"img": "a.png"}, {"Image": "data:image/png;base64,AAAA"}, {"frames": ["a.png"]}, {"topic": "trees"}]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"question": question, **row}) for row in lines))
+    records = [record for record, _ in read_rows(tmp_path / "rows.jsonl")]
+    for record, name in zip(records, ("img", "Image", "frames")):
+        assert f"no image, but '{name}', which looks like one: call it image or images" in record["error"]
+    assert "error" not in records[3]
+
+    for cell in (content, {"bytes": content, "path": "a.png"}, "a.png"):
+        table = pyarrow.table({"picture": [cell], "question": [question]})
+        parquet.write_table(table, tmp_path / "rows.parquet")
+        ((record, _),) = read_rows(tmp_path / "rows.parquet")
+        assert "no image, but 'picture'" in record["error"]
+
+
 def test_linked_folders_are_entered_once(tmp_path):
     for name in ("photos", "other/deep"):
         (tmp_path / name).mkdir(parents=True)
@@ -188,6 +210,17 @@ def test_image_beside_images_and_empty_cells(tmp_path):
     assert errors[:3] == [""] * 3 and "both image and images" in errors[3]
     assert "not a regular file" in errors[4] and "no question" in errors[5]
     assert read_rows(tmp_path / "rows.jsonl", "What is it?")[5][0]["question"] == "What is it?"
+
+
+@with_pyarrow
+def test_a_time_zone_that_is_unknown_is_the_rows_error(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    ids = pyarrow.array([0], pyarrow.timestamp("us", tz="Nowhere/X"))
+    parquet.write_table(pyarrow.table({"id": ids, "question": ["What?"]}), tmp_path / "rows.parquet")
+    ((record, _),) = read_rows(tmp_path / "rows.parquet")
+    assert "Nowhere/X" in record["error"]
 
 
 @with_pyarrow

@@ -585,6 +585,17 @@ class TestVstar:
             with pytest.raises(ValueError, match=r"cannot read .*test_questions.jsonl .*: download V\*-bench again"):
                 TASKS["vstar"].read(str(tmp_path))
 
+    def test_a_missing_picture_is_a_failed_question(self, data, engine, tmp_path):
+        """As a link of the Hub's cache to a file that was deleted."""
+        shutil.copytree(data, tmp_path / "data")
+        (missing,) = (tmp_path / "data" / "OCR").glob("*.JPG")
+        missing.unlink()
+        missing.symlink_to(tmp_path / "nowhere")
+        results = run("vstar", engine, tmp_path / "results", tmp_path / "data")
+        assert results["failed"] == [missing.relative_to(tmp_path / "data").as_posix()]
+        assert "cannot read the image" in next(row["failed"] for row in results["questions"] if "failed" in row)
+        assert run("vstar", engine, tmp_path / "results", tmp_path / "data") == results
+
     def test_a_tie_is_wrong(self):
         assert running.is_best([-1.0, -1.0], 0) == running.is_best([float("nan")] * 2, 0) == 0
         assert running.is_best([-1.0, -2.0], 0) == 1

@@ -828,6 +828,8 @@ class TestImageProcessor:
             ({"do_resize": False}, "do_resize must be True, got False"),
             ({"do_center_crop": True}, "do_center_crop must be False"),
             ({"size": {"height": 30, "width": 20}}, "equal height and width"),
+            ({"size": 1}, "size 1 must hold at least 2 x 2 patches, got patch_size 14"),
+            ({"size": 1, "zoom": 1}, "size 1 must hold at least 2 x 2 patches, got patch_size 14"),
             ({"size": {"height": 20, "width": 20}}, "size 20 must hold at least 2 x 2 patches, got patch_size 14"),
         ],
     )

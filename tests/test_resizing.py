@@ -54,6 +54,18 @@ def test_every_bit_is_pillows(image_and_boxes, side, resample):
     np.testing.assert_array_equal(cut_crops(image, boxes, side, resample), cut_alone(image, boxes, side, resample))
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("beyond", [-1, 0, 1, 150])
+def test_every_bit_of_a_strip_is_pillows(width, beyond):
+    """Before 13, Pillow resizes the columns first if there are a hundred times as many rows."""
+    image = picture(width, 100 * width + beyond).point(lambda value: 255 * (value > 127))
+    for side in (7, 56, 96, 384):
+        boxes = [(0, 0, *image.size), (0, 0, width, image.height - 9)]
+        expected = cut_alone(image, boxes, side)
+        np.testing.assert_array_equal(cut_crops(image, boxes, side), expected)
+        np.testing.assert_array_equal(cut_on_device(torch.from_numpy(np.array(image)), boxes, side).numpy(), expected)
+
+
 @settings(max_examples=150, deadline=None)
 @given(pictures_with_boxes(), st.sampled_from([1, 7, 56, 96, 384]))
 def test_every_bit_on_a_device_is_pillows(image_and_boxes, side):

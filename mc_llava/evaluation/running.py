@@ -147,10 +147,16 @@ def check_questions(records: list[dict], questions: Iterable[Question], path: Pa
 
 
 def identify_question(question: Question) -> dict:
-    """The fields that identify a question's record; `image` is a digest of the file, or of drawn pixels."""
+    """
+    The fields that identify a question's record; `image` is a digest of the file, or of drawn pixels, and None if it
+    can't be read.
+    """
     image = question.image
     if isinstance(image, Path):
-        image = image.read_bytes()
+        try:
+            image = image.read_bytes()
+        except OSError:  # which fails the question, too
+            image = None
     elif isinstance(image, Image.Image):
         image = image.tobytes()
     return {
