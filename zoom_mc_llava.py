@@ -25,6 +25,7 @@ from .crops_mc_llava import Box, Crop, center_of
 from .encoded_images_mc_llava import EncodedImages, check_counts, read_integers, sum_per_image
 from .feature_cache_mc_llava import FeatureCache, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
+from .hashing_mc_llava import adapter_names
 from .image_processing_mc_llava import ZOOM_FIELDS, look_up_bytes
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
 from .zoom_plan_mc_llava import look_closer, pays, plan_rounds, share_evenly
@@ -172,6 +173,12 @@ class MCLlavaZoomMixin:
                 weights_hash = self._name_pictures(views, images["zoom_values"])
             except ValueError:  # offloaded to disk: changes of the weights can't be detected
                 feature_cache = None
+        names = adapter_names(self.model.language_model)
+        if names is not None and len(names) != len(ids):
+            raise ValueError(
+                f"adapter_names have {len(names)} entries, and zoom asks {len(ids)} prompts, without beams: pass a "
+                "name for each prompt and num_beams=1, or call the processor with zoom=0"
+            )
         scouts = images["pixel_values"]
         self._encode(
             views,
@@ -183,7 +190,8 @@ class MCLlavaZoomMixin:
             active = [view for view in views if view.rounds >= number]
             if not active:  # the gate has ended all of them
                 break
-            rows = sorted({view.row for view in active})
+            # PEFT refuses a part of the rows that it has names for.
+            rows = sorted({view.row for view in active}) if names is None else list(range(len(ids)))
             seen = [view for view in views if view.row in rows]
             self._ask(input_ids[rows], attention_mask[rows], seen, [general[row] for row in rows])
             self._look_closer(active, number, images["zoom_values"], feature_cache)

@@ -190,6 +190,24 @@ def test_where_it_looked(zooming, processor, zoom):
     assert torch.equal(zooming.generate(**text, image_features=looked, **GREEDY), output.sequences)
 
 
+@pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
+def test_adapters_by_row(processor, heads):
+    """Also for rows that zoom wouldn't ask: those without a picture, and with one that has no scouts."""
+    peft = pytest.importorskip("peft")
+    model = small_model(5, "eager")
+    model.config.zoom_heads = heads
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, exclude_modules=".*tower.*")
+    adapted = peft.get_peft_model(model, config).eval()
+    texts, images, names = [*TEXTS, "And now?"], [*NESTED, IMAGES[:1]], ["default", "__base__", "default", "__base__"]
+    batch = new_tokens(adapted, inputs := processor(texts, images, **KNOBS), adapter_names=names)
+    for row, text, own, name in zip(batch, texts, images, names):
+        assert [row] == new_tokens(adapted, processor(text, [own], **KNOBS), adapter_names=[name])
+    assert batch != new_tokens(adapted, inputs)
+    with pytest.raises(ValueError, match="adapter_names have 8 entries, and zoom asks 4 prompts, without beams: pass"):
+        adapted.generate(**inputs, adapter_names=names, num_beams=2)
+
+
 def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
     """If attention goes to a whole picture, it gets no further crops, and its scouts are still reported."""
     asked = []
