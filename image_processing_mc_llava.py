@@ -216,7 +216,8 @@ class MCLlavaImageProcessor(PilBackend):
 
     - `zoom_options`, int64 [images, 5]: rows [rounds, max_crops, height, width, resample];
     - `zoom_pictures`, uint8 [bytes]: the pixels of all pictures, one after another, each [height, width, 3];
-    - `zoom_values`, float32 [3, 256]: what `pixel_values` hold for each byte in each channel.
+    - `zoom_values`, float32 [images, 3, 256]: what `pixel_values` hold for each byte in each channel, the same for all
+      images. Fields with a row for each image, as all others, can be concatenated to a batch.
 
     Raises:
         ValueError: if an option is unknown or out of range, an image can't be read, a plan doesn't fit its image, or
@@ -370,7 +371,7 @@ class MCLlavaImageProcessor(PilBackend):
             rows = [[number, most, height, width, int(resample)] for number, (width, height) in zip(rounds, sizes)]
             data["zoom_options"] = np.array(rows, dtype=np.int64)
             data["zoom_pictures"] = _concatenate(images)
-            data["zoom_values"] = np.ascontiguousarray(table)
+            data["zoom_values"] = np.repeat(table[None], len(images), axis=0)
         inputs = BatchFeature(data, tensor_type=return_tensors)
         if device.type != "cpu":  # the other fields are small
             inputs["pixel_values"] = inputs["pixel_values"].to(device)

@@ -160,17 +160,25 @@ class MCLlavaZoomMixin:
         """All rounds before the answer."""
         if missing := [name for name in ZOOM_FIELDS if images.get(name) is None]:
             raise ValueError(f"{', '.join(missing)} are missing: call the processor with zoom=1 or more")
+        values, general_ids = images["zoom_values"], images["zoom_general_ids"]
+        differ = [(rows != rows[:1]).any().view(1) for rows in (values, general_ids)]
         # With the relevance of each round, all that is read from the device.
-        ids, kept, *fields = read_integers(
-            input_ids, attention_mask, *(images[name] for name in READ_FIELDS), images["zoom_general_ids"]
+        ids, kept, *fields, general_ids, (values_differ,), (general_differ,) = read_integers(
+            input_ids, attention_mask, *(images[name] for name in READ_FIELDS), general_ids, *differ
         )
+        if values_differ or general_differ or values.shape[1:] != (3, 256):
+            raise ValueError(
+                "zoom_values and zoom_general_ids must have equal rows for all images: ask about images that were "
+                "prepared with other options one by one"
+            )
+        values = values[0].float()  # `to` casts fields
         if not all(row[-1] for row in kept):
             raise ValueError("zoom asks with the last token of each prompt: pad the prompts on the left")
-        views, weights_hash = self._first_views(ids, images, *fields[:-1]), None
-        general = [self._ask_in_general(*row, fields[-1]) for row in zip(ids, kept)]
+        views, weights_hash = self._first_views(ids, images, *fields), None
+        general = [self._ask_in_general(*row, general_ids[0]) for row in zip(ids, kept)]
         if feature_cache is not None:
             try:
-                weights_hash = self._name_pictures(views, images["zoom_values"])
+                weights_hash = self._name_pictures(views, values)
             except ValueError:  # offloaded to disk: changes of the weights can't be detected
                 feature_cache = None
         names = adapter_names(self.model.language_model)
@@ -194,12 +202,12 @@ class MCLlavaZoomMixin:
             rows = sorted({view.row for view in active}) if names is None else list(range(len(ids)))
             seen = [view for view in views if view.row in rows]
             self._ask(input_ids[rows], attention_mask[rows], seen, [general[row] for row in rows])
-            self._look_closer(active, number, images["zoom_values"], feature_cache)
+            self._look_closer(active, number, values, feature_cache)
         return Looks(views, self.features(views), weights_hash)
 
     def _name_pictures(self, views: list[View], values: torch.Tensor) -> str:
         """Set the keys of the views' pictures. Returns the hash of the weights that encode them."""
-        made_by, values = describe_encoder(self), values.float().cpu().numpy().tobytes()
+        made_by, values = describe_encoder(self), values.cpu().numpy().tobytes()
         for view in views:
             height, width, _ = view.pixels.shape
             pixels = view.pixels.cpu().numpy().tobytes()
@@ -246,7 +254,7 @@ class MCLlavaZoomMixin:
 
     def _look_closer(self, views: list[View], number: int, values: torch.Tensor, feature_cache: FeatureCache | None):
         """Encode the crops of round `number`, of all pictures at once."""
-        side, values = self.config.vision_config.image_size, values.float()  # `to` casts fields
+        side = self.config.vision_config.image_size
         added = [
             look_closer(view.boxes, view.relevance, view.covered, view.regions, view.per_region, side)
             if pays(view.boxes, view.relevance, view.covered, side)

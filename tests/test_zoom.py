@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import ROOT, CountReads, counting_crops, picture, prompt, small_model
 from PIL import Image
+from transformers.pipelines.base import pad_collate_fn
 
 from mc_llava import (
     FeatureCache,
@@ -57,6 +58,23 @@ def test_a_batch_equals_one_by_one(processor, seed):
     for one, other in zip(looked, alone, strict=True):
         assert torch.equal(one.crop_boxes, other.crop_boxes)
         torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
+def test_a_pipelines_batch_equals_one_by_one(zooming, processor, heads, monkeypatch):
+    """A pipeline prepares the pictures one by one, and concatenates the fields."""
+    monkeypatch.setattr(zooming.config, "zoom_heads", heads)
+    singles = [processor(text, [own], **KNOBS) for text, own in zip(("What?", *TEXTS[:2]), (IMAGES[1:2], *NESTED))]
+    batch = pad_collate_fn(processor.tokenizer, processor.image_processor)([dict(one) for one in singles])
+    cache = FeatureCache()
+    expected = [image for one in singles for image in zooming.zoom(**one, feature_cache=cache).unbind()]
+    misses = cache.misses
+    looked = zooming.zoom(**batch, feature_cache=cache).unbind()
+    assert cache.misses == misses
+    for one, other in zip(looked, expected, strict=True):
+        assert torch.equal(one.crop_boxes, other.crop_boxes)
+        torch.testing.assert_close(one.crop_relevance, other.crop_relevance, rtol=1e-3, atol=1e-4, equal_nan=True)
+    assert new_tokens(zooming, batch) == [row for one in singles for row in new_tokens(zooming, one)]
 
 
 @pytest.mark.parametrize(
@@ -374,6 +392,16 @@ class TestRefused:
         ):
             with pytest.raises(ValueError, match="don't fit the crops: pass what the processor returned"):
                 zooming.zoom(**{**inputs, **changes})
+
+    def test_pictures_that_were_prepared_otherwise(self, zooming, processor):
+        inputs = processor(TEXTS[:2], NESTED[:2], **KNOBS)
+        assert len(inputs["zoom_values"]) == len(inputs["zoom_general_ids"]) == len(inputs["zoom_options"]) == 3
+        for name in ("zoom_values", "zoom_general_ids"):
+            changed = inputs[name].clone()
+            changed[1, -1:] += 1
+            for rows in (changed, inputs[name][0]):
+                with pytest.raises(ValueError, match="must have equal rows for all images: ask about images"):
+                    zooming.zoom(**{**inputs, name: rows})
 
     def test_padding_on_the_right(self, zooming, processor):
         inputs = processor(TEXTS[:2], NESTED[:2], **KNOBS, padding_side="right")
