@@ -227,7 +227,7 @@ def check_weights(images: list[EncodedImages], weights_hash: str):
     if any(image.weights_hash != weights_hash for image in images):
         raise ValueError(
             "the images were encoded with other weights of vision tower, coordinate embedding or projector "
-            "(or another dtype): encode them again with this model"
+            "(or another dtype or configuration): encode them again with this model"
         )
 
 

@@ -596,7 +596,8 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
     def hash_encoder(self) -> str:
         """
         A hash of everything that `EncodedImages` depend on: the weights of vision tower, coordinate embedding and
-        projector, and which of PEFT's adapters in them are active, with which factor.
+        projector, what the configuration says of how they compute, and which of PEFT's adapters in them are active,
+        with which factor.
 
         It is computed at each call, because there is no reliable way to tell that weights have changed.
 
@@ -606,7 +607,14 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
         parts = (self.model.vision_tower, self.model.coord_embed, self.model.multi_modal_projector)
         weights = hash_tensors(tensor for part in parts for tensor in read_weights(part).values())
         adapters = [state for part in parts for state in adapter_states(part)]
-        return hashlib.sha256(f"{weights} {adapters}".encode()).hexdigest()
+        tower = self.config.vision_config  # all that the shapes of its weights leave open
+        computes = (
+            tower.hidden_act,
+            tower.num_attention_heads,
+            tower.layer_norm_eps,
+            self.config.projector_hidden_act,
+        )
+        return hashlib.sha256(f"{weights} {adapters} {computes}".encode()).hexdigest()
 
     @can_return_tuple
     def forward(

@@ -289,6 +289,31 @@ class TestHash:
         fresh, weights = small_model().state_dict(), model.state_dict()
         return all(torch.equal(weights[name], fresh[name.replace("base_layer.", "")]) for name in names)
 
+    @pytest.mark.parametrize(
+        "part, changes",
+        [
+            ("vision_config", {"hidden_act": "relu"}),
+            ("vision_config", {"num_attention_heads": 4}),
+            ("vision_config", {"layer_norm_eps": 0.1}),
+            (None, {"projector_hidden_act": "relu"}),
+        ],
+        ids=str,
+    )
+    def test_the_same_weights_in_a_model_that_computes_otherwise(self, model, processor, inputs, part, changes):
+        config = copy.deepcopy(model.config)
+        (getattr(config, part) if part else config).update(changes)
+        other = MCLlavaForConditionalGeneration._from_config(config)
+        other.load_state_dict(model.state_dict())
+        encoded = model.encode_images(**inputs)
+        assert not torch.equal(other.eval().encode_images(**inputs).features, encoded.features)
+        with pytest.raises(ValueError, match="encode them again"):
+            other.generate(**text_of(inputs), image_features=encoded)
+        cache = FeatureCache()
+        for each in (model, other):
+            (expected,) = processor("What?", IMAGES[1], each)["image_features"]
+            (found,) = processor("What?", IMAGES[1], each, feature_cache=cache)["image_features"]
+            torch.testing.assert_close(found, expected)
+
     def test_a_device_is_asked_once(self):
         """The tower of the 3B has 27 layers. Their weights have few shapes, whose tensors are hashed together."""
         config = small_config()
