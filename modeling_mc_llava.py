@@ -285,22 +285,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         check_counts(crop_num_tokens, image_grid_thw)
         counts, crops_per_image = read_integers(crop_num_tokens, image_grid_thw[:, 0])
         tokens_per_image = sum_per_image(counts, crops_per_image)
-        if crop_coords is None or not len(pixel_values) == len(crop_coords) == len(crop_num_tokens):
-            raise ValueError(
-                f"pixel_values, crop_coords and crop_num_tokens describe {len(pixel_values)}, "
-                f"{0 if crop_coords is None else len(crop_coords)} and {len(crop_num_tokens)} crops: "
-                "pass what the processor returned"
-            )
-        if not len(pixel_values):
-            raise ValueError("there are no crops to encode: pass at least one image")
-        patches = self.vision_tower.embeddings.num_patches
-        low, high = min(counts), max(counts)
-        if low < 1 or high >= patches:
-            raise ValueError(
-                f"crop_num_tokens must lie between 1 and {patches - 1} (patches of a crop, without the first), "
-                f"got {low} to {high}: use the processor of this model, with patch_size "
-                f"{self.config.vision_config.patch_size}"
-            )
+        self.check_crops(counts, pixel_values=pixel_values, crop_coords=crop_coords)
 
         warn_of_float16(self.vision_tower.dtype, pixel_values.device)
         hidden_states = self.encode_tokens(pixel_values, crop_num_tokens, counts, **kwargs)
@@ -314,6 +299,32 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=list(image_features.split(tokens_per_image)), **recorded
         )
+
+    def check_crops(self, counts: list[int], **fields):
+        """
+        Raise a ValueError if fields with a row for each crop differ in length, there are no crops, or a crop has fewer
+        patches than tokens to keep. Nothing is read from the device.
+
+        Args:
+            counts: the values of `crop_num_tokens`.
+            fields: the other fields by name.
+        """
+        lengths = [0 if field is None else len(field) for field in fields.values()]
+        if set(lengths) != {len(counts)}:
+            raise ValueError(
+                f"{', '.join(fields)} and crop_num_tokens describe {', '.join(map(str, lengths))} and {len(counts)} "
+                "crops: pass what the processor returned"
+            )
+        if not counts:
+            raise ValueError("there are no crops to encode: pass at least one image")
+        patches = self.vision_tower.embeddings.num_patches
+        low, high = min(counts), max(counts)
+        if low < 1 or high >= patches:
+            raise ValueError(
+                f"crop_num_tokens must lie between 1 and {patches - 1} (patches of a crop, without the first), "
+                f"got {low} to {high}: use the processor of this model, with patch_size "
+                f"{self.config.vision_config.patch_size}"
+            )
 
     def encode_tokens(
         self,

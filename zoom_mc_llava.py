@@ -22,11 +22,11 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from .crops_mc_llava import Box, Crop, center_of
-from .encoded_images_mc_llava import EncodedImages, check_counts, read_integers, sum_per_image
+from .encoded_images_mc_llava import EncodedImages, read_integers, sum_per_image
 from .feature_cache_mc_llava import FeatureCache, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
 from .hashing_mc_llava import adapter_names
-from .image_processing_mc_llava import ZOOM_FIELDS, look_up_bytes
+from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS, look_up_bytes
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
 from .zoom_plan_mc_llava import look_closer, pays, plan_rounds, share_evenly
 
@@ -132,7 +132,7 @@ class MCLlavaZoomMixin:
         """
         if attention_mask is None:
             attention_mask = self._mask_padding(input_ids)
-        check_counts(images.get("crop_num_tokens"), images.get("image_grid_thw"))
+        check_fields(images)
         lengths, run_ends, *counts = self._read_prompts(input_ids, attention_mask, images)
         self._check_context(lengths, run_ends, sum_per_image(*counts))
         return self.zoomed_images(self.look(input_ids, attention_mask, images, feature_cache))
@@ -158,36 +158,17 @@ class MCLlavaZoomMixin:
 
     def look(self, input_ids, attention_mask, images: dict, feature_cache: FeatureCache | None = None) -> Looks:
         """All rounds before the answer."""
-        if missing := [name for name in ZOOM_FIELDS if images.get(name) is None]:
-            raise ValueError(f"{', '.join(missing)} are missing: call the processor with zoom=1 or more")
-        values, general_ids = images["zoom_values"], images["zoom_general_ids"]
-        differ = [(rows != rows[:1]).any().view(1) for rows in (values, general_ids)]
-        # With the relevance of each round, all that is read from the device.
-        ids, kept, *fields, general_ids, (values_differ,), (general_differ,) = read_integers(
-            input_ids, attention_mask, *(images[name] for name in READ_FIELDS), general_ids, *differ
-        )
-        if values_differ or general_differ or values.shape[1:] != (3, 256):
-            raise ValueError(
-                "zoom_values and zoom_general_ids must have equal rows for all images: ask about images that were "
-                "prepared with other options one by one"
-            )
-        values = values[0].float()  # `to` casts fields
-        if not all(row[-1] for row in kept):
-            raise ValueError("zoom asks with the last token of each prompt: pad the prompts on the left")
+        check_fields(images)
+        ids, kept, general_ids, *fields = self._read_fields(input_ids, attention_mask, images)
+        names = self._adapters_of(ids)
+        values, scouts = images["zoom_values"][0].float(), images["pixel_values"]  # `to` casts fields
         views, weights_hash = self._first_views(ids, images, *fields), None
-        general = [self._ask_in_general(*row, general_ids[0]) for row in zip(ids, kept)]
+        general = [self._ask_in_general(*row, general_ids) for row in zip(ids, kept)]
         if feature_cache is not None:
             try:
                 weights_hash = self._name_pictures(views, values)
             except ValueError:  # offloaded to disk: changes of the weights can't be detected
                 feature_cache = None
-        names = adapter_names(self.model.language_model)
-        if names is not None and len(names) != len(ids):
-            raise ValueError(
-                f"adapter_names have {len(names)} entries, and zoom asks {len(ids)} prompts, without beams: pass a "
-                "name for each prompt and num_beams=1, or call the processor with zoom=0"
-            )
-        scouts = images["pixel_values"]
         self._encode(
             views,
             [view.boxes for view in views],
@@ -204,6 +185,37 @@ class MCLlavaZoomMixin:
             self._ask(input_ids[rows], attention_mask[rows], seen, [general[row] for row in rows])
             self._look_closer(active, number, values, feature_cache)
         return Looks(views, self.features(views), weights_hash)
+
+    def _read_fields(self, input_ids, attention_mask, images: dict) -> list[list]:
+        """
+        The ids, the mask, the general question's ids and `READ_FIELDS` as lists, checked. With the relevance of each
+        round, they are all that is read from the device.
+        """
+        values, general_ids = images["zoom_values"], images["zoom_general_ids"]
+        differ = torch.stack([(rows != rows[:1]).any() for rows in (values, general_ids.to(values.device))])
+        ids, kept, general_ids, *fields, differ = read_integers(
+            input_ids, attention_mask, general_ids, *(images[name] for name in READ_FIELDS), differ
+        )
+        if any(differ) or values.shape[1:] != (3, 256):
+            raise ValueError(
+                "zoom_values and zoom_general_ids must have equal rows for all images: ask about images that were "
+                "prepared with other options one by one"
+            )
+        num_tokens, _, boxes, _ = fields
+        self.model.check_crops(num_tokens, pixel_values=images["pixel_values"], crop_boxes=boxes)
+        if not all(row[-1] for row in kept):
+            raise ValueError("zoom asks with the last token of each prompt: pad the prompts on the left")
+        return [ids, kept, general_ids[0], *fields]
+
+    def _adapters_of(self, ids: list[list[int]]) -> list[str] | None:
+        """The adapter that PEFT's `adapter_names` chose for each prompt, or None."""
+        names = adapter_names(self.model.language_model)
+        if names is not None and len(names) != len(ids):
+            raise ValueError(
+                f"adapter_names have {len(names)} entries, and zoom asks {len(ids)} prompts, without beams: pass a "
+                "name for each prompt and num_beams=1, or call the processor with zoom=0"
+            )
+        return names
 
     def _name_pictures(self, views: list[View], values: torch.Tensor) -> str:
         """Set the keys of the views' pictures. Returns the hash of the weights that encode them."""
@@ -450,6 +462,17 @@ def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     turned, kept = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
     low, high = turned.chunk(2, dim=-1)
     return torch.cat([turned * cos + torch.cat([-high, low], dim=-1) * sin, kept], dim=-1)
+
+
+def check_fields(images: dict):
+    """Raise a ValueError if a field that zoom needs is missing."""
+    remedies = {
+        IMAGE_FIELDS: "pass all that the processor returned",
+        ZOOM_FIELDS: "call the processor with zoom=1 or more",
+    }
+    for names, remedy in remedies.items():
+        if missing := [name for name in names if images.get(name) is None]:
+            raise ValueError(f"{', '.join(missing)} are missing: {remedy}")
 
 
 def refuse_zoom(what: str, fields: dict):

@@ -1,5 +1,6 @@
 """Guided zoom in the model: rounds, batches, what can't be combined, and where it looked."""
 
+import copy
 import math
 
 import pytest
@@ -392,6 +393,33 @@ class TestRefused:
         ):
             with pytest.raises(ValueError, match="don't fit the crops: pass what the processor returned"):
                 zooming.zoom(**{**inputs, **changes})
+
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_crops_that_do_not_fit(self, zooming, processor, cached):
+        inputs = processor(TEXTS[1], IMAGES[0], **KNOBS)
+        pixels, (whole, *others) = inputs["pixel_values"], inputs["crop_num_tokens"].tolist()
+        counts = torch.tensor([whole + 9, *others[:-1], others[-1] - 9])
+        other_number = "describe {}, {crops} and {crops} crops: pass what the processor returned"
+        for changes, message in (
+            ({"pixel_values": pixels[1:]}, other_number.format(len(pixels) - 1, crops=len(pixels))),
+            ({"pixel_values": torch.cat([pixels, pixels])}, other_number.format(2 * len(pixels), crops=len(pixels))),
+            ({"crop_num_tokens": counts}, r"crop_num_tokens must lie between 1 and 15 .*, got -\d to \d+: use the"),
+            ({"pixel_values": None}, "pixel_values are missing: pass all that the processor returned"),
+            ({"crop_boxes": None}, "crop_boxes are missing: pass all that the processor returned"),
+        ):
+            cache = FeatureCache() if cached else None
+            with pytest.raises(ValueError, match=message):
+                zooming.zoom(**{**inputs, **changes}, feature_cache=cache)
+            if changes.get("pixel_values", pixels) is not None:
+                with pytest.raises(ValueError, match=message):
+                    zooming.generate(**{**inputs, **changes}, feature_cache=cache)
+
+    def test_a_processor_with_smaller_patches(self, zooming, processor):
+        processor = copy.deepcopy(processor)
+        processor.image_processor.patch_size = 7
+        inputs = processor(TEXTS[1], IMAGES[0], **{**KNOBS, "max_crops": 8, "num_tokens": 100})
+        with pytest.raises(ValueError, match=r"between 1 and 15 .*, got \d+ to \d+: use the processor of this model"):
+            zooming.zoom(**inputs)
 
     def test_pictures_that_were_prepared_otherwise(self, zooming, processor):
         inputs = processor(TEXTS[:2], NESTED[:2], **KNOBS)
