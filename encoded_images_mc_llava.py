@@ -12,6 +12,9 @@ from safetensors.torch import save_file
 from .crops_mc_llava import Crop
 
 
+UNKNOWN = "unknown"  # the hash of weights that are offloaded to disk
+
+
 def read_integers(*tensors: torch.Tensor) -> list[list]:
     """The values of tensors of integers as (nested) lists. They are read at once: each read waits for the device."""
     device = tensors[0].device
@@ -88,7 +91,7 @@ class EncodedImages:
         crop_boxes, crop_coords, crop_num_tokens, image_grid_thw: the crops that the features were computed from, as
             the image processor returns them: int64[crops, 4], float[crops, 2], int64[crops] and int64[images, 3].
         weights_hash: hash of the weights that computed the features, see
-            `MCLlavaForConditionalGeneration.hash_encoder`.
+            `MCLlavaForConditionalGeneration.hash_encoder`; `UNKNOWN` if guided zoom ran with some on a disk.
 
     Raises:
         ValueError: if the features or the coordinates are not finite floats, a coordinate is not in 0 to 1, a box is
@@ -222,8 +225,17 @@ def input_device(model) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
-def check_weights(images: list[EncodedImages], weights_hash: str):
-    """Raise a ValueError if images were encoded with weights of another hash."""
+def check_weights(images: list[EncodedImages], model):
+    """
+    Raise a ValueError if images were encoded with other weights than a model's. Weights on a disk can't be compared:
+    a model that has some accepts what it, or another such model, has encoded.
+    """
+    try:
+        weights_hash = model.hash_encoder()
+    except ValueError:
+        if any(image.weights_hash != UNKNOWN for image in images):
+            raise
+        return
     if any(image.weights_hash != weights_hash for image in images):
         raise ValueError(
             "the images were encoded with other weights of vision tower, coordinate embedding or projector "
@@ -232,6 +244,7 @@ def check_weights(images: list[EncodedImages], weights_hash: str):
 
 
 __all__ = [
+    "UNKNOWN",
     "EncodedImages",
     "check_counts",
     "check_places",

@@ -335,9 +335,10 @@ def is_prepared(value) -> bool:
 
 def describe_encoder(model) -> tuple[str, str]:
     """The hash of the weights that encode crops, and the dtype that they compute in, autocast's included."""
+    weights_hash = model.hash_encoder()  # or an error, if weights are on "meta", where there is no autocast
     device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    return model.hash_encoder(), str(dtype)
+    return weights_hash, str(dtype)
 
 
 def picture_key(pixels: bytes, size: tuple[int, int], resample: int | None, values: bytes, made_by: tuple) -> tuple:

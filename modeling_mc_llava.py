@@ -708,7 +708,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             raise ValueError("pass either image_features or mm_encoder_outputs, not both")
         given = [image_features] if is_encoded(image_features) else list(image_features)
         if encoded := [entry for entry in given if is_encoded(entry)]:
-            check_weights(encoded, self.hash_encoder())
+            check_weights(encoded, self)
         image_features = [
             features for entry in given for features in (entry.split() if is_encoded(entry) else [entry])
         ]

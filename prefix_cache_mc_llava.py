@@ -317,9 +317,9 @@ def name_tokens(before: bytes, embeds: np.ndarray) -> list[bytes]:
 
 def describe_language_model(model) -> bytes:
     """A quick digest of the language model's weights, see `PrefixCache`, and of how it computes."""
-    device = model.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     language_model, digest = model.model.language_model, hashlib.sha256()
+    device = language_model.device.type  # the vision tower may be offloaded
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest.update(f"{autocast} {model.config.get_text_config().to_json_string()}".encode())
     digest.update(str(adapter_states(language_model)).encode())
     samples = {}

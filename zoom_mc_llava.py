@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from .crops_mc_llava import Box, Crop, center_of
-from .encoded_images_mc_llava import EncodedImages, read_integers, sum_per_image
+from .encoded_images_mc_llava import UNKNOWN, EncodedImages, read_integers, sum_per_image
 from .feature_cache_mc_llava import FeatureCache, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
 from .hashing_mc_llava import adapter_names
@@ -153,7 +153,7 @@ class MCLlavaZoomMixin:
         try:
             weights_hash = looks.weights_hash or self.hash_encoder()
         except ValueError:  # offloaded to disk: no reason to lose the answer
-            weights_hash = "unknown"
+            weights_hash = UNKNOWN
         return ZoomedImages(features, **tensors, weights_hash=weights_hash)
 
     def look(self, input_ids, attention_mask, images: dict, feature_cache: FeatureCache | None = None) -> Looks:

@@ -13,7 +13,9 @@ from mc_llava import (
     FeatureCache,
     MCLlavaForConditionalGeneration,
     MCLlavaProcessor,
+    PrefixCache,
     ZoomedImages,
+    can_keep_prefixes,
     check_plan,
     last_attention,
     scenes,
@@ -485,14 +487,34 @@ def test_tiny_sees_more_with_zoom_than_with_a_grid_of_its_cost():
     assert right["zoom"] >= right["grid"] + 3, right
 
 
-def test_parts_on_disk(processor, tmp_path):
-    small_model().save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("part", ["vision_tower", "coord_embed", "multi_modal_projector", "language_model"])
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_offloaded_parts(processor, tmp_path, part, place):
+    from accelerate import cpu_offload
+
+    small_model().save_pretrained(tmp_path / "model", save_original_format=False)
     inputs = processor(TEXTS[1], IMAGES[0], **KNOBS)
-    device_map = {"model.vision_tower": "cpu", "model.coord_embed": "cpu", "model.multi_modal_projector": "cpu"}
-    device_map |= {"model.language_model": "disk", "lm_head": "cpu"}
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    device_map = {f"model.{name}": "cpu" for name in ("vision_tower", "coord_embed", "multi_modal_projector")}
+    device_map |= {"model.language_model": "cpu", "lm_head": "cpu"}
     whole, offloaded = (
-        MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", **options, **more)
-        for more in ({}, {"device_map": device_map, "offload_folder": tmp_path / "disk"})
+        MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32, **more)
+        for more in ({}, {"device_map": {**device_map, f"model.{part}": "disk"}, "offload_folder": tmp_path / "disk"})
     )
-    assert new_tokens(offloaded, inputs) == new_tokens(whole, inputs)
+    if place == "cpu":  # in memory, from where the weights are moved to the device for each pass
+        offloaded = MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        cpu_offload(offloaded.get_submodule(f"model.{part}"), execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in offloaded.get_submodule(f"model.{part}").parameters()} == {"meta"}
+    expected = new_tokens(whole, inputs)
+    assert new_tokens(offloaded, inputs) == new_tokens(offloaded, inputs, feature_cache=FeatureCache()) == expected
+    looked = offloaded.zoom(**inputs)
+    assert new_tokens(offloaded, {**text, "image_features": looked}) == expected
+    if part == "language_model":
+        assert not can_keep_prefixes(offloaded)
+    else:
+        assert looked.weights_hash == "unknown" and can_keep_prefixes(offloaded)
+        assert new_tokens(offloaded, inputs, prefix_cache=PrefixCache()) == expected
+        with pytest.raises(ValueError, match="other weights of vision tower"):
+            whole.generate(**text, image_features=looked)
+        with pytest.raises(ValueError, match="offloaded to disk can't be hashed: load the vision tower"):
+            offloaded.generate(**text, image_features=whole.zoom(**inputs))
