@@ -225,6 +225,11 @@ def input_device(model) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
+def without_peft(model):
+    """The model that PEFT's `PeftModel` wraps, or the model itself. A wrapper's `model` is another one's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def check_weights(images: list[EncodedImages], model):
     """
     Raise a ValueError if images were encoded with other weights than a model's. Weights on a disk can't be compared:
@@ -255,4 +260,5 @@ __all__ = [
     "is_encoded",
     "read_integers",
     "sum_per_image",
+    "without_peft",
 ]

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from .crops_mc_llava import Box, Crop, center_of, check_plans
-from .encoded_images_mc_llava import EncodedImages, input_device
+from .encoded_images_mc_llava import EncodedImages, input_device, without_peft
 from .image_loading_mc_llava import load_image
 from .image_processing_mc_llava import CROPS_PER_LOOK_UP, check_size, look_up_bytes
 from .resizing_mc_llava import cut_to
@@ -90,7 +90,7 @@ class FeatureCache:
         Encode images. Only crops that the cache lacks pass the vision tower.
 
         Args:
-            model: `MCLlavaForConditionalGeneration`.
+            model: `MCLlavaForConditionalGeneration`, or PEFT's wrapper of one.
             image_processor: `MCLlavaImageProcessor`.
             images: anything that `load_image` reads, or what `prepare` returned. Their crops share passes of the
                 vision tower.
@@ -105,6 +105,7 @@ class FeatureCache:
         """
         if not images:
             return []  # without reading weights for their hash
+        model = without_peft(model)
         prepared = self._prepare(model, image_processor, images, plans, options)
         device, made_by = input_device(model), describe_encoder(model)
         self._made_by = made_by

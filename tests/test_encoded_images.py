@@ -643,6 +643,18 @@ class TestFeatureCache:
         assert (cache.hits, cache.misses) == (2, 2)
         assert all(torch.equal(one.features, other.features) for one, other in zip(found, expected, strict=True))
 
+    def test_a_model_with_adapters(self, processor):
+        peft = pytest.importorskip("peft", reason='pip install "mc-llava[train]" to test adapters')
+        options = peft.LoraConfig(target_modules=["linear_1", "fc2"], init_lora_weights=False)
+        adapted, cache = peft.get_peft_model(small_model(), options), FeatureCache()
+        for hits in (0, 1):
+            (found,) = processor("What?", IMAGES[1], adapted, feature_cache=cache)["image_features"]
+            (expected,) = processor("What?", IMAGES[1], adapted)["image_features"]
+            assert torch.equal(found, expected) and cache.hits == hits
+        (prepared,) = cache.prepare(adapted, processor.image_processor, [IMAGES[1]])
+        (encoded,) = cache.encode(adapted, processor.image_processor, [prepared])
+        assert torch.equal(encoded.features, found) and cache.hits == 2
+
     def test_in_messages(self, model, processor):
         cache = FeatureCache()
         content = [{"type": "image", "image": IMAGES[1]}, {"type": "text", "text": "What is it?"}]
