@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .crops_mc_llava import Crop
+from .crops_mc_llava import Crop, center_of
 
 
 UNKNOWN = "unknown"  # the hash of weights that are offloaded to disk
@@ -225,6 +225,20 @@ def input_device(model) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
+def describe_crops(
+    plans: list[list[Crop]], sizes: list[tuple[int, int]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The fields of `EncodedImages` for the plans of images of these sizes (width, height)."""
+    crops = [crop for plan in plans for crop in plan]
+    coords = [center_of(crop.box, *size) for plan, size in zip(plans, sizes) for crop in plan]
+    return {
+        "crop_boxes": torch.tensor([crop.box for crop in crops], device=device),
+        "crop_coords": torch.tensor(coords, dtype=torch.float32, device=device),  # whatever dtype is default
+        "crop_num_tokens": torch.tensor([crop.num_tokens for crop in crops], device=device),
+        "image_grid_thw": torch.tensor([[len(plan), 1, 1] for plan in plans], device=device),
+    }
+
+
 def without_peft(model):
     """The model that PEFT's `PeftModel` wraps, or the model itself. A wrapper's `model` is another one's."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -256,6 +270,7 @@ __all__ = [
     "check_weights",
     "count_image_tokens",
     "count_places",
+    "describe_crops",
     "input_device",
     "is_encoded",
     "read_integers",

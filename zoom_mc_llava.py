@@ -22,7 +22,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from .crops_mc_llava import Box, Crop, center_of
-from .encoded_images_mc_llava import UNKNOWN, EncodedImages, read_integers, sum_per_image
+from .encoded_images_mc_llava import UNKNOWN, EncodedImages, describe_crops, read_integers, sum_per_image
 from .feature_cache_mc_llava import FeatureCache, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
 from .hashing_mc_llava import adapter_names
@@ -98,9 +98,9 @@ class View:
         self.relevance += [float("nan")] * len(boxes)
 
     @property
-    def coords(self) -> list[tuple[float, float]]:
+    def size(self) -> tuple[int, int]:
         height, width, _ = self.pixels.shape
-        return [center_of(box, width, height) for box in self.boxes]
+        return width, height
 
 
 class MCLlavaZoomMixin:
@@ -140,21 +140,17 @@ class MCLlavaZoomMixin:
     def zoomed_images(self, looks: Looks) -> ZoomedImages:
         """What `look` found, as encoded images."""
         views, features = looks.views, torch.cat(looks.features)
-        crops = [crop for view in views for crop in view.plan]
+        relevance = [found for view in views for found in view.relevance]
         fields = {
-            "crop_boxes": [crop.box for crop in crops],
-            "crop_coords": [center for view in views for center in view.coords],
-            "crop_num_tokens": [crop.num_tokens for crop in crops],
-            "image_grid_thw": [[len(view.boxes), 1, 1] for view in views],
-            "crop_rounds": [number for view in views for number in view.crop_rounds],
-            "crop_relevance": [found for view in views for found in view.relevance],
+            **describe_crops([view.plan for view in views], [view.size for view in views], features.device),
+            "crop_rounds": torch.tensor([n for view in views for n in view.crop_rounds], device=features.device),
+            "crop_relevance": torch.tensor(relevance, dtype=torch.float32, device=features.device),
         }
-        tensors = {name: torch.tensor(values, device=features.device) for name, values in fields.items()}
         try:
             weights_hash = looks.weights_hash or self.hash_encoder()
         except ValueError:  # offloaded to disk: no reason to lose the answer
             weights_hash = UNKNOWN
-        return ZoomedImages(features, **tensors, weights_hash=weights_hash)
+        return ZoomedImages(features, **fields, weights_hash=weights_hash)
 
     def look(self, input_ids, attention_mask, images: dict, feature_cache: FeatureCache | None = None) -> Looks:
         """All rounds before the answer."""
@@ -221,9 +217,8 @@ class MCLlavaZoomMixin:
         """Set the keys of the views' pictures. Returns the hash of the weights that encode them."""
         made_by, values = describe_encoder(self), values.cpu().numpy().tobytes()
         for view in views:
-            height, width, _ = view.pixels.shape
             pixels = view.pixels.cpu().numpy().tobytes()
-            view.key = picture_key(pixels, (width, height), view.resample, values, made_by)
+            view.key = picture_key(pixels, view.size, view.resample, values, made_by)
         return made_by[0]
 
     def _first_views(self, ids: list, images: dict, num_tokens: list, grid: list, boxes: list, options: list):
@@ -323,7 +318,8 @@ class MCLlavaZoomMixin:
         for view in views:
             counts = [crop.num_tokens for crop in view.plan]
             kept = torch.cat([patches[-count:] for patches, count in zip(view.patches, counts)])
-            coords = torch.tensor(view.coords, device=kept.device)
+            centers = [center_of(box, *view.size) for box in view.boxes]
+            coords = torch.tensor(centers, dtype=torch.float32, device=kept.device)  # whatever dtype is default
             placed = self.model.add_positions(kept, coords, torch.tensor(counts, device=kept.device))
             features.append(self.model.multi_modal_projector(placed))
         return features

@@ -563,6 +563,14 @@ class TestFeatureCache:
             dtypes.append(inputs["image_features"][0].dtype)
         assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16] and (cache.hits, cache.misses) == (1, 2)
 
+    def test_another_device_makes_a_miss(self, model, processor, monkeypatch):
+        cache = FeatureCache()
+        cache.encode(model, processor.image_processor, IMAGES[:1])
+        monkeypatch.setattr(type(model), "device", torch.device("cpu", 0))
+        for misses in (2, 2):
+            cache.encode(model, processor.image_processor, IMAGES[:1])
+            assert cache.misses == misses
+
     def test_a_palette_makes_a_miss(self, model, processor):
         image = IMAGES[1].quantize(8)
         inverted = image.copy()

@@ -352,6 +352,23 @@ def test_a_model_without_measured_heads_says_so_once(processor, caplog):
     assert sum("was never measured" in record.message for record in caplog.records) == 1
 
 
+def test_another_default_dtype(zooming, processor):
+    """Coordinates that were rounded to bfloat16 would move crops."""
+    inputs, cache = processor(TEXTS[:2], NESTED[:2], **KNOBS), FeatureCache()
+    expected = zooming.zoom(**inputs)
+    (image,) = FeatureCache().encode(zooming, processor.image_processor, IMAGES[:1], max_crops=20)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [zooming.zoom(**inputs), zooming.zoom(**inputs, feature_cache=cache)]
+        (again,) = cache.encode(zooming, processor.image_processor, IMAGES[:1], max_crops=20)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in ((found[0], expected), (found[1], expected), (again, image)):
+        assert one.crop_coords.dtype == torch.float32 and torch.equal(one.crop_coords, other.crop_coords)
+        torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0].crop_relevance, expected.crop_relevance, equal_nan=True)
+
+
 class TestRefused:
     def test_forward(self, zooming, processor):
         with pytest.raises(ValueError, match="a forward pass can't zoom"):
