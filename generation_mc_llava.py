@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
@@ -53,6 +54,17 @@ def one_cache(cache, past_key_values):
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names for the same argument: pass only one")
     return past_key_values if cache is None else cache
+
+
+def check_cache(cache: Cache, input_ids: torch.LongTensor) -> int:
+    """The number of tokens in a cache. Raises a ValueError unless `input_ids`, which start with them, have more."""
+    known, length = int(cache.get_seq_length()), input_ids.shape[1]
+    if 0 < known >= length:
+        raise ValueError(
+            f"the cache holds {known} tokens and input_ids have {length}: pass the input_ids of all turns with one "
+            "<image> per visual token, or only new ones and an attention_mask for all"
+        )
+    return known
 
 
 @dataclass(frozen=True)
@@ -172,11 +184,11 @@ class MCLlavaGenerationMixin(GenerationMixin):
         """
         if kwargs.get("tokenizer") is not None:  # of stop strings; `transformers serve` passes the processor
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
+        if prefix_cache is not None:
+            self.refuse_with_prefixes(generation_config, kwargs)
         request = self._read_request(inputs, image_features, kwargs)
         if request.tokens_per_image:
             self._refuse_options(request.is_short, generation_config, kwargs)
-        if prefix_cache is not None:
-            self.refuse_with_prefixes(generation_config, kwargs)
         if request.is_short:
             request = self._expand_prompt(request)
         has_prompt = request.new_ids is not None
@@ -263,7 +275,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 attention_mask = self._mask_padding(input_ids)
             # A cache holds the images of earlier turns: only ids that are not in it have places to fill.
             if cache is not None and attention_mask.shape == input_ids.shape:
-                new_ids = input_ids[:, int(cache.get_seq_length()) :]
+                new_ids = input_ids[:, check_cache(cache, input_ids) :]
+        if new_ids is not None and not new_ids.numel():
+            raise ValueError("the prompt is empty: pass at least one token in each row")
         lengths, run_ends, counts = [], [], []
         if new_ids is not None:
             lengths, run_ends, *counts = self._read_prompts(new_ids, attention_mask, kwargs)
@@ -371,25 +385,19 @@ class MCLlavaGenerationMixin(GenerationMixin):
     def refuse_with_prefixes(self, generation_config, kwargs: dict):
         """Raise a ValueError for what can't be combined with a prefix cache."""
         refuse_prefixes(self)
-        refused = [
-            name
-            for name in NOT_WITH_PREFIXES
-            if isinstance(kwargs.get(name), torch.Tensor) or self._option(name, generation_config, kwargs) is not None
-        ]
-        if kwargs.get(CACHE) is not None and CACHE not in refused:  # an empty one is false
-            refused.append(CACHE)
-        configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        given = [kwargs.get("use_cache"), *(config.use_cache for config in configs)]
-        if next((value for value in given if value is not None), None) is False:
+        value = partial(self._option, generation_config=generation_config, kwargs=kwargs)
+        refused = [name for name in NOT_WITH_PREFIXES if value(name) is not None and value(name) is not False]
+        if value("use_cache") is False:
             refused.append("use_cache=False")
         if refused:
             raise ValueError(f"prefix_cache can't be combined with {', '.join(refused)}: leave one of them out")
 
     def _option(self, name: str, generation_config, kwargs: dict):
         """What `generate` will take for an option: that of the call, or of a configuration; None if there is none."""
-        configs = (generation_config, self.generation_config)
-        given = [kwargs.get(name), *(getattr(config, name, None) for config in configs if config is not None)]
-        return next((value for value in given if value), None)
+        if name in kwargs:
+            return kwargs[name]
+        given = [getattr(config, name, None) for config in (generation_config, self.generation_config)]
+        return next((value for value in given if value is not None), None)
 
     def _refuse_options(self, is_short: bool, generation_config, kwargs: dict):
         """Raise a ValueError for options that would silently give wrong results."""

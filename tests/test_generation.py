@@ -1,11 +1,12 @@
 """Everything `generate` offers, with pixels, with features and with the short form of a prompt."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from helpers import CountReads, picture, prompt, small_model
-from transformers import GenerationConfig, TextStreamer
+from transformers import DynamicCache, GenerationConfig, TextStreamer
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
@@ -159,6 +160,13 @@ def test_embeddings_alone(model, processor):
     assert model.generate(inputs_embeds=embeds, **GREEDY).tolist() == new_tokens(model, inputs)
 
 
+def test_an_empty_prompt(model):
+    ids = torch.zeros(1, 0, dtype=torch.long)
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": torch.zeros(1, 0, 48)}):
+        with pytest.raises(ValueError, match="the prompt is empty: pass at least one token"):
+            model.generate(**inputs)
+
+
 def test_positional_ids(model, processor):
     inputs = processor("Why?")
     assert model.generate(inputs["input_ids"], **GREEDY)[:, inputs["input_ids"].shape[1] :].tolist() == new_tokens(
@@ -268,6 +276,26 @@ class TestConversationsInACache:
         both = processor(prompt("both", 1 + len(images)), [IMAGES[1], *images])
         pixels = {name: both[name] for name in processor.image_processor.model_input_names}
         assert torch.equal(cached, model.generate(ids, **pixels, **options))
+
+    @pytest.mark.parametrize("has_config", [False, True])
+    def test_the_short_form(self, model, processor, has_config):
+        """The sequences of a short form lack tokens that are in the cache. An empty cache is false."""
+        cache = DynamicCache(config=model.config.get_text_config()) if has_config else DynamicCache()
+        with pytest.raises(ValueError, match="can't be combined with one <image> per image: pass one <image> per vis"):
+            model.generate(**processor(TEXTS[1], IMAGES[1], model), cache=cache)
+        with pytest.raises(ValueError, match="prefix_cache can't be combined with (cache|past_key_values): leave"):
+            model.generate(**processor(TEXTS[1], IMAGES[1]), cache=cache, prefix_cache=PrefixCache())
+
+    def test_fewer_ids_than_the_cache_holds(self, model, processor):
+        cache, ids, _ = self.turns(model, processor, [])
+        known = cache.get_seq_length()
+        for length in (known, 5):
+            with pytest.raises(ValueError, match=f"cache holds {known} tokens and input_ids have {length}: pass the"):
+                model.generate(ids[:, :length], cache=cache)
+        new, mask = ids[:, known:], torch.ones_like(ids)
+        options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+        found = model.generate(new, attention_mask=mask, cache=copy.deepcopy(cache), **options)
+        assert torch.equal(found[:, new.shape[1] :], model.generate(ids, cache=cache, **options)[:, ids.shape[1] :])
 
     def test_a_place_without_an_image(self, model, processor):
         cache, ids, _ = self.turns(model, processor, IMAGES[2:3])
