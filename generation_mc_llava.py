@@ -186,7 +186,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         if prefix_cache is not None:
             self.refuse_with_prefixes(generation_config, kwargs)
-        request = self._read_request(inputs, image_features, kwargs)
+        request = self._read_request(inputs, image_features, generation_config, kwargs)
         if request.tokens_per_image:
             self._refuse_options(request.is_short, generation_config, kwargs)
         if request.is_short:
@@ -244,7 +244,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
         self.generate(**inputs, **greedy, max_new_tokens=1, prefix_cache=kept)
         return kept
 
-    def _read_request(self, input_ids: torch.LongTensor | None, image_features, kwargs: dict) -> GenerationRequest:
+    def _read_request(
+        self, input_ids: torch.LongTensor | None, image_features, generation_config, kwargs: dict
+    ) -> GenerationRequest:
         """Collect the arguments, and remove from `kwargs` those that transformers must not get under their names."""
         if input_ids is None:
             input_ids = kwargs.pop("input_ids", None)
@@ -272,7 +274,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 attention_mask = torch.ones_like(new_ids)
         elif input_ids is not None:
             if attention_mask is None:
-                attention_mask = self._mask_padding(input_ids)
+                attention_mask = self._mask_padding(input_ids, generation_config, kwargs)
             # A cache holds the images of earlier turns: only ids that are not in it have places to fill.
             if cache is not None and attention_mask.shape == input_ids.shape:
                 new_ids = input_ids[:, check_cache(cache, input_ids) :]
@@ -306,10 +308,18 @@ class MCLlavaGenerationMixin(GenerationMixin):
             tensors += [images["crop_num_tokens"], images["image_grid_thw"][:, 0]]
         return read_integers(*tensors)
 
-    def _mask_padding(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """The attention mask of prompts that came without one: int64[batch, length], 0 for padding."""
-        pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
-        return (input_ids != pad_token_id).long()
+    def _mask_padding(
+        self, input_ids: torch.LongTensor, generation_config=None, kwargs: dict | None = None
+    ) -> torch.LongTensor:
+        """
+        The attention mask of prompts that came without one: int64[batch, length], 0 for padding. As in transformers,
+        nothing is taken for padding if the pad token also ends a turn.
+        """
+        pad, ends = (self._option(name, generation_config, kwargs or {}) for name in ("pad_token_id", "eos_token_id"))
+        pad = self.config.pad_token_id if pad is None else pad
+        if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+            return torch.ones_like(input_ids, dtype=torch.long)
+        return (input_ids != pad).long()
 
     def _pass_on_images(
         self,

@@ -181,6 +181,33 @@ def test_the_pad_token_stands_in_for_a_missing_mask(model, processor):
         assert new_tokens(model, inputs) == reference
 
 
+TURN_END = 50295
+
+
+@pytest.mark.parametrize("ends", [TURN_END, [50256, TURN_END]], ids=str)
+def test_no_mask_is_made_of_the_end_of_a_turn(model, processor, ends):
+    """A pad token that ends turns, as many tokenizers have: the ends within a conversation are no padding."""
+    ids = processor(prompt("Hello", 0) + "Hi.<|im_end|>\n" + prompt("What is it?", 0))["input_ids"]
+    assert (ids == TURN_END).sum() == 3
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+    for more in (
+        {"pad_token_id": TURN_END, "eos_token_id": ends},
+        {"generation_config": GenerationConfig(pad_token_id=TURN_END, eos_token_id=ends)},
+    ):
+        found, expected = (
+            model.generate(ids, **options, **more, **mask).logits[0]
+            for mask in ({}, {"attention_mask": torch.ones_like(ids)})
+        )
+        assert torch.equal(found, expected)
+    other = ids.clone()
+    other[:, 0] = 7
+    found, expected = (
+        model.generate(other, **options, pad_token_id=7, **mask).logits[0]
+        for mask in ({}, {"attention_mask": (other != 7).long()})
+    )
+    assert torch.equal(found, expected)
+
+
 def test_dictionaries(model, processor):
     expanded, short = with_features(model, processor, TEXTS, NESTED)
     outputs = [

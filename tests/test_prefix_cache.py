@@ -117,7 +117,7 @@ def test_logits(model, processor):
 
 def embeddings(model, inputs) -> dict:
     """The short form's inputs as embeddings alone, which other code may have made."""
-    request = model._expand_prompt(model._read_request(inputs["input_ids"], inputs["image_features"], {}))
+    request = model._expand_prompt(model._read_request(inputs["input_ids"], inputs["image_features"], None, {}))
     embeds = model.model.embed_prompt(request.new_ids, inputs["image_features"])
     return {"inputs_embeds": embeds, "attention_mask": request.attention_mask}
 
