@@ -28,8 +28,11 @@ CACHE = next(
 )
 
 
-# Options of `generate` that can't be combined with a `PrefixCache`: other caches and other ways to fill them, and
-# outputs for all tokens of the prompt, some of which are not computed again.
+# Options that look at the ids of the prompt, with the values that change nothing. transformers ignores them if it gets
+# embeddings, as with the short form and with a `PrefixCache`.
+ABOUT_PROMPT_IDS = {"encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1}
+# Options of `generate` that can't be combined with a `PrefixCache`: other caches and other ways to fill them, outputs
+# for all tokens of the prompt, some of which are not computed again, and what needs or changes its ids.
 NOT_WITH_PREFIXES = (
     *CACHE_NAMES,
     "cache_implementation",
@@ -41,6 +44,8 @@ NOT_WITH_PREFIXES = (
     "output_attentions",
     "output_hidden_states",
     "position_ids",
+    "token_healing",
+    *ABOUT_PROMPT_IDS,
 )
 
 
@@ -54,6 +59,12 @@ def one_cache(cache, past_key_values):
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names for the same argument: pass only one")
     return past_key_values if cache is None else cache
+
+
+def is_set(name: str, value) -> bool:
+    """Whether the value of an option changes anything. An empty cache, which is false, does."""
+    is_neutral = name in ABOUT_PROMPT_IDS and value == ABOUT_PROMPT_IDS[name]
+    return value is not None and value is not False and not is_neutral
 
 
 def check_cache(cache: Cache, input_ids: torch.LongTensor) -> int:
@@ -396,7 +407,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         """Raise a ValueError for what can't be combined with a prefix cache."""
         refuse_prefixes(self)
         value = partial(self._option, generation_config=generation_config, kwargs=kwargs)
-        refused = [name for name in NOT_WITH_PREFIXES if value(name) is not None and value(name) is not False]
+        refused = [name for name in NOT_WITH_PREFIXES if is_set(name, value(name))]
         if value("use_cache") is False:
             refused.append("use_cache=False")
         if refused:
@@ -412,8 +423,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
     def _refuse_options(self, is_short: bool, generation_config, kwargs: dict):
         """Raise a ValueError for options that would silently give wrong results."""
         value = partial(self._option, generation_config=generation_config, kwargs=kwargs)
-        for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
-            if value(name) is not None:  # drafts would ignore the images, or consist of <image> tokens
+        # Drafts would ignore the images, or consist of <image> tokens; healing decodes the prompt without them.
+        for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "token_healing"):
+            if is_set(name, value(name)):
                 raise ValueError(f"{name} can't be combined with images: leave it out")
         if value("prefill_chunk_size") and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
             # Older releases drop the images.
@@ -422,12 +434,13 @@ class MCLlavaGenerationMixin(GenerationMixin):
             return
         # These refer to the prompt as passed, while the model gets the expanded one.
         for name in ("max_length", "min_length"):
-            if length := value(name):
+            length = value(name)
+            if length and value(f"{name[:3]}_new_tokens") is None:  # which replaces it
                 raise ValueError(
                     f"{name}={length} can't be counted with one <image> per image: use {name[:3]}_new_tokens instead"
                 )
-        for name in (CACHE, "prefill_chunk_size"):
-            if value(name) is not None:
+        for name in (CACHE, "prefill_chunk_size", *ABOUT_PROMPT_IDS):
+            if is_set(name, value(name)):
                 raise ValueError(
                     f"{name} can't be combined with one <image> per image: pass one <image> per visual token"
                 )

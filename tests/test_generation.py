@@ -252,11 +252,32 @@ def test_length_limits_of_the_short_form(model, processor, name, monkeypatch):
     monkeypatch.setattr(model.generation_config, name, 50)
     with pytest.raises(ValueError, match=f"{name}=50 can't be counted"):
         model.generate(**short)
+    assert len(new_tokens(model, short, max_new_tokens=3, min_new_tokens=2)[0]) == 3, "which replaces what was saved"
     monkeypatch.undo()
     inputs = processor(TEXTS[1], IMAGES[1])
     length = inputs["input_ids"].shape[1]
     output = model.generate(**inputs, max_length=length + 3, do_sample=False, eos_token_id=None)
     assert output.shape[1] == length + 3
+
+
+@pytest.mark.parametrize(
+    "name, neutral, value", [("encoder_no_repeat_ngram_size", 0, 1), ("encoder_repetition_penalty", 1.0, 30.0)]
+)
+def test_what_looks_at_the_ids_of_the_prompt(model, processor, name, neutral, value):
+    inputs, short = processor(TEXTS[1], IMAGES[1]), processor(TEXTS[1], IMAGES[1], model)
+    for arguments in (short, {**inputs, "prefix_cache": PrefixCache()}):
+        with pytest.raises(ValueError, match=f"can't be combined with .*{name}|{name} can't be combined with one"):
+            model.generate(**arguments, **{name: value})
+        assert new_tokens(model, arguments, **{name: neutral}) == new_tokens(model, inputs)
+
+
+def test_healing_is_for_text_alone(model, processor):
+    options = {"token_healing": True, "tokenizer": processor.tokenizer}
+    for inputs in (processor(TEXTS[1], IMAGES[1]), processor(TEXTS[1], IMAGES[1], model)):
+        with pytest.raises(ValueError, match="token_healing can't be combined with images: leave it out"):
+            model.generate(**inputs, **options)
+    with pytest.raises(ValueError, match="prefix_cache can't be combined with token_healing: leave"):
+        model.generate(**processor("Why?"), **options, prefix_cache=PrefixCache())
 
 
 @pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"])
