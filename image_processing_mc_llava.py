@@ -310,7 +310,7 @@ class MCLlavaImageProcessor(PilBackend):
         """Whether a call with these options zooms: plans say where the crops are, whatever zoom was saved."""
         given = {**kwargs, **(kwargs.get("images_kwargs") or {})}
         zoom = self.zoom if given.get("zoom") is None else given["zoom"]
-        return bool(zoom) and given.get("plans") is None
+        return given.get("plans") is None and check_knob("zoom", zoom, 0) > 0
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
         try:
@@ -341,7 +341,7 @@ class MCLlavaImageProcessor(PilBackend):
         check_numbers({"size": size})
         side = size.height
         sizes = [image.size for image in images]
-        is_zooming = zoom > 0 and plans is None
+        is_zooming = plans is None and check_knob("zoom", zoom, 0) > 0
         if is_zooming:
             plans = [plan_scouts(*size, zoom, max_crops, num_tokens, side, patch_size) for size in sizes]
         else:

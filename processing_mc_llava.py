@@ -545,7 +545,7 @@ class MCLlavaProcessor(ProcessorMixin):
         """The numbers of crops and tokens of images with sizes (height, width), for serving engines."""
         if image_sizes is None:
             return MultiModalData()
-        saved = self.image_processor
+        saved, kwargs = self.image_processor, {**kwargs, **(kwargs.get("images_kwargs") or {})}
         if saved.asks_to_zoom(kwargs):
             raise ValueError(
                 "zoom needs several passes over a prompt, which serving engines don't make: pass zoom=0, or as plans "

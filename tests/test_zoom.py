@@ -397,6 +397,19 @@ class TestRefused:
         with pytest.raises(ValueError, match="zoom must be"):
             processor(TEXTS[1], IMAGES[0], zoom=zoom)
 
+    @pytest.mark.parametrize("zoom", [None, -1, 1.0, "2", True])
+    def test_odd_rounds_that_were_saved(self, zooming, processor, zoom):
+        processor = copy.deepcopy(processor)
+        processor.image_processor.zoom = zoom
+        for call in (
+            lambda: processor(TEXTS[1], IMAGES[0]),
+            lambda: processor.image_processor(IMAGES[0]),
+            lambda: processor(TEXTS[1], IMAGES[0], zooming),
+            lambda: processor._get_num_multimodal_tokens([(300, 400)]),
+        ):
+            with pytest.raises(ValueError, match="zoom must be"):
+                call()
+
     @pytest.mark.parametrize("knobs", [{"zoom": 10**30, "max_crops": 20}, {"zoom": 1, "max_crops": 10**30}], ids=str)
     def test_huge_knobs_are_no_fault(self, zooming, processor, knobs):
         assert max(zooming.zoom(**processor(TEXTS[1], IMAGES[0], num_tokens=20, **knobs)).crops_per_image) <= 20
