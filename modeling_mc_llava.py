@@ -44,7 +44,7 @@ from .encoded_images_mc_llava import (
     sum_per_image,
 )
 from .generation_mc_llava import CACHE, CACHE_NAMES, MCLlavaGenerationMixin, one_cache
-from .hashing_mc_llava import adapter_states, hash_tensors
+from .hashing_mc_llava import adapter_names, adapter_states, hash_tensors
 from .precision_mc_llava import warn_of_float16
 from .zoom_mc_llava import MCLlavaZoomMixin, refuse_zoom
 
@@ -617,7 +617,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
         """
         parts = (self.model.vision_tower, self.model.coord_embed, self.model.multi_modal_projector)
         weights = hash_tensors(tensor for part in parts for tensor in read_weights(part).values())
-        adapters = [state for part in parts for state in adapter_states(part)]
+        adapters = [(adapter_names(part), adapter_states(part)) for part in parts]
         tower = self.config.vision_config  # all that the shapes of its weights leave open
         computes = (
             tower.hidden_act,

@@ -229,6 +229,22 @@ def test_adapters_by_row(processor, heads):
         adapted.generate(**inputs, adapter_names=names, num_beams=2)
 
 
+def test_the_cache_tells_adapters_of_a_call_apart(processor):
+    """PEFT takes names for crops if there are as many of them as rows."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=".*tower.*fc2", init_lora_weights=False)
+    adapted, cache = peft.get_peft_model(small_model(), config).eval(), FeatureCache()
+    inputs = processor(TEXTS[1], IMAGES[2], **KNOBS)
+    assert len(inputs["pixel_values"]) == 1
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    for names in (["default"], ["__base__"], None):
+        expected, found = (
+            adapted.generate(**inputs, **options, adapter_names=names, feature_cache=kept).logits[0]
+            for kept in (None, cache)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
     """If attention goes to a whole picture, it gets no further crops, and its scouts are still reported."""
     asked = []
