@@ -9,7 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .crops_mc_llava import Crop
+from .crops_mc_llava import Crop, center_of
+
+
+UNKNOWN = "unknown"  # the hash of weights that are offloaded to disk
 
 
 def read_integers(*tensors: torch.Tensor) -> list[list]:
@@ -88,7 +91,7 @@ class EncodedImages:
         crop_boxes, crop_coords, crop_num_tokens, image_grid_thw: the crops that the features were computed from, as
             the image processor returns them: int64[crops, 4], float[crops, 2], int64[crops] and int64[images, 3].
         weights_hash: hash of the weights that computed the features, see
-            `MCLlavaForConditionalGeneration.hash_encoder`.
+            `MCLlavaForConditionalGeneration.hash_encoder`; `UNKNOWN` if guided zoom ran with some on a disk.
 
     Raises:
         ValueError: if the features or the coordinates are not finite floats, a coordinate is not in 0 to 1, a box is
@@ -222,24 +225,55 @@ def input_device(model) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
-def check_weights(images: list[EncodedImages], weights_hash: str):
-    """Raise a ValueError if images were encoded with weights of another hash."""
+def describe_crops(
+    plans: list[list[Crop]], sizes: list[tuple[int, int]], device: torch.device
+) -> dict[str, torch.Tensor]:
+    """The fields of `EncodedImages` for the plans of images of these sizes (width, height)."""
+    crops = [crop for plan in plans for crop in plan]
+    coords = [center_of(crop.box, *size) for plan, size in zip(plans, sizes) for crop in plan]
+    return {
+        "crop_boxes": torch.tensor([crop.box for crop in crops], device=device),
+        "crop_coords": torch.tensor(coords, dtype=torch.float32, device=device),  # whatever dtype is default
+        "crop_num_tokens": torch.tensor([crop.num_tokens for crop in crops], device=device),
+        "image_grid_thw": torch.tensor([[len(plan), 1, 1] for plan in plans], device=device),
+    }
+
+
+def without_peft(model):
+    """The model that PEFT's `PeftModel` wraps, or the model itself. A wrapper's `model` is another one's."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def check_weights(images: list[EncodedImages], model):
+    """
+    Raise a ValueError if images were encoded with other weights than a model's. Weights on a disk can't be compared:
+    a model that has some accepts what it, or another such model, has encoded.
+    """
+    try:
+        weights_hash = model.hash_encoder()
+    except ValueError:
+        if any(image.weights_hash != UNKNOWN for image in images):
+            raise
+        return
     if any(image.weights_hash != weights_hash for image in images):
         raise ValueError(
             "the images were encoded with other weights of vision tower, coordinate embedding or projector "
-            "(or another dtype): encode them again with this model"
+            "(or another dtype or configuration): encode them again with this model"
         )
 
 
 __all__ = [
+    "UNKNOWN",
     "EncodedImages",
     "check_counts",
     "check_places",
     "check_weights",
     "count_image_tokens",
     "count_places",
+    "describe_crops",
     "input_device",
     "is_encoded",
     "read_integers",
     "sum_per_image",
+    "without_peft",
 ]

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .crops_mc_llava import Box, Crop, center_of, check_plans
-from .encoded_images_mc_llava import EncodedImages, input_device
+from .crops_mc_llava import Box, Crop, check_plans
+from .encoded_images_mc_llava import EncodedImages, describe_crops, input_device, without_peft
 from .image_loading_mc_llava import load_image
 from .image_processing_mc_llava import CROPS_PER_LOOK_UP, check_size, look_up_bytes
 from .resizing_mc_llava import cut_to
@@ -49,8 +49,8 @@ class FeatureCache:
     for guided zoom, to `generate` and `zoom`.
 
     A crop is identified by its picture's pixels, its box, how its pixels are made (`resample`, rescaling,
-    normalization), the weights that encode it and the dtype that they compute in. With another question, another round
-    of zoom or other knobs, only new crops are encoded. Threads may share a cache.
+    normalization), the weights that encode it, and the dtype and the device that they compute in. With another
+    question, another round of zoom or other knobs, only new crops are encoded. Threads may share a cache.
 
     All patches of a crop are kept, to serve any `num_tokens`. When the cache is full, the least recently used crops
     are first reduced to the patches that were asked for, and then dropped.
@@ -90,7 +90,7 @@ class FeatureCache:
         Encode images. Only crops that the cache lacks pass the vision tower.
 
         Args:
-            model: `MCLlavaForConditionalGeneration`.
+            model: `MCLlavaForConditionalGeneration`, or PEFT's wrapper of one.
             image_processor: `MCLlavaImageProcessor`.
             images: anything that `load_image` reads, or what `prepare` returned. Their crops share passes of the
                 vision tower.
@@ -105,6 +105,7 @@ class FeatureCache:
         """
         if not images:
             return []  # without reading weights for their hash
+        model = without_peft(model)
         prepared = self._prepare(model, image_processor, images, plans, options)
         device, made_by = input_device(model), describe_encoder(model)
         self._made_by = made_by
@@ -171,13 +172,7 @@ class FeatureCache:
 
     def _project(self, model, image: "PreparedImage", patches: torch.Tensor, made_by: tuple) -> EncodedImages:
         """The features of one picture, from the patches of all its crops."""
-        fields = {
-            "crop_boxes": [crop.box for crop in image.plan],
-            "crop_coords": [center_of(crop.box, *image.picture.size) for crop in image.plan],
-            "crop_num_tokens": [crop.num_tokens for crop in image.plan],
-            "image_grid_thw": [[len(image.plan), 1, 1]],
-        }
-        fields = {name: torch.tensor(values, device=patches.device) for name, values in fields.items()}
+        fields = describe_crops([image.plan], [image.picture.size], patches.device)
         placed = model.model.add_positions(patches, fields["crop_coords"], fields["crop_num_tokens"])
         return EncodedImages(model.model.multi_modal_projector(placed), **fields, weights_hash=made_by[0])
 
@@ -333,11 +328,12 @@ def is_prepared(value) -> bool:
     return hasattr(value, "cut_ahead")
 
 
-def describe_encoder(model) -> tuple[str, str]:
-    """The hash of the weights that encode crops, and the dtype that they compute in, autocast's included."""
+def describe_encoder(model) -> tuple[str, str, str]:
+    """The hash of the weights that encode crops, and the dtype, autocast's included, and the device of the results."""
+    weights_hash = model.hash_encoder()  # or an error, if weights are on "meta", where there is no autocast
     device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    return model.hash_encoder(), str(dtype)
+    return weights_hash, str(dtype), str(model.device)
 
 
 def picture_key(pixels: bytes, size: tuple[int, int], resample: int | None, values: bytes, made_by: tuple) -> tuple:

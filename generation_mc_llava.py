@@ -10,6 +10,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
+from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
@@ -27,8 +28,11 @@ CACHE = next(
 )
 
 
-# Options of `generate` that can't be combined with a `PrefixCache`: other caches and other ways to fill them, and
-# outputs for all tokens of the prompt, some of which are not computed again.
+# Options that look at the ids of the prompt, with the values that change nothing. transformers ignores them if it gets
+# embeddings, as with the short form and with a `PrefixCache`.
+ABOUT_PROMPT_IDS = {"encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1}
+# Options of `generate` that can't be combined with a `PrefixCache`: other caches and other ways to fill them, outputs
+# for all tokens of the prompt, some of which are not computed again, and what needs or changes its ids.
 NOT_WITH_PREFIXES = (
     *CACHE_NAMES,
     "cache_implementation",
@@ -40,6 +44,8 @@ NOT_WITH_PREFIXES = (
     "output_attentions",
     "output_hidden_states",
     "position_ids",
+    "token_healing",
+    *ABOUT_PROMPT_IDS,
 )
 
 
@@ -53,6 +59,23 @@ def one_cache(cache, past_key_values):
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names for the same argument: pass only one")
     return past_key_values if cache is None else cache
+
+
+def is_set(name: str, value) -> bool:
+    """Whether the value of an option changes anything. An empty cache, which is false, does."""
+    is_neutral = name in ABOUT_PROMPT_IDS and value == ABOUT_PROMPT_IDS[name]
+    return value is not None and value is not False and not is_neutral
+
+
+def check_cache(cache: Cache, input_ids: torch.LongTensor) -> int:
+    """The number of tokens in a cache. Raises a ValueError unless `input_ids`, which start with them, have more."""
+    known, length = int(cache.get_seq_length()), input_ids.shape[1]
+    if 0 < known >= length:
+        raise ValueError(
+            f"the cache holds {known} tokens and input_ids have {length}: pass the input_ids of all turns with one "
+            "<image> per visual token, or only new ones and an attention_mask for all"
+        )
+    return known
 
 
 @dataclass(frozen=True)
@@ -172,11 +195,11 @@ class MCLlavaGenerationMixin(GenerationMixin):
         """
         if kwargs.get("tokenizer") is not None:  # of stop strings; `transformers serve` passes the processor
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
-        request = self._read_request(inputs, image_features, kwargs)
-        if request.tokens_per_image:
-            self._refuse_options(request.is_short, generation_config, kwargs)
         if prefix_cache is not None:
             self.refuse_with_prefixes(generation_config, kwargs)
+        request = self._read_request(inputs, image_features, generation_config, kwargs)
+        if request.tokens_per_image:
+            self._refuse_options(request.is_short, generation_config, kwargs)
         if request.is_short:
             request = self._expand_prompt(request)
         has_prompt = request.new_ids is not None
@@ -232,7 +255,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
         self.generate(**inputs, **greedy, max_new_tokens=1, prefix_cache=kept)
         return kept
 
-    def _read_request(self, input_ids: torch.LongTensor | None, image_features, kwargs: dict) -> GenerationRequest:
+    def _read_request(
+        self, input_ids: torch.LongTensor | None, image_features, generation_config, kwargs: dict
+    ) -> GenerationRequest:
         """Collect the arguments, and remove from `kwargs` those that transformers must not get under their names."""
         if input_ids is None:
             input_ids = kwargs.pop("input_ids", None)
@@ -260,10 +285,12 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 attention_mask = torch.ones_like(new_ids)
         elif input_ids is not None:
             if attention_mask is None:
-                attention_mask = self._mask_padding(input_ids)
+                attention_mask = self._mask_padding(input_ids, generation_config, kwargs)
             # A cache holds the images of earlier turns: only ids that are not in it have places to fill.
             if cache is not None and attention_mask.shape == input_ids.shape:
-                new_ids = input_ids[:, int(cache.get_seq_length()) :]
+                new_ids = input_ids[:, check_cache(cache, input_ids) :]
+        if new_ids is not None and not new_ids.numel():
+            raise ValueError("the prompt is empty: pass at least one token in each row")
         lengths, run_ends, counts = [], [], []
         if new_ids is not None:
             lengths, run_ends, *counts = self._read_prompts(new_ids, attention_mask, kwargs)
@@ -292,10 +319,18 @@ class MCLlavaGenerationMixin(GenerationMixin):
             tensors += [images["crop_num_tokens"], images["image_grid_thw"][:, 0]]
         return read_integers(*tensors)
 
-    def _mask_padding(self, input_ids: torch.LongTensor) -> torch.LongTensor:
-        """The attention mask of prompts that came without one: int64[batch, length], 0 for padding."""
-        pad_token_id = -1 if self.config.pad_token_id is None else self.config.pad_token_id
-        return (input_ids != pad_token_id).long()
+    def _mask_padding(
+        self, input_ids: torch.LongTensor, generation_config=None, kwargs: dict | None = None
+    ) -> torch.LongTensor:
+        """
+        The attention mask of prompts that came without one: int64[batch, length], 0 for padding. As in transformers,
+        nothing is taken for padding if the pad token also ends a turn.
+        """
+        pad, ends = (self._option(name, generation_config, kwargs or {}) for name in ("pad_token_id", "eos_token_id"))
+        pad = self.config.pad_token_id if pad is None else pad
+        if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+            return torch.ones_like(input_ids, dtype=torch.long)
+        return (input_ids != pad).long()
 
     def _pass_on_images(
         self,
@@ -371,31 +406,26 @@ class MCLlavaGenerationMixin(GenerationMixin):
     def refuse_with_prefixes(self, generation_config, kwargs: dict):
         """Raise a ValueError for what can't be combined with a prefix cache."""
         refuse_prefixes(self)
-        refused = [
-            name
-            for name in NOT_WITH_PREFIXES
-            if isinstance(kwargs.get(name), torch.Tensor) or self._option(name, generation_config, kwargs) is not None
-        ]
-        if kwargs.get(CACHE) is not None and CACHE not in refused:  # an empty one is false
-            refused.append(CACHE)
-        configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        given = [kwargs.get("use_cache"), *(config.use_cache for config in configs)]
-        if next((value for value in given if value is not None), None) is False:
+        value = partial(self._option, generation_config=generation_config, kwargs=kwargs)
+        refused = [name for name in NOT_WITH_PREFIXES if is_set(name, value(name))]
+        if value("use_cache") is False:
             refused.append("use_cache=False")
         if refused:
             raise ValueError(f"prefix_cache can't be combined with {', '.join(refused)}: leave one of them out")
 
     def _option(self, name: str, generation_config, kwargs: dict):
         """What `generate` will take for an option: that of the call, or of a configuration; None if there is none."""
-        configs = (generation_config, self.generation_config)
-        given = [kwargs.get(name), *(getattr(config, name, None) for config in configs if config is not None)]
-        return next((value for value in given if value), None)
+        if name in kwargs:
+            return kwargs[name]
+        given = [getattr(config, name, None) for config in (generation_config, self.generation_config)]
+        return next((value for value in given if value is not None), None)
 
     def _refuse_options(self, is_short: bool, generation_config, kwargs: dict):
         """Raise a ValueError for options that would silently give wrong results."""
         value = partial(self._option, generation_config=generation_config, kwargs=kwargs)
-        for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"):
-            if value(name) is not None:  # drafts would ignore the images, or consist of <image> tokens
+        # Drafts would ignore the images, or consist of <image> tokens; healing decodes the prompt without them.
+        for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "token_healing"):
+            if is_set(name, value(name)):
                 raise ValueError(f"{name} can't be combined with images: leave it out")
         if value("prefill_chunk_size") and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):
             # Older releases drop the images.
@@ -404,12 +434,13 @@ class MCLlavaGenerationMixin(GenerationMixin):
             return
         # These refer to the prompt as passed, while the model gets the expanded one.
         for name in ("max_length", "min_length"):
-            if length := value(name):
+            length = value(name)
+            if length and value(f"{name[:3]}_new_tokens") is None:  # which replaces it
                 raise ValueError(
                     f"{name}={length} can't be counted with one <image> per image: use {name[:3]}_new_tokens instead"
                 )
-        for name in (CACHE, "prefill_chunk_size"):
-            if value(name) is not None:
+        for name in (CACHE, "prefill_chunk_size", *ABOUT_PROMPT_IDS):
+            if is_set(name, value(name)):
                 raise ValueError(
                     f"{name} can't be combined with one <image> per image: pass one <image> per visual token"
                 )

@@ -407,7 +407,7 @@ class EndpointHandler:
         prompt_tokens = prompt_length - len(encoded) + sum(len(image.features) for image in encoded)
         return text.rstrip() if is_continued else text.strip(), {
             "zoom": {} if looked_at is None else {"looked_at": looked_at},
-            "probability": float(torch.tensor(logprobs).sum().exp()),
+            "probability": float(torch.tensor(logprobs, dtype=torch.float32).sum().exp()),
             "finish_reason": "stop" if stopped else "length",
             "usage": {
                 "prompt_tokens": prompt_tokens,

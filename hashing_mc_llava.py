@@ -49,6 +49,26 @@ def adapter_states(module: nn.Module) -> list[tuple]:
     ]
 
 
+def forward_hooks(module: nn.Module) -> list:
+    """The forward hooks and pre-hooks of a module and of all modules in it."""
+    return [
+        hook
+        for part in module.modules()
+        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+    ]
+
+
+def adapter_names(module: nn.Module) -> list[str] | None:
+    """PEFT's adapter for each row of a batch, within `generate(..., adapter_names=...)`; otherwise None."""
+    given = map(injected_names, forward_hooks(module))
+    return next((names for names in given if names is not None), None)
+
+
+def injected_names(hook) -> list[str] | None:
+    """The `adapter_names` that a hook of PEFT passes to a layer; None for other hooks."""
+    return getattr(hook, "keywords", {}).get("adapter_names")
+
+
 def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
     """
     The sum of each tensor's mixed words on a CPU, in blocks that stay in a core's cache. Each thread sums other
@@ -125,4 +145,4 @@ def _mix(
     return mixed
 
 
-__all__ = ["adapter_states", "hash_tensors"]
+__all__ = ["adapter_names", "adapter_states", "forward_hooks", "hash_tensors", "injected_names"]

@@ -216,7 +216,8 @@ class MCLlavaImageProcessor(PilBackend):
 
     - `zoom_options`, int64 [images, 5]: rows [rounds, max_crops, height, width, resample];
     - `zoom_pictures`, uint8 [bytes]: the pixels of all pictures, one after another, each [height, width, 3];
-    - `zoom_values`, float32 [3, 256]: what `pixel_values` hold for each byte in each channel.
+    - `zoom_values`, float32 [images, 3, 256]: what `pixel_values` hold for each byte in each channel, the same for all
+      images. Fields with a row for each image, as all others, can be concatenated to a batch.
 
     Raises:
         ValueError: if an option is unknown or out of range, an image can't be read, a plan doesn't fit its image, or
@@ -309,7 +310,7 @@ class MCLlavaImageProcessor(PilBackend):
         """Whether a call with these options zooms: plans say where the crops are, whatever zoom was saved."""
         given = {**kwargs, **(kwargs.get("images_kwargs") or {})}
         zoom = self.zoom if given.get("zoom") is None else given["zoom"]
-        return bool(zoom) and given.get("plans") is None
+        return given.get("plans") is None and check_knob("zoom", zoom, 0) > 0
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
         try:
@@ -340,7 +341,7 @@ class MCLlavaImageProcessor(PilBackend):
         check_numbers({"size": size})
         side = size.height
         sizes = [image.size for image in images]
-        is_zooming = zoom > 0 and plans is None
+        is_zooming = plans is None and check_knob("zoom", zoom, 0) > 0
         if is_zooming:
             plans = [plan_scouts(*size, zoom, max_crops, num_tokens, side, patch_size) for size in sizes]
         else:
@@ -370,7 +371,7 @@ class MCLlavaImageProcessor(PilBackend):
             rows = [[number, most, height, width, int(resample)] for number, (width, height) in zip(rounds, sizes)]
             data["zoom_options"] = np.array(rows, dtype=np.int64)
             data["zoom_pictures"] = _concatenate(images)
-            data["zoom_values"] = np.ascontiguousarray(table)
+            data["zoom_values"] = np.repeat(table[None], len(images), axis=0)
         inputs = BatchFeature(data, tensor_type=return_tensors)
         if device.type != "cpu":  # the other fields are small
             inputs["pixel_values"] = inputs["pixel_values"].to(device)

@@ -44,7 +44,7 @@ from .encoded_images_mc_llava import (
     sum_per_image,
 )
 from .generation_mc_llava import CACHE, CACHE_NAMES, MCLlavaGenerationMixin, one_cache
-from .hashing_mc_llava import adapter_states, hash_tensors
+from .hashing_mc_llava import adapter_names, adapter_states, hash_tensors
 from .precision_mc_llava import warn_of_float16
 from .zoom_mc_llava import MCLlavaZoomMixin, refuse_zoom
 
@@ -285,22 +285,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         check_counts(crop_num_tokens, image_grid_thw)
         counts, crops_per_image = read_integers(crop_num_tokens, image_grid_thw[:, 0])
         tokens_per_image = sum_per_image(counts, crops_per_image)
-        if crop_coords is None or not len(pixel_values) == len(crop_coords) == len(crop_num_tokens):
-            raise ValueError(
-                f"pixel_values, crop_coords and crop_num_tokens describe {len(pixel_values)}, "
-                f"{0 if crop_coords is None else len(crop_coords)} and {len(crop_num_tokens)} crops: "
-                "pass what the processor returned"
-            )
-        if not len(pixel_values):
-            raise ValueError("there are no crops to encode: pass at least one image")
-        patches = self.vision_tower.embeddings.num_patches
-        low, high = min(counts), max(counts)
-        if low < 1 or high >= patches:
-            raise ValueError(
-                f"crop_num_tokens must lie between 1 and {patches - 1} (patches of a crop, without the first), "
-                f"got {low} to {high}: use the processor of this model, with patch_size "
-                f"{self.config.vision_config.patch_size}"
-            )
+        self.check_crops(counts, pixel_values=pixel_values, crop_coords=crop_coords)
 
         warn_of_float16(self.vision_tower.dtype, pixel_values.device)
         hidden_states = self.encode_tokens(pixel_values, crop_num_tokens, counts, **kwargs)
@@ -314,6 +299,32 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=list(image_features.split(tokens_per_image)), **recorded
         )
+
+    def check_crops(self, counts: list[int], **fields):
+        """
+        Raise a ValueError if fields with a row for each crop differ in length, there are no crops, or a crop has fewer
+        patches than tokens to keep. Nothing is read from the device.
+
+        Args:
+            counts: the values of `crop_num_tokens`.
+            fields: the other fields by name.
+        """
+        lengths = [0 if field is None else len(field) for field in fields.values()]
+        if set(lengths) != {len(counts)}:
+            raise ValueError(
+                f"{', '.join(fields)} and crop_num_tokens describe {', '.join(map(str, lengths))} and {len(counts)} "
+                "crops: pass what the processor returned"
+            )
+        if not counts:
+            raise ValueError("there are no crops to encode: pass at least one image")
+        patches = self.vision_tower.embeddings.num_patches
+        low, high = min(counts), max(counts)
+        if low < 1 or high >= patches:
+            raise ValueError(
+                f"crop_num_tokens must lie between 1 and {patches - 1} (patches of a crop, without the first), "
+                f"got {low} to {high}: use the processor of this model, with patch_size "
+                f"{self.config.vision_config.patch_size}"
+            )
 
     def encode_tokens(
         self,
@@ -596,7 +607,8 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
     def hash_encoder(self) -> str:
         """
         A hash of everything that `EncodedImages` depend on: the weights of vision tower, coordinate embedding and
-        projector, and which of PEFT's adapters in them are active, with which factor.
+        projector, what the configuration says of how they compute, and which of PEFT's adapters in them are active,
+        with which factor.
 
         It is computed at each call, because there is no reliable way to tell that weights have changed.
 
@@ -605,8 +617,15 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
         """
         parts = (self.model.vision_tower, self.model.coord_embed, self.model.multi_modal_projector)
         weights = hash_tensors(tensor for part in parts for tensor in read_weights(part).values())
-        adapters = [state for part in parts for state in adapter_states(part)]
-        return hashlib.sha256(f"{weights} {adapters}".encode()).hexdigest()
+        adapters = [(adapter_names(part), adapter_states(part)) for part in parts]
+        tower = self.config.vision_config  # all that the shapes of its weights leave open
+        computes = (
+            tower.hidden_act,
+            tower.num_attention_heads,
+            tower.layer_norm_eps,
+            self.config.projector_hidden_act,
+        )
+        return hashlib.sha256(f"{weights} {adapters} {computes}".encode()).hexdigest()
 
     @can_return_tuple
     def forward(
@@ -689,7 +708,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             raise ValueError("pass either image_features or mm_encoder_outputs, not both")
         given = [image_features] if is_encoded(image_features) else list(image_features)
         if encoded := [entry for entry in given if is_encoded(entry)]:
-            check_weights(encoded, self.hash_encoder())
+            check_weights(encoded, self)
         image_features = [
             features for entry in given for features in (entry.split() if is_encoded(entry) else [entry])
         ]

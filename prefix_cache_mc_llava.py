@@ -20,11 +20,13 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .encoded_images_mc_llava import read_integers
-from .hashing_mc_llava import adapter_states
+from .hashing_mc_llava import adapter_names, adapter_states, forward_hooks, injected_names
 
 
 SAMPLE = 4096  # values of each weight that are compared, spread evenly
 ROOM = 128  # tokens that a `RoomyLayer` can grow by before it is copied
+# Whose forward hooks leave keys and values alone: they record outputs, gather weights or ask for gradients.
+HARMLESS_HOOKS = ("torch.", "transformers.", "accelerate.", "peft.peft_model", "peft.mixed_model", "peft.utils.")
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
@@ -121,7 +123,7 @@ class PrefixCache:
             model.generate(**inputs, prefix_cache=kept)
 
     A token is identified by the embeddings of all tokens up to it, those of images included, by the dtype and by the
-    language model's weights. What prompts share is kept once. Threads may share a cache.
+    language model's weights and adapters. What prompts share is kept once. Threads may share a cache.
 
     Changed weights are detected by torch's version counters and by `SAMPLE` values of each weight. After changing
     single values in a way that torch doesn't count (through `.data`, or a NumPy view), call `clear`.
@@ -171,14 +173,14 @@ class PrefixCache:
         Raises:
             ValueError: if the prompts are not padded on the left.
         """
-        made_by = describe_language_model(model)
+        made_by = describe_rows(model, len(embeds))
         counts, (is_left,) = read_integers(  # a mask may be of floats
             attention_mask.sum(-1), (attention_mask[:, 1:] >= attention_mask[:, :-1]).all().view(1)
         )
         if not is_left:
             raise ValueError("a prefix cache needs prompts that are padded on the left: pad them there")
         starts = [attention_mask.shape[1] - count for count in counts]
-        names = [name_tokens(made_by, row[start:]) for row, start in zip(read_bytes(embeds), starts)]
+        names = [name_tokens(before, row[start:]) for before, row, start in zip(made_by, read_bytes(embeds), starts)]
         prompts = Prompts(starts, names)
         cache = DynamicCache(config=model.config.get_text_config())
         cache.layers = [RoomyLayer() for _ in cache.layers]
@@ -303,7 +305,7 @@ def name_tokens(before: bytes, embeds: np.ndarray) -> list[bytes]:
     the embeddings up to it.
 
     Args:
-        before: the name of the token before them or, at the start of a prompt, what `describe_language_model` returns.
+        before: the name of the token before them or, at the start of a prompt, what `describe_rows` returns for it.
         embeds: uint8[length, bytes], of `read_bytes`.
     """
     names, name = [], before
@@ -315,9 +317,9 @@ def name_tokens(before: bytes, embeds: np.ndarray) -> list[bytes]:
 
 def describe_language_model(model) -> bytes:
     """A quick digest of the language model's weights, see `PrefixCache`, and of how it computes."""
-    device = model.device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     language_model, digest = model.model.language_model, hashlib.sha256()
+    device = language_model.device.type  # the vision tower may be offloaded
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest.update(f"{autocast} {model.config.get_text_config().to_json_string()}".encode())
     digest.update(str(adapter_states(language_model)).encode())
     samples = {}
@@ -333,6 +335,15 @@ def describe_language_model(model) -> bytes:
     for parts in samples.values():
         digest.update(torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes())
     return digest.digest()
+
+
+def describe_rows(model, rows: int) -> list[bytes]:
+    """For each prompt of a batch, `describe_language_model` and the adapter that `adapter_names` chose for it."""
+    made_by, adapters = describe_language_model(model), adapter_names(model.model.language_model)
+    if adapters is None or len(adapters) % rows:  # PEFT refuses the latter
+        return [made_by] * rows
+    adapters = adapters[:: len(adapters) // rows]  # each beam has a name
+    return [hashlib.sha256(made_by + name.encode()).digest() for name in adapters]
 
 
 def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -357,6 +368,15 @@ def refuse_prefixes(model):
             "the language model's weights are offloaded, so that changes of them can't be detected: leave "
             "prefix_cache out, or load the model to a device"
         )
+    for hook in forward_hooks(model.model.language_model):
+        function = getattr(hook, "func", hook)  # of a partial
+        function = function if hasattr(function, "__qualname__") else type(function)
+        name = f"{function.__module__}.{function.__qualname__}"
+        if not name.startswith(HARMLESS_HOOKS) and injected_names(hook) is None:
+            raise ValueError(
+                f"the language model has the forward hook {name}, which may change keys and values: remove it, or "
+                "leave prefix_cache out"
+            )
 
 
 def can_keep_prefixes(model, generation_config=None) -> bool:

@@ -291,7 +291,8 @@ class MCLlavaProcessor(ProcessorMixin):
             content = [{"type": "image"}, {"type": "text", "text": GENERAL_QUESTION}]
             messages = [{"role": "user", "content": content}]
             prompt = self.apply_chat_template(messages, CHAT_TEMPLATE, add_generation_prompt=True)
-            ids = self.tokenizer(prompt.split(self.image_token)[1], return_tensors="np")["input_ids"][0]
+            ids = self.tokenizer(prompt.split(self.image_token)[1], return_tensors="np")["input_ids"]
+            ids = np.repeat(ids, len(inputs["zoom_options"]), axis=0)  # int64[images, tokens], see `zoom_values`
             is_torch = isinstance(inputs["zoom_options"], torch.Tensor)
             inputs["zoom_general_ids"] = torch.from_numpy(ids) if is_torch else ids
         return inputs
@@ -544,7 +545,7 @@ class MCLlavaProcessor(ProcessorMixin):
         """The numbers of crops and tokens of images with sizes (height, width), for serving engines."""
         if image_sizes is None:
             return MultiModalData()
-        saved = self.image_processor
+        saved, kwargs = self.image_processor, {**kwargs, **(kwargs.get("images_kwargs") or {})}
         if saved.asks_to_zoom(kwargs):
             raise ValueError(
                 "zoom needs several passes over a prompt, which serving engines don't make: pass zoom=0, or as plans "

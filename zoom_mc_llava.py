@@ -22,10 +22,11 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from .crops_mc_llava import Box, Crop, center_of
-from .encoded_images_mc_llava import EncodedImages, check_counts, read_integers, sum_per_image
+from .encoded_images_mc_llava import UNKNOWN, EncodedImages, describe_crops, read_integers, sum_per_image
 from .feature_cache_mc_llava import FeatureCache, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
-from .image_processing_mc_llava import ZOOM_FIELDS, look_up_bytes
+from .hashing_mc_llava import adapter_names
+from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS, look_up_bytes
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
 from .zoom_plan_mc_llava import look_closer, pays, plan_rounds, share_evenly
 
@@ -97,9 +98,9 @@ class View:
         self.relevance += [float("nan")] * len(boxes)
 
     @property
-    def coords(self) -> list[tuple[float, float]]:
+    def size(self) -> tuple[int, int]:
         height, width, _ = self.pixels.shape
-        return [center_of(box, width, height) for box in self.boxes]
+        return width, height
 
 
 class MCLlavaZoomMixin:
@@ -131,7 +132,7 @@ class MCLlavaZoomMixin:
         """
         if attention_mask is None:
             attention_mask = self._mask_padding(input_ids)
-        check_counts(images.get("crop_num_tokens"), images.get("image_grid_thw"))
+        check_fields(images)
         lengths, run_ends, *counts = self._read_prompts(input_ids, attention_mask, images)
         self._check_context(lengths, run_ends, sum_per_image(*counts))
         return self.zoomed_images(self.look(input_ids, attention_mask, images, feature_cache))
@@ -139,40 +140,31 @@ class MCLlavaZoomMixin:
     def zoomed_images(self, looks: Looks) -> ZoomedImages:
         """What `look` found, as encoded images."""
         views, features = looks.views, torch.cat(looks.features)
-        crops = [crop for view in views for crop in view.plan]
+        relevance = [found for view in views for found in view.relevance]
         fields = {
-            "crop_boxes": [crop.box for crop in crops],
-            "crop_coords": [center for view in views for center in view.coords],
-            "crop_num_tokens": [crop.num_tokens for crop in crops],
-            "image_grid_thw": [[len(view.boxes), 1, 1] for view in views],
-            "crop_rounds": [number for view in views for number in view.crop_rounds],
-            "crop_relevance": [found for view in views for found in view.relevance],
+            **describe_crops([view.plan for view in views], [view.size for view in views], features.device),
+            "crop_rounds": torch.tensor([n for view in views for n in view.crop_rounds], device=features.device),
+            "crop_relevance": torch.tensor(relevance, dtype=torch.float32, device=features.device),
         }
-        tensors = {name: torch.tensor(values, device=features.device) for name, values in fields.items()}
         try:
             weights_hash = looks.weights_hash or self.hash_encoder()
         except ValueError:  # offloaded to disk: no reason to lose the answer
-            weights_hash = "unknown"
-        return ZoomedImages(features, **tensors, weights_hash=weights_hash)
+            weights_hash = UNKNOWN
+        return ZoomedImages(features, **fields, weights_hash=weights_hash)
 
     def look(self, input_ids, attention_mask, images: dict, feature_cache: FeatureCache | None = None) -> Looks:
         """All rounds before the answer."""
-        if missing := [name for name in ZOOM_FIELDS if images.get(name) is None]:
-            raise ValueError(f"{', '.join(missing)} are missing: call the processor with zoom=1 or more")
-        # With the relevance of each round, all that is read from the device.
-        ids, kept, *fields = read_integers(
-            input_ids, attention_mask, *(images[name] for name in READ_FIELDS), images["zoom_general_ids"]
-        )
-        if not all(row[-1] for row in kept):
-            raise ValueError("zoom asks with the last token of each prompt: pad the prompts on the left")
-        views, weights_hash = self._first_views(ids, images, *fields[:-1]), None
-        general = [self._ask_in_general(*row, fields[-1]) for row in zip(ids, kept)]
+        check_fields(images)
+        ids, kept, general_ids, *fields = self._read_fields(input_ids, attention_mask, images)
+        names = self._adapters_of(ids)
+        values, scouts = images["zoom_values"][0].float(), images["pixel_values"]  # `to` casts fields
+        views, weights_hash = self._first_views(ids, images, *fields), None
+        general = [self._ask_in_general(*row, general_ids) for row in zip(ids, kept)]
         if feature_cache is not None:
             try:
-                weights_hash = self._name_pictures(views, images["zoom_values"])
+                weights_hash = self._name_pictures(views, values)
             except ValueError:  # offloaded to disk: changes of the weights can't be detected
                 feature_cache = None
-        scouts = images["pixel_values"]
         self._encode(
             views,
             [view.boxes for view in views],
@@ -183,19 +175,50 @@ class MCLlavaZoomMixin:
             active = [view for view in views if view.rounds >= number]
             if not active:  # the gate has ended all of them
                 break
-            rows = sorted({view.row for view in active})
+            # PEFT refuses a part of the rows that it has names for.
+            rows = sorted({view.row for view in active}) if names is None else list(range(len(ids)))
             seen = [view for view in views if view.row in rows]
             self._ask(input_ids[rows], attention_mask[rows], seen, [general[row] for row in rows])
-            self._look_closer(active, number, images["zoom_values"], feature_cache)
+            self._look_closer(active, number, values, feature_cache)
         return Looks(views, self.features(views), weights_hash)
+
+    def _read_fields(self, input_ids, attention_mask, images: dict) -> list[list]:
+        """
+        The ids, the mask, the general question's ids and `READ_FIELDS` as lists, checked. With the relevance of each
+        round, they are all that is read from the device.
+        """
+        values, general_ids = images["zoom_values"], images["zoom_general_ids"]
+        differ = torch.stack([(rows != rows[:1]).any() for rows in (values, general_ids.to(values.device))])
+        ids, kept, general_ids, *fields, differ = read_integers(
+            input_ids, attention_mask, general_ids, *(images[name] for name in READ_FIELDS), differ
+        )
+        if any(differ) or values.shape[1:] != (3, 256):
+            raise ValueError(
+                "zoom_values and zoom_general_ids must have equal rows for all images: ask about images that were "
+                "prepared with other options one by one"
+            )
+        num_tokens, _, boxes, _ = fields
+        self.model.check_crops(num_tokens, pixel_values=images["pixel_values"], crop_boxes=boxes)
+        if not all(row[-1] for row in kept):
+            raise ValueError("zoom asks with the last token of each prompt: pad the prompts on the left")
+        return [ids, kept, general_ids[0], *fields]
+
+    def _adapters_of(self, ids: list[list[int]]) -> list[str] | None:
+        """The adapter that PEFT's `adapter_names` chose for each prompt, or None."""
+        names = adapter_names(self.model.language_model)
+        if names is not None and len(names) != len(ids):
+            raise ValueError(
+                f"adapter_names have {len(names)} entries, and zoom asks {len(ids)} prompts, without beams: pass a "
+                "name for each prompt and num_beams=1, or call the processor with zoom=0"
+            )
+        return names
 
     def _name_pictures(self, views: list[View], values: torch.Tensor) -> str:
         """Set the keys of the views' pictures. Returns the hash of the weights that encode them."""
-        made_by, values = describe_encoder(self), values.float().cpu().numpy().tobytes()
+        made_by, values = describe_encoder(self), values.cpu().numpy().tobytes()
         for view in views:
-            height, width, _ = view.pixels.shape
             pixels = view.pixels.cpu().numpy().tobytes()
-            view.key = picture_key(pixels, (width, height), view.resample, values, made_by)
+            view.key = picture_key(pixels, view.size, view.resample, values, made_by)
         return made_by[0]
 
     def _first_views(self, ids: list, images: dict, num_tokens: list, grid: list, boxes: list, options: list):
@@ -238,7 +261,7 @@ class MCLlavaZoomMixin:
 
     def _look_closer(self, views: list[View], number: int, values: torch.Tensor, feature_cache: FeatureCache | None):
         """Encode the crops of round `number`, of all pictures at once."""
-        side, values = self.config.vision_config.image_size, values.float()  # `to` casts fields
+        side = self.config.vision_config.image_size
         added = [
             look_closer(view.boxes, view.relevance, view.covered, view.regions, view.per_region, side)
             if pays(view.boxes, view.relevance, view.covered, side)
@@ -295,7 +318,8 @@ class MCLlavaZoomMixin:
         for view in views:
             counts = [crop.num_tokens for crop in view.plan]
             kept = torch.cat([patches[-count:] for patches, count in zip(view.patches, counts)])
-            coords = torch.tensor(view.coords, device=kept.device)
+            centers = [center_of(box, *view.size) for box in view.boxes]
+            coords = torch.tensor(centers, dtype=torch.float32, device=kept.device)  # whatever dtype is default
             placed = self.model.add_positions(kept, coords, torch.tensor(counts, device=kept.device))
             features.append(self.model.multi_modal_projector(placed))
         return features
@@ -434,6 +458,17 @@ def _rotate(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch
     turned, kept = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
     low, high = turned.chunk(2, dim=-1)
     return torch.cat([turned * cos + torch.cat([-high, low], dim=-1) * sin, kept], dim=-1)
+
+
+def check_fields(images: dict):
+    """Raise a ValueError if a field that zoom needs is missing."""
+    remedies = {
+        IMAGE_FIELDS: "pass all that the processor returned",
+        ZOOM_FIELDS: "call the processor with zoom=1 or more",
+    }
+    for names, remedy in remedies.items():
+        if missing := [name for name in names if images.get(name) is None]:
+            raise ValueError(f"{', '.join(missing)} are missing: {remedy}")
 
 
 def refuse_zoom(what: str, fields: dict):

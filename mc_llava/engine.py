@@ -319,7 +319,7 @@ class Engine:
         if any(len(image.crops_per_image) != 1 for image in given):
             raise ValueError("an image part must hold one image, got an EncodedImages of several: use a part for each")
         if given:
-            check_weights(given, self.model.hash_encoder())
+            check_weights(given, self.model)
         if self.knobs["zoom"] and len(given) < len(held):
             if given:
                 raise ValueError("zoom looks at all images of a batch: pass pictures, not encoded images, or zoom=0")

@@ -289,6 +289,31 @@ class TestHash:
         fresh, weights = small_model().state_dict(), model.state_dict()
         return all(torch.equal(weights[name], fresh[name.replace("base_layer.", "")]) for name in names)
 
+    @pytest.mark.parametrize(
+        "part, changes",
+        [
+            ("vision_config", {"hidden_act": "relu"}),
+            ("vision_config", {"num_attention_heads": 4}),
+            ("vision_config", {"layer_norm_eps": 0.1}),
+            (None, {"projector_hidden_act": "relu"}),
+        ],
+        ids=str,
+    )
+    def test_the_same_weights_in_a_model_that_computes_otherwise(self, model, processor, inputs, part, changes):
+        config = copy.deepcopy(model.config)
+        (getattr(config, part) if part else config).update(changes)
+        other = MCLlavaForConditionalGeneration._from_config(config)
+        other.load_state_dict(model.state_dict())
+        encoded = model.encode_images(**inputs)
+        assert not torch.equal(other.eval().encode_images(**inputs).features, encoded.features)
+        with pytest.raises(ValueError, match="encode them again"):
+            other.generate(**text_of(inputs), image_features=encoded)
+        cache = FeatureCache()
+        for each in (model, other):
+            (expected,) = processor("What?", IMAGES[1], each)["image_features"]
+            (found,) = processor("What?", IMAGES[1], each, feature_cache=cache)["image_features"]
+            torch.testing.assert_close(found, expected)
+
     def test_a_device_is_asked_once(self):
         """The tower of the 3B has 27 layers. Their weights have few shapes, whose tensors are hashed together."""
         config = small_config()
@@ -538,6 +563,14 @@ class TestFeatureCache:
             dtypes.append(inputs["image_features"][0].dtype)
         assert dtypes == [torch.bfloat16, torch.float32, torch.bfloat16] and (cache.hits, cache.misses) == (1, 2)
 
+    def test_another_device_makes_a_miss(self, model, processor, monkeypatch):
+        cache = FeatureCache()
+        cache.encode(model, processor.image_processor, IMAGES[:1])
+        monkeypatch.setattr(type(model), "device", torch.device("cpu", 0))
+        for misses in (2, 2):
+            cache.encode(model, processor.image_processor, IMAGES[:1])
+            assert cache.misses == misses
+
     def test_a_palette_makes_a_miss(self, model, processor):
         image = IMAGES[1].quantize(8)
         inverted = image.copy()
@@ -617,6 +650,18 @@ class TestFeatureCache:
         found = cache.encode(model, processor.image_processor, arrays, input_data_format="channels_first")
         assert (cache.hits, cache.misses) == (2, 2)
         assert all(torch.equal(one.features, other.features) for one, other in zip(found, expected, strict=True))
+
+    def test_a_model_with_adapters(self, processor):
+        peft = pytest.importorskip("peft", reason='pip install "mc-llava[train]" to test adapters')
+        options = peft.LoraConfig(target_modules=["linear_1", "fc2"], init_lora_weights=False)
+        adapted, cache = peft.get_peft_model(small_model(), options), FeatureCache()
+        for hits in (0, 1):
+            (found,) = processor("What?", IMAGES[1], adapted, feature_cache=cache)["image_features"]
+            (expected,) = processor("What?", IMAGES[1], adapted)["image_features"]
+            assert torch.equal(found, expected) and cache.hits == hits
+        (prepared,) = cache.prepare(adapted, processor.image_processor, [IMAGES[1]])
+        (encoded,) = cache.encode(adapted, processor.image_processor, [prepared])
+        assert torch.equal(encoded.features, found) and cache.hits == 2
 
     def test_in_messages(self, model, processor):
         cache = FeatureCache()

@@ -89,7 +89,7 @@ def to_inputs(rows, image_processor, **knobs) -> dict:
     images = [image for _, own in rows for image in own]
     fields = dict(image_processor(images, return_tensors="pt", **knobs)) if images else {}
     if knobs and images:
-        fields["zoom_general_ids"] = torch.tensor([5, 6, 7])
+        fields["zoom_general_ids"] = torch.tensor([[5, 6, 7]] * len(images))
     crops = fields["image_grid_thw"][:, 0].tolist() if images else []
     counts = iter([int(part.sum()) for part in fields["crop_num_tokens"].split(crops)] if images else [])
     expanded = [[new for id in ids for new in ([IMAGE] * next(counts) if id < 0 else [id])] for ids, _ in rows]

@@ -1,11 +1,12 @@
 """Everything `generate` offers, with pixels, with features and with the short form of a prompt."""
 
+import copy
 from functools import partial
 
 import pytest
 import torch
 from helpers import CountReads, picture, prompt, small_model
-from transformers import GenerationConfig, TextStreamer
+from transformers import DynamicCache, GenerationConfig, TextStreamer
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
@@ -159,6 +160,13 @@ def test_embeddings_alone(model, processor):
     assert model.generate(inputs_embeds=embeds, **GREEDY).tolist() == new_tokens(model, inputs)
 
 
+def test_an_empty_prompt(model):
+    ids = torch.zeros(1, 0, dtype=torch.long)
+    for inputs in ({"input_ids": ids}, {"inputs_embeds": torch.zeros(1, 0, 48)}):
+        with pytest.raises(ValueError, match="the prompt is empty: pass at least one token"):
+            model.generate(**inputs)
+
+
 def test_positional_ids(model, processor):
     inputs = processor("Why?")
     assert model.generate(inputs["input_ids"], **GREEDY)[:, inputs["input_ids"].shape[1] :].tolist() == new_tokens(
@@ -171,6 +179,33 @@ def test_the_pad_token_stands_in_for_a_missing_mask(model, processor):
         reference = new_tokens(model, inputs)
         inputs.pop("attention_mask")
         assert new_tokens(model, inputs) == reference
+
+
+TURN_END = 50295
+
+
+@pytest.mark.parametrize("ends", [TURN_END, [50256, TURN_END]], ids=str)
+def test_no_mask_is_made_of_the_end_of_a_turn(model, processor, ends):
+    """A pad token that ends turns, as many tokenizers have: the ends within a conversation are no padding."""
+    ids = processor(prompt("Hello", 0) + "Hi.<|im_end|>\n" + prompt("What is it?", 0))["input_ids"]
+    assert (ids == TURN_END).sum() == 3
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
+    for more in (
+        {"pad_token_id": TURN_END, "eos_token_id": ends},
+        {"generation_config": GenerationConfig(pad_token_id=TURN_END, eos_token_id=ends)},
+    ):
+        found, expected = (
+            model.generate(ids, **options, **more, **mask).logits[0]
+            for mask in ({}, {"attention_mask": torch.ones_like(ids)})
+        )
+        assert torch.equal(found, expected)
+    other = ids.clone()
+    other[:, 0] = 7
+    found, expected = (
+        model.generate(other, **options, pad_token_id=7, **mask).logits[0]
+        for mask in ({}, {"attention_mask": (other != 7).long()})
+    )
+    assert torch.equal(found, expected)
 
 
 def test_dictionaries(model, processor):
@@ -217,11 +252,32 @@ def test_length_limits_of_the_short_form(model, processor, name, monkeypatch):
     monkeypatch.setattr(model.generation_config, name, 50)
     with pytest.raises(ValueError, match=f"{name}=50 can't be counted"):
         model.generate(**short)
+    assert len(new_tokens(model, short, max_new_tokens=3, min_new_tokens=2)[0]) == 3, "which replaces what was saved"
     monkeypatch.undo()
     inputs = processor(TEXTS[1], IMAGES[1])
     length = inputs["input_ids"].shape[1]
     output = model.generate(**inputs, max_length=length + 3, do_sample=False, eos_token_id=None)
     assert output.shape[1] == length + 3
+
+
+@pytest.mark.parametrize(
+    "name, neutral, value", [("encoder_no_repeat_ngram_size", 0, 1), ("encoder_repetition_penalty", 1.0, 30.0)]
+)
+def test_what_looks_at_the_ids_of_the_prompt(model, processor, name, neutral, value):
+    inputs, short = processor(TEXTS[1], IMAGES[1]), processor(TEXTS[1], IMAGES[1], model)
+    for arguments in (short, {**inputs, "prefix_cache": PrefixCache()}):
+        with pytest.raises(ValueError, match=f"can't be combined with .*{name}|{name} can't be combined with one"):
+            model.generate(**arguments, **{name: value})
+        assert new_tokens(model, arguments, **{name: neutral}) == new_tokens(model, inputs)
+
+
+def test_healing_is_for_text_alone(model, processor):
+    options = {"token_healing": True, "tokenizer": processor.tokenizer}
+    for inputs in (processor(TEXTS[1], IMAGES[1]), processor(TEXTS[1], IMAGES[1], model)):
+        with pytest.raises(ValueError, match="token_healing can't be combined with images: leave it out"):
+            model.generate(**inputs, **options)
+    with pytest.raises(ValueError, match="prefix_cache can't be combined with token_healing: leave"):
+        model.generate(**processor("Why?"), **options, prefix_cache=PrefixCache())
 
 
 @pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_model", "assistant_early_exit"])
@@ -268,6 +324,26 @@ class TestConversationsInACache:
         both = processor(prompt("both", 1 + len(images)), [IMAGES[1], *images])
         pixels = {name: both[name] for name in processor.image_processor.model_input_names}
         assert torch.equal(cached, model.generate(ids, **pixels, **options))
+
+    @pytest.mark.parametrize("has_config", [False, True])
+    def test_the_short_form(self, model, processor, has_config):
+        """The sequences of a short form lack tokens that are in the cache. An empty cache is false."""
+        cache = DynamicCache(config=model.config.get_text_config()) if has_config else DynamicCache()
+        with pytest.raises(ValueError, match="can't be combined with one <image> per image: pass one <image> per vis"):
+            model.generate(**processor(TEXTS[1], IMAGES[1], model), cache=cache)
+        with pytest.raises(ValueError, match="prefix_cache can't be combined with (cache|past_key_values): leave"):
+            model.generate(**processor(TEXTS[1], IMAGES[1]), cache=cache, prefix_cache=PrefixCache())
+
+    def test_fewer_ids_than_the_cache_holds(self, model, processor):
+        cache, ids, _ = self.turns(model, processor, [])
+        known = cache.get_seq_length()
+        for length in (known, 5):
+            with pytest.raises(ValueError, match=f"cache holds {known} tokens and input_ids have {length}: pass the"):
+                model.generate(ids[:, :length], cache=cache)
+        new, mask = ids[:, known:], torch.ones_like(ids)
+        options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None}
+        found = model.generate(new, attention_mask=mask, cache=copy.deepcopy(cache), **options)
+        assert torch.equal(found[:, new.shape[1] :], model.generate(ids, cache=cache, **options)[:, ids.shape[1] :])
 
     def test_a_place_without_an_image(self, model, processor):
         cache, ids, _ = self.turns(model, processor, IMAGES[2:3])

@@ -8,6 +8,7 @@ import torch
 from helpers import picture, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils import prune
 from transformers import TextIteratorStreamer
 from transformers.cache_utils import DynamicLayer
 
@@ -23,14 +24,17 @@ TOKEN_BYTES = 2 * 2 * 48 * 4  # layers, keys and values, hidden size, float32
 
 
 @pytest.fixture
-def computed(model):
+def computed(model, monkeypatch):
     """How many tokens of each row passed the language model, for each pass."""
-    lengths = []
-    hook = model.model.language_model.layers[0].register_forward_hook(
-        lambda module, arguments, output: lengths.append(arguments[0].shape[1])
-    )
-    yield lengths
-    hook.remove()
+    layer, lengths = model.model.language_model.layers[0], []
+    forward = layer.forward  # a hook would be refused
+
+    def count(hidden_states, *args, **kwargs):
+        lengths.append(hidden_states.shape[1])
+        return forward(hidden_states, *args, **kwargs)
+
+    monkeypatch.setattr(layer, "forward", count)
+    return lengths
 
 
 def ask(model, inputs, **options) -> list:
@@ -113,7 +117,7 @@ def test_logits(model, processor):
 
 def embeddings(model, inputs) -> dict:
     """The short form's inputs as embeddings alone, which other code may have made."""
-    request = model._expand_prompt(model._read_request(inputs["input_ids"], inputs["image_features"], {}))
+    request = model._expand_prompt(model._read_request(inputs["input_ids"], inputs["image_features"], None, {}))
     embeds = model.model.embed_prompt(request.new_ids, inputs["image_features"])
     return {"inputs_embeds": embeds, "attention_mask": request.attention_mask}
 
@@ -295,6 +299,55 @@ def test_adapters(processor):
         reused = kept.reused
         assert tokens(prefix_cache=kept) == tokens()
         assert is_known is None or (kept.reused > reused) == is_known
+
+
+def test_adapters_by_row(processor):
+    """`adapter_names` are passed to layers by hooks, and change none of their states."""
+    peft = pytest.importorskip("peft")
+    model, kept = small_model(), PrefixCache()
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, exclude_modules=".*tower.*")
+    adapted = peft.get_peft_model(model, config).eval()
+    texts = ["What is it?", "Where is the dog?", "What is it?"]
+    inputs = processor(texts, [IMAGES[:1], IMAGES[:1], []], **KNOBS)
+
+    def logits(names, **options):
+        options = {**OPTIONS, **options, "return_dict_in_generate": True, "output_logits": True}
+        return torch.stack(adapted.generate(**inputs, adapter_names=names, **options).logits)
+
+    for beams in (1, 2):
+        for names in (["default", "__base__", "default"], ["__base__", "__base__", "default"], ["default"] * 3, None):
+            for is_known in (None, True):
+                reused = kept.reused
+                found = logits(names, num_beams=beams, prefix_cache=kept)
+                torch.testing.assert_close(found, logits(names, num_beams=beams), rtol=1e-4, atol=1e-4)
+                assert is_known is None or kept.reused > reused
+
+
+def steer(module, arguments, output):
+    return output + 1
+
+
+def test_hooks_that_may_change_keys_and_values(processor):
+    model, kept = small_model(), PrefixCache()
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    ask(model, inputs, prefix_cache=kept)
+    hook = model.model.language_model.layers[0].register_forward_hook(steer)
+    with pytest.raises(ValueError, match=r"the forward hook test_prefix_cache.steer, .*: remove it, or leave"):
+        ask(model, inputs, prefix_cache=kept)
+    assert not can_keep_prefixes(model)
+    hook.remove()
+    assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs) and kept.reused
+
+
+def test_hooks_of_the_libraries_are_no_reason_to_refuse(processor):
+    model, kept = small_model(), PrefixCache()
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    with torch.no_grad():
+        model(**inputs, output_hidden_states=True)
+    model.enable_input_require_grads()
+    prune.identity(model.model.language_model.layers[0].mlp.fc1, "weight")
+    assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
+    assert kept.reused
 
 
 def test_another_picture_of_the_same_size_and_other_knobs(model, processor):

@@ -1,17 +1,21 @@
 """Guided zoom in the model: rounds, batches, what can't be combined, and where it looked."""
 
+import copy
 import math
 
 import pytest
 import torch
 from helpers import ROOT, CountReads, counting_crops, picture, prompt, small_model
 from PIL import Image
+from transformers.pipelines.base import pad_collate_fn
 
 from mc_llava import (
     FeatureCache,
     MCLlavaForConditionalGeneration,
     MCLlavaProcessor,
+    PrefixCache,
     ZoomedImages,
+    can_keep_prefixes,
     check_plan,
     last_attention,
     scenes,
@@ -57,6 +61,23 @@ def test_a_batch_equals_one_by_one(processor, seed):
     for one, other in zip(looked, alone, strict=True):
         assert torch.equal(one.crop_boxes, other.crop_boxes)
         torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
+def test_a_pipelines_batch_equals_one_by_one(zooming, processor, heads, monkeypatch):
+    """A pipeline prepares the pictures one by one, and concatenates the fields."""
+    monkeypatch.setattr(zooming.config, "zoom_heads", heads)
+    singles = [processor(text, [own], **KNOBS) for text, own in zip(("What?", *TEXTS[:2]), (IMAGES[1:2], *NESTED))]
+    batch = pad_collate_fn(processor.tokenizer, processor.image_processor)([dict(one) for one in singles])
+    cache = FeatureCache()
+    expected = [image for one in singles for image in zooming.zoom(**one, feature_cache=cache).unbind()]
+    misses = cache.misses
+    looked = zooming.zoom(**batch, feature_cache=cache).unbind()
+    assert cache.misses == misses
+    for one, other in zip(looked, expected, strict=True):
+        assert torch.equal(one.crop_boxes, other.crop_boxes)
+        torch.testing.assert_close(one.crop_relevance, other.crop_relevance, rtol=1e-3, atol=1e-4, equal_nan=True)
+    assert new_tokens(zooming, batch) == [row for one in singles for row in new_tokens(zooming, one)]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +211,40 @@ def test_where_it_looked(zooming, processor, zoom):
     assert torch.equal(zooming.generate(**text, image_features=looked, **GREEDY), output.sequences)
 
 
+@pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
+def test_adapters_by_row(processor, heads):
+    """Also for rows that zoom wouldn't ask: those without a picture, and with one that has no scouts."""
+    peft = pytest.importorskip("peft")
+    model = small_model(5, "eager")
+    model.config.zoom_heads = heads
+    torch.manual_seed(0)
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, exclude_modules=".*tower.*")
+    adapted = peft.get_peft_model(model, config).eval()
+    texts, images, names = [*TEXTS, "And now?"], [*NESTED, IMAGES[:1]], ["default", "__base__", "default", "__base__"]
+    batch = new_tokens(adapted, inputs := processor(texts, images, **KNOBS), adapter_names=names)
+    for row, text, own, name in zip(batch, texts, images, names):
+        assert [row] == new_tokens(adapted, processor(text, [own], **KNOBS), adapter_names=[name])
+    assert batch != new_tokens(adapted, inputs)
+    with pytest.raises(ValueError, match="adapter_names have 8 entries, and zoom asks 4 prompts, without beams: pass"):
+        adapted.generate(**inputs, adapter_names=names, num_beams=2)
+
+
+def test_the_cache_tells_adapters_of_a_call_apart(processor):
+    """PEFT takes names for crops if there are as many of them as rows."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=".*tower.*fc2", init_lora_weights=False)
+    adapted, cache = peft.get_peft_model(small_model(), config).eval(), FeatureCache()
+    inputs = processor(TEXTS[1], IMAGES[2], **KNOBS)
+    assert len(inputs["pixel_values"]) == 1
+    options = {**GREEDY, "return_dict_in_generate": True, "output_logits": True}
+    for names in (["default"], ["__base__"], None):
+        expected, found = (
+            adapted.generate(**inputs, **options, adapter_names=names, feature_cache=kept).logits[0]
+            for kept in (None, cache)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
     """If attention goes to a whole picture, it gets no further crops, and its scouts are still reported."""
     asked = []
@@ -313,6 +368,23 @@ def test_a_model_without_measured_heads_says_so_once(processor, caplog):
     assert sum("was never measured" in record.message for record in caplog.records) == 1
 
 
+def test_another_default_dtype(zooming, processor):
+    """Coordinates that were rounded to bfloat16 would move crops."""
+    inputs, cache = processor(TEXTS[:2], NESTED[:2], **KNOBS), FeatureCache()
+    expected = zooming.zoom(**inputs)
+    (image,) = FeatureCache().encode(zooming, processor.image_processor, IMAGES[:1], max_crops=20)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [zooming.zoom(**inputs), zooming.zoom(**inputs, feature_cache=cache)]
+        (again,) = cache.encode(zooming, processor.image_processor, IMAGES[:1], max_crops=20)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in ((found[0], expected), (found[1], expected), (again, image)):
+        assert one.crop_coords.dtype == torch.float32 and torch.equal(one.crop_coords, other.crop_coords)
+        torch.testing.assert_close(one.features, other.features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found[0].crop_relevance, expected.crop_relevance, equal_nan=True)
+
+
 class TestRefused:
     def test_forward(self, zooming, processor):
         with pytest.raises(ValueError, match="a forward pass can't zoom"):
@@ -341,6 +413,19 @@ class TestRefused:
         with pytest.raises(ValueError, match="zoom must be"):
             processor(TEXTS[1], IMAGES[0], zoom=zoom)
 
+    @pytest.mark.parametrize("zoom", [None, -1, 1.0, "2", True])
+    def test_odd_rounds_that_were_saved(self, zooming, processor, zoom):
+        processor = copy.deepcopy(processor)
+        processor.image_processor.zoom = zoom
+        for call in (
+            lambda: processor(TEXTS[1], IMAGES[0]),
+            lambda: processor.image_processor(IMAGES[0]),
+            lambda: processor(TEXTS[1], IMAGES[0], zooming),
+            lambda: processor._get_num_multimodal_tokens([(300, 400)]),
+        ):
+            with pytest.raises(ValueError, match="zoom must be"):
+                call()
+
     @pytest.mark.parametrize("knobs", [{"zoom": 10**30, "max_crops": 20}, {"zoom": 1, "max_crops": 10**30}], ids=str)
     def test_huge_knobs_are_no_fault(self, zooming, processor, knobs):
         assert max(zooming.zoom(**processor(TEXTS[1], IMAGES[0], num_tokens=20, **knobs)).crops_per_image) <= 20
@@ -356,6 +441,43 @@ class TestRefused:
         ):
             with pytest.raises(ValueError, match="don't fit the crops: pass what the processor returned"):
                 zooming.zoom(**{**inputs, **changes})
+
+    @pytest.mark.parametrize("cached", [False, True])
+    def test_crops_that_do_not_fit(self, zooming, processor, cached):
+        inputs = processor(TEXTS[1], IMAGES[0], **KNOBS)
+        pixels, (whole, *others) = inputs["pixel_values"], inputs["crop_num_tokens"].tolist()
+        counts = torch.tensor([whole + 9, *others[:-1], others[-1] - 9])
+        other_number = "describe {}, {crops} and {crops} crops: pass what the processor returned"
+        for changes, message in (
+            ({"pixel_values": pixels[1:]}, other_number.format(len(pixels) - 1, crops=len(pixels))),
+            ({"pixel_values": torch.cat([pixels, pixels])}, other_number.format(2 * len(pixels), crops=len(pixels))),
+            ({"crop_num_tokens": counts}, r"crop_num_tokens must lie between 1 and 15 .*, got -\d to \d+: use the"),
+            ({"pixel_values": None}, "pixel_values are missing: pass all that the processor returned"),
+            ({"crop_boxes": None}, "crop_boxes are missing: pass all that the processor returned"),
+        ):
+            cache = FeatureCache() if cached else None
+            with pytest.raises(ValueError, match=message):
+                zooming.zoom(**{**inputs, **changes}, feature_cache=cache)
+            if changes.get("pixel_values", pixels) is not None:
+                with pytest.raises(ValueError, match=message):
+                    zooming.generate(**{**inputs, **changes}, feature_cache=cache)
+
+    def test_a_processor_with_smaller_patches(self, zooming, processor):
+        processor = copy.deepcopy(processor)
+        processor.image_processor.patch_size = 7
+        inputs = processor(TEXTS[1], IMAGES[0], **{**KNOBS, "max_crops": 8, "num_tokens": 100})
+        with pytest.raises(ValueError, match=r"between 1 and 15 .*, got \d+ to \d+: use the processor of this model"):
+            zooming.zoom(**inputs)
+
+    def test_pictures_that_were_prepared_otherwise(self, zooming, processor):
+        inputs = processor(TEXTS[:2], NESTED[:2], **KNOBS)
+        assert len(inputs["zoom_values"]) == len(inputs["zoom_general_ids"]) == len(inputs["zoom_options"]) == 3
+        for name in ("zoom_values", "zoom_general_ids"):
+            changed = inputs[name].clone()
+            changed[1, -1:] += 1
+            for rows in (changed, inputs[name][0]):
+                with pytest.raises(ValueError, match="must have equal rows for all images: ask about images"):
+                    zooming.zoom(**{**inputs, name: rows})
 
     def test_padding_on_the_right(self, zooming, processor):
         inputs = processor(TEXTS[:2], NESTED[:2], **KNOBS, padding_side="right")
@@ -411,14 +533,34 @@ def test_tiny_sees_more_with_zoom_than_with_a_grid_of_its_cost():
     assert right["zoom"] >= right["grid"] + 3, right
 
 
-def test_parts_on_disk(processor, tmp_path):
-    small_model().save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("part", ["vision_tower", "coord_embed", "multi_modal_projector", "language_model"])
+@pytest.mark.parametrize("place", ["disk", "cpu"])
+def test_offloaded_parts(processor, tmp_path, part, place):
+    from accelerate import cpu_offload
+
+    small_model().save_pretrained(tmp_path / "model", save_original_format=False)
     inputs = processor(TEXTS[1], IMAGES[0], **KNOBS)
-    device_map = {"model.vision_tower": "cpu", "model.coord_embed": "cpu", "model.multi_modal_projector": "cpu"}
-    device_map |= {"model.language_model": "disk", "lm_head": "cpu"}
-    options = {"dtype": torch.float32, "attn_implementation": "eager"}
+    text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    device_map = {f"model.{name}": "cpu" for name in ("vision_tower", "coord_embed", "multi_modal_projector")}
+    device_map |= {"model.language_model": "cpu", "lm_head": "cpu"}
     whole, offloaded = (
-        MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", **options, **more)
-        for more in ({}, {"device_map": device_map, "offload_folder": tmp_path / "disk"})
+        MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32, **more)
+        for more in ({}, {"device_map": {**device_map, f"model.{part}": "disk"}, "offload_folder": tmp_path / "disk"})
     )
-    assert new_tokens(offloaded, inputs) == new_tokens(whole, inputs)
+    if place == "cpu":  # in memory, from where the weights are moved to the device for each pass
+        offloaded = MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
+        cpu_offload(offloaded.get_submodule(f"model.{part}"), execution_device=torch.device("cpu"))
+    assert {parameter.device.type for parameter in offloaded.get_submodule(f"model.{part}").parameters()} == {"meta"}
+    expected = new_tokens(whole, inputs)
+    assert new_tokens(offloaded, inputs) == new_tokens(offloaded, inputs, feature_cache=FeatureCache()) == expected
+    looked = offloaded.zoom(**inputs)
+    assert new_tokens(offloaded, {**text, "image_features": looked}) == expected
+    if part == "language_model":
+        assert not can_keep_prefixes(offloaded)
+    else:
+        assert looked.weights_hash == "unknown" and can_keep_prefixes(offloaded)
+        assert new_tokens(offloaded, inputs, prefix_cache=PrefixCache()) == expected
+        with pytest.raises(ValueError, match="other weights of vision tower"):
+            whole.generate(**text, image_features=looked)
+        with pytest.raises(ValueError, match="offloaded to disk can't be hashed: load the vision tower"):
+            offloaded.generate(**text, image_features=whole.zoom(**inputs))
