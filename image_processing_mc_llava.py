@@ -187,6 +187,15 @@ class MCLlavaImageProcessorKwargs(ImagesKwargs, total=False):
     plans: list | None
 
 
+def to_json(value):
+    """A saved option with numbers of NumPy and torch as Python's, which JSON can hold."""
+    if isinstance(value, dict):
+        return {name: to_json(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_json(entry) for entry in value]
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 class MCLlavaImageProcessor(PilBackend):
     """
     Cuts images into crops and prepares them for the vision tower. It uses Pillow only, so that the pixels do not
@@ -242,6 +251,7 @@ class MCLlavaImageProcessor(PilBackend):
 
     def __init__(self, **kwargs):
         kwargs.pop("auto_map", None)  # the published one names files that no longer exist; saving writes ours
+        kwargs = {name: to_json(value) for name, value in kwargs.items()}
         self.check_kwargs({name: value for name, value in kwargs.items() if name not in CONFIG_KEYS})
         if kwargs.get("plans") is not None:
             raise ValueError("plans belong to the images of one call and can't be saved: pass them to the call")

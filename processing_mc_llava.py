@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
-from .crops_mc_llava import check_plans, make_plans, refuse_unknown
+from .crops_mc_llava import check_plans, refuse_unknown
 from .encoded_images_mc_llava import input_device, is_encoded
 from .feature_cache_mc_llava import check_processor
 from .image_loading_mc_llava import flatten_images
@@ -551,10 +551,8 @@ class MCLlavaProcessor(ProcessorMixin):
                 "zoom needs several passes over a prompt, which serving engines don't make: pass zoom=0, or as plans "
                 "the boxes that model.zoom found"
             )
-        knobs = saved.fill_knobs(kwargs.get("max_crops"), kwargs.get("num_tokens"))
-        sizes = [(width, height) for height, width in image_sizes]
-        tower = saved.size["height"], saved.patch_size
-        plans = make_plans(sizes, kwargs.get("plans"), knobs["max_crops"], knobs["num_tokens"], *tower)
+        options = saved.check_kwargs({name: value for name, value in kwargs.items() if name in saved.option_names})
+        plans = saved.plans_of([(width, height) for height, width in image_sizes], options)
         return MultiModalData(
             num_image_tokens=[sum(crop.num_tokens for crop in plan) for plan in plans],
             num_image_patches=[len(plan) for plan in plans],

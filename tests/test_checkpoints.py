@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import ROOT, prompt, small_model
@@ -657,6 +658,16 @@ class TestASavedImageProcessor:
         for folder in ("both", "one"):
             again = MCLlavaImageProcessor.from_pretrained(tmp_path / folder)
             assert again.to_dict() == before
+
+    def test_numbers_of_numpy_and_torch_are_saved(self, tmp_path):
+        numbers = {"max_crops": np.int64(5), "num_tokens": torch.tensor(50), "zoom": np.int32(1)}
+        numbers |= {"image_mean": np.float32(0.5), "image_std": np.array([0.5] * 3), "do_normalize": np.bool_(True)}
+        MCLlavaImageProcessor(**numbers, size={"height": np.int64(98), "width": np.int64(98)}).save_pretrained(
+            tmp_path
+        )
+        again = MCLlavaImageProcessor.from_pretrained(tmp_path)
+        assert (again.max_crops, again.num_tokens, again.zoom, again.size["height"]) == (5, 50, 1, 98)
+        assert again.image_mean == 0.5 and list(again.image_std) == [0.5] * 3 and again.do_normalize is True
 
     def test_unknown_keys_are_ignored_and_named(self, converted, tmp_path, caplog):
         """An extra attribute of the user's, or an option of a newer version."""

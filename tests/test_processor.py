@@ -598,7 +598,8 @@ def test_a_tokenizer_without_image_tokens_is_refused(processor):
 
 def test_what_a_serving_engine_asks(processor):
     sizes = [(image.height, image.width) for image in (SMALL, WIDE)]
-    for knobs in ({}, {"max_crops": 2, "num_tokens": 7}, {"images_kwargs": {"max_crops": 2}, "num_tokens": 9}):
+    asked = {}, {"max_crops": 2, "num_tokens": 7}, {"images_kwargs": {"max_crops": 2}, "num_tokens": 9}
+    for knobs in (*asked, {"size": 200}, {"patch_size": 28, "num_tokens": 5000}):
         data = processor._get_num_multimodal_tokens(image_sizes=sizes, **knobs)
         out = processor(["a", "b"], [SMALL, WIDE], **knobs)
         assert data["num_image_tokens"] == (out["input_ids"] == IMAGE).sum(-1).tolist()
