@@ -8,7 +8,7 @@ import io
 import re
 import struct
 from collections.abc import Iterator
-from itertools import islice
+from itertools import islice, takewhile
 
 from PIL import ExifTags, Image
 
@@ -99,7 +99,8 @@ def _icon_size(file, name: str) -> tuple[int, int]:
     head = file.read(16)
     if head.startswith(PNG_SIGNATURE):
         file.seek(8 - len(head), io.SEEK_CUR)
-        headers = [struct.unpack_from(">II", start) for kind, start in _png_chunks(file, name) if kind == b"IHDR"]
+        chunks = takewhile(lambda chunk: chunk[0] not in PNG_PIXELS, _png_chunks(file, name))
+        headers = [struct.unpack_from(">II", start) for kind, start in chunks if kind == b"IHDR"]
         return max(headers, key=max, default=(0, 0))  # Pillow takes the last one
     if len(head) < 16:
         return 0, 0
@@ -107,21 +108,22 @@ def _icon_size(file, name: str) -> tuple[int, int]:
     return abs(sides[0]), abs(sides[1])
 
 
-def _png_chunks(file, name: str) -> list[tuple[bytes, bytes]]:
-    """
-    The kind and the first 8 bytes of each chunk of a PNG but those of its pixels. The file is behind its signature.
-    """
-    chunks, pixels, bytes_of_pixels = [], 0, 0
+def _png_chunks(file, name: str) -> Iterator[tuple[bytes, bytes]]:
+    """The kind and the first 8 bytes of each chunk of a PNG. The file stands behind the signature."""
+    others, pixels, bytes_of_pixels = 0, 0, 0
     while len(head := file.read(16)) >= 8 and (kind := head[4:8]) != b"IEND":
         length = int.from_bytes(head[:4], "big")
         if kind in PNG_PIXELS:
             pixels, bytes_of_pixels = pixels + 1, bytes_of_pixels + length
         else:
-            chunks.append((kind, head[8:]))
-        if len(chunks) > MAX_CHUNKS or pixels > MAX_CHUNKS + bytes_of_pixels // PIXEL_BYTES:
-            raise ValueError(f"{name} is a PNG of more than {MAX_CHUNKS} chunks besides its pixels: save it again")
+            others += 1
+        if others > MAX_CHUNKS or pixels > MAX_CHUNKS + bytes_of_pixels // PIXEL_BYTES:
+            raise ValueError(
+                f"{name} is a PNG of {others + pixels} chunks, {MAX_CHUNKS} are allowed besides those of "
+                f"{PIXEL_BYTES} bytes of pixels: save it again"
+            )
+        yield kind, head[8:].ljust(8, b"\0")
         file.seek(length + 12 - len(head), io.SEEK_CUR)  # also over its checksum
-    return chunks
 
 
 def _check_gif(file, name: str):

@@ -183,9 +183,12 @@ COSTLY = {
     ),
     "PNG of empty chunks behind its pixels": (
         lambda: png_with(*[chunk(b"abCd", b"")] * 80_000, behind=True),
-        "more than 4096 chunks",
+        "a PNG of [0-9]* chunks, 4096 are allowed",
     ),
-    "PNG of empty pixels": (lambda: png_with(*[chunk(b"IDAT", b"")] * 80_000, behind=True), "more than 4096 chunks"),
+    "PNG of empty pixels": (
+        lambda: png_with(*[chunk(b"IDAT", b"")] * 80_000, behind=True),
+        "a PNG of [0-9]* chunks, 4096 are allowed",
+    ),
     "GIF of a long comment": (
         lambda: gif_with(b"!\xfe" + (b"\xff" + bytes(255)) * 3900 + b"\0" + b"!\xfe\0" * 300),
         "a GIF of more than 4096 blocks",
