@@ -91,7 +91,7 @@ class FeatureCache:
 
         Args:
             model: `MCLlavaForConditionalGeneration`, or PEFT's wrapper of one.
-            image_processor: `MCLlavaImageProcessor`.
+            image_processor: `MCLlavaImageProcessor`, or an `MCLlavaProcessor` with one.
             images: anything that `load_image` reads, or what `prepare` returned. Their crops share passes of the
                 vision tower.
             plans, options: arguments of the image processor's call.
@@ -103,6 +103,8 @@ class FeatureCache:
             ValueError: as `load_image`, the image processor and `get_image_features` do, if the numbers of plans and
                 images differ, or if weights are offloaded to disk.
         """
+        if not isinstance(images, (list, tuple)):
+            raise ValueError(f"images must be a list, got {type(images).__name__}: pass [image]")
         if not images:
             return []  # without reading weights for their hash
         model = without_peft(model)
@@ -146,6 +148,7 @@ class FeatureCache:
 
     def _prepare(self, model, image_processor, images: list, plans, options: dict) -> "list[PreparedImage]":
         """The images before they are cut. Equal images become one object, so that they are cut once."""
+        image_processor = getattr(image_processor, "image_processor", image_processor)
         if plans is not None:
             plans = check_plans(plans, len(images))
         if image_processor.asks_to_zoom({**options, "plans": plans}):

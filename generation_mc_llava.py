@@ -439,7 +439,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 raise ValueError(
                     f"{name}={length} can't be counted with one <image> per image: use {name[:3]}_new_tokens instead"
                 )
-        for name in (CACHE, "prefill_chunk_size", *ABOUT_PROMPT_IDS):
+        for name in (CACHE, "position_ids", "prefill_chunk_size", *ABOUT_PROMPT_IDS):
             if is_set(name, value(name)):
                 raise ValueError(
                     f"{name} can't be combined with one <image> per image: pass one <image> per visual token"

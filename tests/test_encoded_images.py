@@ -663,6 +663,14 @@ class TestFeatureCache:
         (encoded,) = cache.encode(adapted, processor.image_processor, [prepared])
         assert torch.equal(encoded.features, found) and cache.hits == 2
 
+    def test_a_whole_processor_and_a_single_image(self, model, processor):
+        cache = FeatureCache()
+        (expected,) = cache.encode(model, processor.image_processor, [IMAGES[1]])
+        (found,) = cache.encode(model, processor, [IMAGES[1]])
+        assert found is not expected and torch.equal(found.features, expected.features) and cache.hits == 1
+        with pytest.raises(ValueError, match=r"images must be a list, got Image: pass \[image\]"):
+            cache.encode(model, processor, IMAGES[1])
+
     def test_in_messages(self, model, processor):
         cache = FeatureCache()
         content = [{"type": "image", "image": IMAGES[1]}, {"type": "text", "text": "What is it?"}]

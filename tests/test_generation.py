@@ -271,6 +271,12 @@ def test_what_looks_at_the_ids_of_the_prompt(model, processor, name, neutral, va
         assert new_tokens(model, arguments, **{name: neutral}) == new_tokens(model, inputs)
 
 
+def test_positions_of_the_short_form_are_refused(model, processor):
+    short = processor(TEXTS[1], IMAGES[1], model)
+    with pytest.raises(ValueError, match="position_ids can't be combined with one <image> per image"):
+        model.generate(**short, position_ids=torch.arange(5)[None])
+
+
 def test_healing_is_for_text_alone(model, processor):
     options = {"token_healing": True, "tokenizer": processor.tokenizer}
     for inputs in (processor(TEXTS[1], IMAGES[1]), processor(TEXTS[1], IMAGES[1], model)):
