@@ -16,6 +16,9 @@ from typing import NamedTuple
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+# Off, because its routes ask the Hub with this machine's token for whoever reaches the server through loopback: other
+# users of the machine, and everyone behind a proxy on it.
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 try:
     import gradio as gr
 except ModuleNotFoundError as error:

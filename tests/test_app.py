@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
@@ -44,8 +45,36 @@ FLAGS = [
 SCREENSHOT = ROOT / "docs" / "app.png"
 
 
+@contextmanager
+def record_requests():
+    """A server on this machine that has nothing: its address, and the path and `Authorization` of each request."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_error(404)
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def hub():
+    """What the Space takes for the Hub."""
+    with record_requests() as (address, asked):
+        yield address, asked
+
+
+@pytest.fixture(scope="module")
+def url(hub, tmp_path_factory):
     pytest.importorskip("gradio", reason='pip install "mc-llava[app]" to test the Space')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,6 +84,9 @@ def url(tmp_path_factory):
         **os.environ,
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_TEMP_DIR": str(folder / "uploads"),
+        "HF_ENDPOINT": hub[0],
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_secret",
     }
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(
@@ -313,24 +345,9 @@ def test_a_broken_upload_by_the_api(url):
 
 @pytest.fixture(scope="module")
 def stranger():
-    """A server that counts what is fetched from it: its address and its list of requests."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_error(404)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/a.png", asked
-    server.shutdown()
-    server.server_close()
+    """The address of a picture, and what was asked of its server."""
+    with record_requests() as (address, asked):
+        yield f"{address}/a.png", asked
 
 
 @pytest.fixture(scope="module")
@@ -440,6 +457,12 @@ class TestWhatAVisitorMayRead:
                 403,
                 json.dumps({"detail": f"File not allowed: {path}."}, separators=(",", ":")),
             )
+
+    def test_nothing_with_the_servers_token(self, url, hub):
+        """Gradio's history of runs asks the Hub for its callers."""
+        routes = {"buckets": None, "connect": {"bucket_id": "a/b"}, "records?bucket=a/b": None}
+        codes = [fetch(f"{url}/gradio_api/run-history/{route}", body)[0] for route, body in routes.items()]
+        assert (codes, hub[1]) == ([404] * 3, [])
 
 
 class TestSliders:
