@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+import weakref
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -542,6 +543,38 @@ def test_the_tower_is_passed_once_for_two_questions(app, trial):
     assert first == len(passes) > 0 and "was encoded before" in status
     with pytest.raises(app.gr.Error, match="no question yet"):
         list(demo.answer(str(trial.pictures[0]), None, *knobs, NEW_TOKENS, 0, 1))
+
+
+def test_one_picture_is_decoded_at_a_time(app, trial, monkeypatch):
+    demo, living, most = app.Demo("tiny"), set(), []
+
+    def load(*args):
+        picture = load_image(*args)
+        number = object()
+        living.add(number)
+        weakref.finalize(picture, living.discard, number)
+        most.append(len(living))
+        time.sleep(0.05)  # lets the other threads run
+        return picture
+
+    load_image = app.load_image
+    monkeypatch.setattr(app, "load_image", load)
+    errors = []  # kept, and what their tracebacks hold with them
+
+    def ask(function, *arguments):
+        try:
+            list(function(str(trial.pictures[0]), *arguments))
+        except app.gr.Error as error:
+            errors.append(error)
+
+    calls = [(demo.preview, 8, 64, 0), (demo.preview, 8, 64, 1)]
+    calls += [(demo.answer, question, 8, 64, zoom, 2, 0, 1) for zoom in (0, 1) for question in ("What?", "<|im_end|>")]
+    threads = [threading.Thread(target=ask, args=call) for call in [*calls, *calls]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 12 and len(errors) == 4
 
 
 def test_only_uploads_and_examples_are_read(app, trial, tmp_path, monkeypatch):
