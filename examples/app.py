@@ -55,6 +55,7 @@ EXAMPLES = {os.path.realpath(path) for path, _ in (*SCENES, *PHOTOGRAPHS)}
 NOT_UPLOADED = "this picture was not uploaded here: upload it, or pick an example"
 MAX_UPLOAD = "64mb"
 MAX_QUESTION = 100_000  # characters
+KEEP_PICTURES = (3600, 86400)  # every hour, uploads and drawn grids that are older than a day are deleted
 GRID_SIDE = 1600  # longest side of the drawn grid in pixels
 MIN_TEMPERATURE = 0.01  # a lower one is 0, the most likely token: logits divided by it might overflow
 
@@ -323,7 +324,7 @@ def slider(knob: Knob, **options) -> Slider:
 
 
 def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
-    with Page(title="MC-LLaVA", analytics_enabled=False) as page:
+    with Page(title="MC-LLaVA", analytics_enabled=False, delete_cache=KEEP_PICTURES) as page:
         gr.Markdown("# MC-LLaVA\nAsk about a picture. The model looks at all of it and at a grid of crops.")
         with gr.Row():
             with gr.Column():

@@ -577,6 +577,29 @@ def test_one_picture_is_decoded_at_a_time(app, trial, monkeypatch):
     assert most == [1] * 12 and len(errors) == 4
 
 
+def test_old_pictures_are_deleted_but_not_the_examples(app, tmp_path, monkeypatch):
+    assert app.KEEP_PICTURES == (3600, 86400)
+    monkeypatch.setattr(app, "KEEP_PICTURES", (1, 2))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    page = app.build_page(app.Demo("tiny"), app.SCENES)
+    examples = set(tmp_path.rglob("*.jpg"))
+    assert {path.name for path in examples} == {Path(image).name for image, _ in app.SCENES}
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    try:
+        upload = send(url.rstrip("/"), (ROOT / "examples" / "scene1.jpg").read_bytes(), "upload.jpg")
+        reply = call(url.rstrip("/"), "preview", [{"path": upload}, 3, 30, 0])
+        grid = json.loads(reply.partition("data: ")[2])[0]["path"]
+        assert {upload, grid} <= set(map(str, tmp_path.rglob("*")))
+        deadline = time.monotonic() + 30
+        while {path for path in tmp_path.rglob("*") if path.is_file()} != examples:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert NOT_UPLOADED in call(url.rstrip("/"), "preview", [{"path": upload}, 3, 30, 0])
+    finally:
+        page.close()
+    assert all(path.exists() for path in examples)
+
+
 def test_only_uploads_and_examples_are_read(app, trial, tmp_path, monkeypatch):
     """Whatever Gradio lets through."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
