@@ -10,12 +10,16 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # read when gradio is imported
+# Off, because its routes ask the Hub with this machine's token for whoever reaches the server through loopback: other
+# users of the machine, and everyone behind a proxy on it.
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 try:
     import gradio as gr
 except ModuleNotFoundError as error:
@@ -51,6 +55,7 @@ EXAMPLES = {os.path.realpath(path) for path, _ in (*SCENES, *PHOTOGRAPHS)}
 NOT_UPLOADED = "this picture was not uploaded here: upload it, or pick an example"
 MAX_UPLOAD = "64mb"
 MAX_QUESTION = 100_000  # characters
+KEEP_PICTURES = (3600, 86400)  # every hour, uploads and drawn grids that are older than a day are deleted
 GRID_SIDE = 1600  # longest side of the drawn grid in pixels
 MIN_TEMPERATURE = 0.01  # a lower one is 0, the most likely token: logits divided by it might overflow
 
@@ -96,6 +101,7 @@ class Demo:
         self.temperature = Knob("Temperature (0: always the most likely word)", 0, 2, 0, 0.1)
         self.top_p = Knob("Top p", 0.05, 1, 1, 0.05)
         self.flops_per_second = self._measure_speed()
+        self.thread = ThreadPoolExecutor(1)  # of `_with_picture`
 
     def _measure_speed(self) -> float:
         """FLOPs per second, as `estimate` counts them, measured with one question about a grey picture."""
@@ -126,14 +132,11 @@ class Demo:
             return None, ""
         try:
             knobs = self._read_knobs(max_crops, num_tokens, zoom)
-            picture = load_upload(path)
-            plan = self.planner.plan(*picture.size, **knobs)
+            grid, size, plan = self._with_picture(path, self._draw, knobs)
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
-        grid = draw_crop_grid(picture, plan)
-        grid.thumbnail((GRID_SIDE, GRID_SIDE))
         tokens = sum(crop.num_tokens for crop in plan)
-        looks, closer = count_closer(*picture.size, side=self.planner.size["height"], **knobs)
+        looks, closer = count_closer(*size, side=self.planner.size["height"], **knobs)
         words = f"**{len(plan) + closer} crops** (the whole picture, a grid of {len(plan) - 1}"
         words += f" and {closer} where the question points" if closer else ""
         words += f"), **{tokens} visual tokens**. "
@@ -145,6 +148,32 @@ class Demo:
         first = encoded + (cost.tower_flops + cost.look_flops) / self.flops_per_second
         words += f"The first word comes after about {first:.2f} s"
         return grid, f"{words}." if looks else f"{words}, or {encoded:.2f} s once the picture is encoded."
+
+    def _with_picture(self, path: str, function, *arguments):
+        """
+        What a function makes of an uploaded picture. A small file may take more than a gigabyte until it is drawn or
+        encoded, so one thread handles all pictures, however many visitors ask and by whatever route. With a lock
+        instead, each of Gradio's threads would keep the memory that it once had.
+
+        Raises:
+            ValueError: as `load_upload` and the function do, without the traceback, which would keep the picture.
+        """
+
+        def work():
+            try:
+                return function(load_upload(path), *arguments)
+            except ValueError as error:
+                message = str(error)
+            raise ValueError(message)
+
+        return self.thread.submit(work).result()
+
+    def _draw(self, picture: Image.Image, knobs: dict[str, int]):
+        """The crop grid drawn over the picture, the picture's size, and the plan."""
+        plan = self.planner.plan(*picture.size, **knobs)
+        grid = draw_crop_grid(picture, plan)
+        grid.thumbnail((GRID_SIDE, GRID_SIDE))
+        return grid, picture.size, plan
 
     def answer(
         self,
@@ -175,7 +204,7 @@ class Demo:
             if temperature >= MIN_TEMPERATURE:
                 options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
             start = time.perf_counter()
-            encoded, status, shown = self._encode(load_upload(path), question, knobs)
+            encoded, status, shown = self._with_picture(path, self._encode, question, knobs)
             yield "", status, shown
             text = ""
             for piece in self.engine.stream(ask_about(encoded, question), **options):
@@ -295,7 +324,7 @@ def slider(knob: Knob, **options) -> Slider:
 
 
 def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
-    with Page(title="MC-LLaVA", analytics_enabled=False) as page:
+    with Page(title="MC-LLaVA", analytics_enabled=False, delete_cache=KEEP_PICTURES) as page:
         gr.Markdown("# MC-LLaVA\nAsk about a picture. The model looks at all of it and at a grid of crops.")
         with gr.Row():
             with gr.Column():

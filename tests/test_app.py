@@ -15,6 +15,8 @@ import time
 import urllib.error
 import urllib.request
 import uuid
+import weakref
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlparse
@@ -44,8 +46,36 @@ FLAGS = [
 SCREENSHOT = ROOT / "docs" / "app.png"
 
 
+@contextmanager
+def record_requests():
+    """A server on this machine that has nothing: its address, and the path and `Authorization` of each request."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Authorization"]))
+            self.send_error(404)
+
+        do_HEAD = do_POST = do_GET
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}", asked
+        server.shutdown()
+
+
 @pytest.fixture(scope="module")
-def url(tmp_path_factory):
+def hub():
+    """What the Space takes for the Hub."""
+    with record_requests() as (address, asked):
+        yield address, asked
+
+
+@pytest.fixture(scope="module")
+def url(hub, tmp_path_factory):
     pytest.importorskip("gradio", reason='pip install "mc-llava[app]" to test the Space')
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -55,6 +85,9 @@ def url(tmp_path_factory):
         **os.environ,
         "GRADIO_SERVER_PORT": str(port),
         "GRADIO_TEMP_DIR": str(folder / "uploads"),
+        "HF_ENDPOINT": hub[0],
+        "HF_HUB_OFFLINE": "0",
+        "HF_TOKEN": "hf_secret",
     }
     with open(folder / "log", "w") as log:
         server = subprocess.Popen(
@@ -313,24 +346,9 @@ def test_a_broken_upload_by_the_api(url):
 
 @pytest.fixture(scope="module")
 def stranger():
-    """A server that counts what is fetched from it: its address and its list of requests."""
-    asked = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_error(404)
-
-        do_HEAD = do_GET
-
-        def log_message(self, *args):
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/a.png", asked
-    server.shutdown()
-    server.server_close()
+    """The address of a picture, and what was asked of its server."""
+    with record_requests() as (address, asked):
+        yield f"{address}/a.png", asked
 
 
 @pytest.fixture(scope="module")
@@ -441,6 +459,12 @@ class TestWhatAVisitorMayRead:
                 json.dumps({"detail": f"File not allowed: {path}."}, separators=(",", ":")),
             )
 
+    def test_nothing_with_the_servers_token(self, url, hub):
+        """Gradio's history of runs asks the Hub for its callers."""
+        routes = {"buckets": None, "connect": {"bucket_id": "a/b"}, "records?bucket=a/b": None}
+        codes = [fetch(f"{url}/gradio_api/run-history/{route}", body)[0] for route, body in routes.items()]
+        assert (codes, hub[1]) == ([404] * 3, [])
+
 
 class TestSliders:
     def ask(self, url, file, **changes) -> str:
@@ -519,6 +543,61 @@ def test_the_tower_is_passed_once_for_two_questions(app, trial):
     assert first == len(passes) > 0 and "was encoded before" in status
     with pytest.raises(app.gr.Error, match="no question yet"):
         list(demo.answer(str(trial.pictures[0]), None, *knobs, NEW_TOKENS, 0, 1))
+
+
+def test_one_picture_is_decoded_at_a_time(app, trial, monkeypatch):
+    demo, living, most = app.Demo("tiny"), set(), []
+
+    def load(*args):
+        picture = load_image(*args)
+        number = object()
+        living.add(number)
+        weakref.finalize(picture, living.discard, number)
+        most.append(len(living))
+        time.sleep(0.05)  # lets the other threads run
+        return picture
+
+    load_image = app.load_image
+    monkeypatch.setattr(app, "load_image", load)
+    errors = []  # kept, and what their tracebacks hold with them
+
+    def ask(function, *arguments):
+        try:
+            list(function(str(trial.pictures[0]), *arguments))
+        except app.gr.Error as error:
+            errors.append(error)
+
+    calls = [(demo.preview, 8, 64, 0), (demo.preview, 8, 64, 1)]
+    calls += [(demo.answer, question, 8, 64, zoom, 2, 0, 1) for zoom in (0, 1) for question in ("What?", "<|im_end|>")]
+    threads = [threading.Thread(target=ask, args=call) for call in [*calls, *calls]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 12 and len(errors) == 4
+
+
+def test_old_pictures_are_deleted_but_not_the_examples(app, tmp_path, monkeypatch):
+    assert app.KEEP_PICTURES == (3600, 86400)
+    monkeypatch.setattr(app, "KEEP_PICTURES", (1, 2))
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    page = app.build_page(app.Demo("tiny"), app.SCENES)
+    examples = set(tmp_path.rglob("*.jpg"))
+    assert {path.name for path in examples} == {Path(image).name for image, _ in app.SCENES}
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    try:
+        upload = send(url.rstrip("/"), (ROOT / "examples" / "scene1.jpg").read_bytes(), "upload.jpg")
+        reply = call(url.rstrip("/"), "preview", [{"path": upload}, 3, 30, 0])
+        grid = json.loads(reply.partition("data: ")[2])[0]["path"]
+        assert {upload, grid} <= set(map(str, tmp_path.rglob("*")))
+        deadline = time.monotonic() + 30
+        while {path for path in tmp_path.rglob("*") if path.is_file()} != examples:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert NOT_UPLOADED in call(url.rstrip("/"), "preview", [{"path": upload}, 3, 30, 0])
+    finally:
+        page.close()
+    assert all(path.exists() for path in examples)
 
 
 def test_only_uploads_and_examples_are_read(app, trial, tmp_path, monkeypatch):

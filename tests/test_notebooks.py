@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 
 import pytest
 from helpers import ROOT
@@ -40,7 +42,16 @@ def test_all_but_the_large_weights_are_fetched(name):
 
 
 @pytest.fixture(scope="module")
-def run(trial):
+def installed(tmp_path_factory):
+    """A folder with the package as `pip install .` installs it: away from the clone."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "--target", folder, ROOT], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(trial, installed):
     def run(name: str) -> tuple[str, int]:
         """What the notebook prints, and how many pictures it shows."""
         notebook = jupytext.read(ROOT / "examples" / "notebooks" / f"{name}.ipynb")
@@ -48,9 +59,10 @@ def run(trial):
             **os.environ,
             "MC_LLAVA_MODEL": str(trial.folder),
             "NUM_SCENES": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(installed),
         }
-        client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3")
+        resources = {"metadata": {"path": ROOT / "examples" / "notebooks"}}  # where Jupyter starts it
+        client = nbclient.NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources)
         client.execute(env=environment)
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
         text = "".join(output.text for output in outputs if output.get("name") == "stdout")

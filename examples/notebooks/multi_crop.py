@@ -43,8 +43,9 @@ NUM_SCENES = int(os.environ.get("NUM_SCENES", 40))
 engine = Engine(load_model(MODEL), load_processor(MODEL), max_new_tokens=24)
 MAX_CROPS = (0, 4, 16, 32)
 MOST_TOKENS = engine.knobs["num_tokens"]
-# What the first cell downloaded, or a clone.
-FOLDER = Path("MC-LLaVA") if Path("MC-LLaVA").is_dir() else TINY.parent
+# What the first cell downloaded, or the clone that this notebook is in or that is installed in editable mode.
+folders = Path("MC-LLaVA"), Path.cwd(), *Path.cwd().parents
+FOLDER = next((folder for folder in folders if (folder / "examples" / "questions.json").is_file()), TINY.parent)
 
 
 def ask(picture, question: str, **knobs) -> Reply:

@@ -41,8 +41,9 @@ model, processor = load_model(MODEL), load_processor(MODEL)  # on a GPU if there
 # The picture is a photograph with small signs and things drawn into it. Each question about it has one right answer.
 
 # %%
-# What the first cell downloaded, or a clone.
-FOLDER = Path("MC-LLaVA") if Path("MC-LLaVA").is_dir() else TINY.parent
+# What the first cell downloaded, or the clone that this notebook is in or that is installed in editable mode.
+folders = Path("MC-LLaVA"), Path.cwd(), *Path.cwd().parents
+FOLDER = next((folder for folder in folders if (folder / "examples" / "questions.json").is_file()), TINY.parent)
 examples = json.loads((FOLDER / "examples" / "questions.json").read_text())
 examples = [example for example in examples if example["image"] == "cup.jpg"]
 question, key = examples[0]["question"], examples[0]["key"]
