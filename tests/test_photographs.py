@@ -56,8 +56,11 @@ class TestFolders:
         # The transparent margin doesn't count.
         assert reading.cut_out(materials.renderings["apple"][0]).size == (60, 40)
 
-    @pytest.mark.parametrize("name", ["star", "red apple", "tiger cat!", "sign", "3d"])
-    def test_names_that_drawn_things_have_are_refused(self, folder, tmp_path, name):
+    @pytest.mark.parametrize(
+        "name",
+        ["star", "red apple", "tiger cat!", "sign", "3d", "can", "photo_frame", "right arrow", "no entry"],
+    )
+    def test_names_by_which_replies_could_not_be_checked_are_refused(self, folder, tmp_path, name):
         Image.new("RGBA", (9, 9), "red").save(tmp_path / f"{name}.png")
         with pytest.raises(ValueError, match=f"{name}.png is no name for an object"):
             Materials(str(folder), str(tmp_path)).renderings  # noqa: B018

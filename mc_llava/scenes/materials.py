@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from .. import load_image
 from .fonts import load_font
-from .scene import CHARACTERS, COLORS, FONTS, OBJECTS, SHAPES
+from .scene import CHARACTERS, FONTS, RESERVED
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -65,16 +65,16 @@ class Materials:
         The objects' names, sorted, and the paths of their renderings.
 
         Raises:
-            ValueError: if there are none, or a name is one that a drawn thing or a color has.
+            ValueError: if there are none, or a name is not of lower-case letters or has one of the `RESERVED` words.
         """
         found: dict[str, list[str]] = {}
         for path in files_in(self.objects, SUFFIXES, "objects") if self.objects else ():
             name = re.sub(r"-\d+$", "", path.stem).replace("_", " ").lower()
-            if set(name.split()) & {*SHAPES, *OBJECTS, *COLORS, "sign"} or not re.fullmatch(r"[a-z]+( [a-z]+)*", name):
-                raise ValueError(
-                    f"{path} is no name for an object: use lower-case letters and none of the names of drawn things "
-                    f"and colors ({', '.join((*SHAPES, *OBJECTS, *COLORS))})"
-                )
+            if not re.fullmatch(r"[a-z]+( [a-z]+)*", name):
+                raise ValueError(f"{path} is no name for an object: use letters alone, and _ for a space")
+            if reserved := set(name.split()) & RESERVED:
+                words = ", ".join(sorted(reserved))
+                raise ValueError(f"{path} is no name for an object: replies are checked for {words}, leave it out")
             found.setdefault(name, []).append(str(path))
         return {name: tuple(found[name]) for name in sorted(found)}
 
