@@ -85,6 +85,15 @@ class TestFolders:
         with pytest.raises(ValueError, match=rf"cannot read .*broken.png .*: remove it from the {what}"):
             Materials(**{**folders, what: str(tmp_path)}, fonts=FONTS).check()
 
+    @pytest.mark.parametrize("what", ["photographs", "objects"])
+    @pytest.mark.parametrize("side", [10_000, 19_000])  # Pillow only warns of the smaller one
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+    def test_files_that_are_too_large_are_found_at_the_start(self, folder, tmp_path, what, side):
+        Image.new("1", (side, side)).save(tmp_path / "bomb.png")
+        folders = {"photographs": str(folder / "photographs"), "objects": str(folder / "objects")}
+        with pytest.raises(ValueError, match=rf"cannot read .*bomb.png .* limit of .*: remove it from the {what}"):
+            Materials(**{**folders, what: str(tmp_path)}, fonts=FONTS).check()
+
     def test_photographs_are_read_as_everywhere(self, tmp_path):
         image = Image.new("RGB", (300, 200), "red")
         exif = image.getexif()

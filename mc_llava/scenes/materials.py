@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import load_image
+from .. import load_image, open_image
 from .fonts import load_font
 from .scene import CHARACTERS, FONTS, RESERVED
 
@@ -103,10 +104,8 @@ class Materials:
             ValueError: if a file is broken, before hours of work have passed.
         """
         for path in self.backgrounds:
-            try:
-                Image.open(path).close()
-            except OSError as error:
-                raise ValueError(f"cannot read {path} ({error}): remove it from the photographs") from error
+            with opened(path, "photographs"):
+                pass
         for path in sum(self.renderings.values(), ()):
             cut_out(path)
         self.families  # noqa: B018
@@ -209,6 +208,23 @@ def materials_of_test(folder: str) -> Materials:
     return Materials(tuple(map(str, names)))
 
 
+@contextmanager
+def opened(path: str, what: str) -> Iterator[Image.Image]:
+    """
+    A picture whose header was read, no larger than `load_image` takes.
+
+    Raises:
+        ValueError: naming the file, also for what decoding it raises in the `with` block.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield open_image(file, path)
+    except MemoryError:
+        raise
+    except Exception as error:  # each of Pillow's decoders has its own errors
+        raise ValueError(f"cannot read {path} ({error}): remove it from the {what}") from error
+
+
 @lru_cache(maxsize=128)
 def photograph(path: str) -> Image.Image:
     """A photograph of at most `PHOTOGRAPH_SIDE`."""
@@ -220,11 +236,8 @@ def photograph(path: str) -> Image.Image:
 @lru_cache(maxsize=4096)
 def cut_out(path: str) -> Image.Image:
     """An object without the transparent margin around it, of at most `OBJECT_SIDE`."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGBA")
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error}): remove it from the objects") from error
+    with opened(path, "objects") as file:
+        image = file.convert("RGBA")
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox()
     if box is None:
         raise ValueError(f"{path} is transparent everywhere: remove it from the objects")
