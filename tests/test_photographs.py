@@ -94,6 +94,16 @@ class TestFolders:
         with pytest.raises(ValueError, match=rf"cannot read .*bomb.png .* limit of .*: remove it from the {what}"):
             Materials(**{**folders, what: str(tmp_path)}, fonts=FONTS).check()
 
+    @pytest.mark.parametrize("size", [(201, 10), (10, 201)])
+    def test_objects_that_no_scene_has_a_place_for_are_refused(self, tmp_path, size):
+        image = Image.new("RGBA", (300, 300))
+        image.paste("red", (20, 20, 20 + size[0], 20 + size[1]))
+        image.save(tmp_path / "snake.png")
+        with pytest.raises(
+            ValueError, match="snake.png shows .* pixels, one side may be 20 times the other: remove it"
+        ):
+            reading.cut_out(str(tmp_path / "snake.png"))
+
     def test_photographs_are_read_as_everywhere(self, tmp_path):
         image = Image.new("RGB", (300, 200), "red")
         exif = image.getexif()

@@ -30,6 +30,7 @@ FONT_SUFFIXES = (".ttf", ".otf")
 SCIKIT_IMAGES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "brick.png", "grass.png", "gravel.png")
 PHOTOGRAPH_SIDE = 1280  # at most, of photographs in memory
 OBJECT_SIDE = 160
+MOST_ELONGATED = 20  # longer side over shorter, of objects: scenes have no place for one that is 40 times as long
 # In percent, of font families. Those of `FONTS` stay in their splits: Aileron is the font inside Pillow.
 TEST_FAMILIES = 20
 FIXED_FAMILIES = {"DejaVu": "train", "STIXGeneral": "train", "cmss10": "train", "Aileron": "test"}
@@ -242,5 +243,10 @@ def cut_out(path: str) -> Image.Image:
     if box is None:
         raise ValueError(f"{path} is transparent everywhere: remove it from the objects")
     image = image.crop(box)
+    if max(image.size) > MOST_ELONGATED * min(image.size):
+        raise ValueError(
+            f"{path} shows {image.width} x {image.height} pixels, one side may be {MOST_ELONGATED} times the other: "
+            "remove it from the objects"
+        )
     image.thumbnail((OBJECT_SIDE, OBJECT_SIDE), Image.Resampling.BICUBIC)
     return image
