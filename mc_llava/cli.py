@@ -225,13 +225,12 @@ def estimate(
     from . import MCLlavaConfig, MCLlavaImageProcessor, choose_dtype, count_closer
     from .estimate import estimate as estimate_cost
     from .folders import find_model
-    from .loading import find_device
+    from .loading import find_device, load_config
 
     if model is None:
         processor, config = MCLlavaImageProcessor(), MCLlavaConfig(dtype="float16")
     else:
-        model = find_model(model)
-        processor, config = MCLlavaImageProcessor.from_pretrained(model), MCLlavaConfig.from_pretrained(model)
+        processor, config = MCLlavaImageProcessor.from_pretrained(find_model(model)), load_config(model)
     knobs = processor.fill_knobs(max_crops, num_tokens, zoom)
     picture = read_image(image)
     plan = processor.plan(*picture.size, **knobs)
