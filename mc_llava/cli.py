@@ -425,16 +425,17 @@ def zoom_heads(
     """
     from .folders import find_model
     from .loading import load_model, load_processor
-    from .zoom_heads import choose_heads, head_table, measure, write_heads
+    from .zoom_heads import choose_heads, find_config, head_table, measure, write_heads
 
+    config = find_config(Path(find_model(model))) if write else None  # measuring the 3B takes hours
     measured = measure(load_model(model, dtype, device), load_processor(model), num_scenes)
     chosen = choose_heads(measured, most)
     print(head_table(measured, chosen))
     if not chosen:
         say("no head is better than chance: zoom will compare late layers with a general question")
-    if write:
-        write_heads(Path(find_model(model)), chosen)
-        say(f"wrote {len(chosen)} heads into {Path(find_model(model)) / 'config.json'}")
+    if config is not None:
+        write_heads(config, chosen)
+        say(f"wrote {len(chosen)} heads into {config}")
 
 
 @app.command()
