@@ -81,8 +81,8 @@ def ask(
 
     from . import count_closer
     from .crop_grid import draw_looks
-    from .engine import Engine, ask_about
-    from .loading import load_model, load_processor
+    from .engine import Engine, ask_about, check_prompts
+    from .loading import load_config, load_model, load_processor
 
     if show is not None and len(sources) > 1:
         raise ValueError(f"--show draws one picture, got {len(sources)}: ask about one, or leave it out")
@@ -90,9 +90,10 @@ def ask(
         check_picture_file(show)
     images = [read_image(source) for source in sources]
     processor = load_processor(model)
-    processor.apply_chat_template(ask_about([], question))  # a question that is refused waits for no weights
     knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
     plans = [processor.image_processor.plan(*image.size, **knobs) for image in images]
+    counts = [sum(crop.num_tokens for crop in plan) for plan in plans]  # zoom moves tokens, and adds none
+    check_prompts(processor, load_config(model), [ask_about(images, question)], [counts])  # before weights are loaded
     side = processor.image_processor.size["height"]
     closer = [count_closer(*image.size, side=side, **knobs)[1] for image in images]
     for source, image, plan, more in zip(sources, images, plans, closer):
