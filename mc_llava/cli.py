@@ -4,6 +4,7 @@ The command line: `mc-llava --help` lists its commands.
 Each command imports what it needs when it runs: help texts, errors about options and `crops` don't wait for torch.
 """
 
+import io
 import json
 import os
 import sys
@@ -87,7 +88,7 @@ def ask(
     if show is not None and len(sources) > 1:
         raise ValueError(f"--show draws one picture, got {len(sources)}: ask about one, or leave it out")
     if show is not None:
-        check_picture_file(show)
+        check_picture_file(show, sources[0])
     images = [read_image(source) for source in sources]
     processor = load_processor(model)
     knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
@@ -120,7 +121,7 @@ def ask(
         }
         print(json.dumps(answer, ensure_ascii=False))
     if show is not None:  # last: the disk may be full
-        draw_looks(images[0], reply.images[0]).save(show)
+        write_picture(draw_looks(images[0], reply.images[0]), show)
         say(f"wrote {show}")
 
 
@@ -198,14 +199,14 @@ def crops(
     from .crop_grid import draw_crop_grid
     from .folders import read_plan_options
 
-    check_picture_file(Path(output))
+    check_picture_file(Path(output), image)
     options = read_plan_options(model)
     for name, value in (("max_crops", max_crops), ("num_tokens", num_tokens)):
         if value is not None:
             options[name] = value
     picture = read_image(image)
     plan = plan_crops(*picture.size, **options)
-    draw_crop_grid(picture, plan).save(output)
+    write_picture(draw_crop_grid(picture, plan), Path(output))
     say(f"{output}: {describe(plan)}")
 
 
@@ -502,14 +503,33 @@ def read_image(source: str) -> "Image.Image":
     return load_image(sys.stdin.buffer.read() if source == "-" else source)
 
 
-def check_picture_file(path: Path):
-    """ValueError if a picture can't be written there, before there is one."""
+def check_picture_file(path: Path, source: str):
+    """ValueError if a picture of the source can't be written there, or would replace it, before there is one."""
     from PIL import Image
 
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"the picture {path} can't be written: name a file in a folder that is there")
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"the format of the picture {path} is unknown: end its name in .png or .jpg")
+    if source != "-" and os.path.exists(source) and path.exists() and path.samefile(source):
+        raise ValueError(f"the picture {path} is the one that is read, which stays as it is: name another file")
+    try:  # some formats are only read, or hold no colors
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions().get(path.suffix.lower()))
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(
+            f"the picture {path} can't be written in that format: end its name in .png or .jpg"
+        ) from error
+
+
+def write_picture(picture: "Image.Image", path: Path):
+    """Save a picture. ValueError if its format can't hold it: WebP has at most 16383 pixels a side."""
+    try:
+        picture.save(path)
+    except (ValueError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk's
+            raise
+        size = f"{picture.width} x {picture.height} pixels"
+        raise ValueError(
+            f"the picture of {size} can't be written to {path} ({error}): end its name in .png"
+        ) from error
 
 
 def check_revision(model: str, revision: str | None):
