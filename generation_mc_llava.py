@@ -111,6 +111,31 @@ class GenerationRequest:
         return 0 if self.input_ids is None else self.input_ids.shape[1]
 
 
+def check_context(config, lengths: list[int], image_tokens: list[int], images: list[int]):
+    """
+    Check that prompts leave room for an answer, whether or not their images are encoded already.
+
+    Args:
+        config: `MCLlavaConfig`.
+        lengths, image_tokens, images: of each prompt, the number of all tokens, of those of images, and of images.
+
+    Raises:
+        ValueError: if one doesn't, with the largest `num_tokens` with which all would.
+    """
+    limit = config.text_config.max_position_embeddings
+    fitting = [
+        (limit - 1 - (length - in_row)) // count if count else 0
+        for length, in_row, count in zip(lengths, image_tokens, images)
+        if length >= limit
+    ]
+    if fitting:
+        remedy = f"pass num_tokens={min(fitting)} or less" if min(fitting) > 0 else "shorten the text"
+        raise ValueError(
+            f"the prompt has {max(lengths)} tokens, the context {limit} "
+            f"(max_position_embeddings), which leaves no room for an answer: {remedy}"
+        )
+
+
 class ContextEnd(StoppingCriteria):
     """Stops each row when its prompt and new tokens fill the language model's context."""
 
@@ -477,20 +502,12 @@ class MCLlavaGenerationMixin(GenerationMixin):
         if tokens_per_image:
             check_places(run_ends, tokens_per_image)
             image_tokens = count_places(run_ends)
-        limit = self.config.text_config.max_position_embeddings
         ends = list(accumulate(tokens_per_image))
-        start, fitting = 0, []
-        for length, in_row in zip(lengths, image_tokens):
-            images = sum(start < end <= start + in_row for end in ends)
+        start, images = 0, []
+        for in_row in image_tokens:
+            images.append(sum(start < end <= start + in_row for end in ends))
             start += in_row
-            if length >= limit:
-                fitting.append((limit - 1 - (length - in_row)) // images if images else 0)
-        if fitting:
-            remedy = f"pass num_tokens={min(fitting)} or less" if min(fitting) > 0 else "shorten the text"
-            raise ValueError(
-                f"the prompt has {max(lengths)} tokens, the context {limit} "
-                f"(max_position_embeddings), which leaves no room for an answer: {remedy}"
-            )
+        check_context(self.config, lengths, image_tokens, images)
 
 
 __all__ = [
@@ -501,5 +518,6 @@ __all__ = [
     "GenerationRequest",
     "MCLlavaGenerationMixin",
     "SuppressToken",
+    "check_context",
     "one_cache",
 ]

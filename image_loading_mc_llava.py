@@ -142,19 +142,21 @@ def open_image(file, name: str) -> Image.Image:
     Open an image and read only its header. `load_image` accepts the result.
 
     Raises:
-        ValueError: if the file is in none of `FORMATS`, has more pixels than Pillow opens, or is an icon with a larger
-            picture inside than icons have: Pillow decodes icons when they are opened.
+        ValueError: if the file is in none of `FORMATS`, exceeds `MAX_IMAGE_SIDE` or `Image.MAX_IMAGE_PIXELS`, or is an
+            icon with a larger picture inside than icons have: Pillow decodes icons when they are opened.
     """
     Image.init()
     check_header(file, name)
     try:
-        return _open(file)
+        image = _open(file)
     except Image.DecompressionBombError as error:
         raise ValueError(f"{name} is too large: {error} Resize it first") from None
     except MemoryError:
         raise
     except Exception:  # Pillow's plugins raise many kinds of errors for a broken header
         raise ValueError(f"{name} is not an image that can be read: {_explain(file)}") from None
+    check_size(*image.size, name)
+    return image
 
 
 def _open(file) -> Image.Image:

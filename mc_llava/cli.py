@@ -4,6 +4,7 @@ The command line: `mc-llava --help` lists its commands.
 Each command imports what it needs when it runs: help texts, errors about options and `crops` don't wait for torch.
 """
 
+import io
 import json
 import os
 import sys
@@ -81,18 +82,19 @@ def ask(
 
     from . import count_closer
     from .crop_grid import draw_looks
-    from .engine import Engine, ask_about
-    from .loading import load_model, load_processor
+    from .engine import Engine, ask_about, check_prompts
+    from .loading import load_config, load_model, load_processor
 
     if show is not None and len(sources) > 1:
         raise ValueError(f"--show draws one picture, got {len(sources)}: ask about one, or leave it out")
     if show is not None:
-        check_picture_file(show)
+        check_picture_file(show, sources[0])
     images = [read_image(source) for source in sources]
     processor = load_processor(model)
-    processor.apply_chat_template(ask_about([], question))  # a question that is refused waits for no weights
     knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
     plans = [processor.image_processor.plan(*image.size, **knobs) for image in images]
+    counts = [sum(crop.num_tokens for crop in plan) for plan in plans]  # zoom moves tokens, and adds none
+    check_prompts(processor, load_config(model), [ask_about(images, question)], [counts])  # before weights are loaded
     side = processor.image_processor.size["height"]
     closer = [count_closer(*image.size, side=side, **knobs)[1] for image in images]
     for source, image, plan, more in zip(sources, images, plans, closer):
@@ -119,7 +121,7 @@ def ask(
         }
         print(json.dumps(answer, ensure_ascii=False))
     if show is not None:  # last: the disk may be full
-        draw_looks(images[0], reply.images[0]).save(show)
+        write_picture(draw_looks(images[0], reply.images[0]), show)
         say(f"wrote {show}")
 
 
@@ -197,14 +199,14 @@ def crops(
     from .crop_grid import draw_crop_grid
     from .folders import read_plan_options
 
-    check_picture_file(Path(output))
+    check_picture_file(Path(output), image)
     options = read_plan_options(model)
     for name, value in (("max_crops", max_crops), ("num_tokens", num_tokens)):
         if value is not None:
             options[name] = value
     picture = read_image(image)
     plan = plan_crops(*picture.size, **options)
-    draw_crop_grid(picture, plan).save(output)
+    write_picture(draw_crop_grid(picture, plan), Path(output))
     say(f"{output}: {describe(plan)}")
 
 
@@ -225,13 +227,12 @@ def estimate(
     from . import MCLlavaConfig, MCLlavaImageProcessor, choose_dtype, count_closer
     from .estimate import estimate as estimate_cost
     from .folders import find_model
-    from .loading import find_device
+    from .loading import find_device, load_config
 
     if model is None:
         processor, config = MCLlavaImageProcessor(), MCLlavaConfig(dtype="float16")
     else:
-        model = find_model(model)
-        processor, config = MCLlavaImageProcessor.from_pretrained(model), MCLlavaConfig.from_pretrained(model)
+        processor, config = MCLlavaImageProcessor.from_pretrained(find_model(model)), load_config(model)
     knobs = processor.fill_knobs(max_crops, num_tokens, zoom)
     picture = read_image(image)
     plan = processor.plan(*picture.size, **knobs)
@@ -426,16 +427,17 @@ def zoom_heads(
     """
     from .folders import find_model
     from .loading import load_model, load_processor
-    from .zoom_heads import choose_heads, head_table, measure, write_heads
+    from .zoom_heads import choose_heads, find_config, head_table, measure, write_heads
 
+    config = find_config(Path(find_model(model))) if write else None  # measuring the 3B takes hours
     measured = measure(load_model(model, dtype, device), load_processor(model), num_scenes)
     chosen = choose_heads(measured, most)
     print(head_table(measured, chosen))
     if not chosen:
         say("no head is better than chance: zoom will compare late layers with a general question")
-    if write:
-        write_heads(Path(find_model(model)), chosen)
-        say(f"wrote {len(chosen)} heads into {Path(find_model(model)) / 'config.json'}")
+    if config is not None:
+        write_heads(config, chosen)
+        say(f"wrote {len(chosen)} heads into {config}")
 
 
 @app.command()
@@ -501,14 +503,33 @@ def read_image(source: str) -> "Image.Image":
     return load_image(sys.stdin.buffer.read() if source == "-" else source)
 
 
-def check_picture_file(path: Path):
-    """ValueError if a picture can't be written there, before there is one."""
+def check_picture_file(path: Path, source: str):
+    """ValueError if a picture of the source can't be written there, or would replace it, before there is one."""
     from PIL import Image
 
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"the picture {path} can't be written: name a file in a folder that is there")
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"the format of the picture {path} is unknown: end its name in .png or .jpg")
+    if source != "-" and os.path.exists(source) and path.exists() and path.samefile(source):
+        raise ValueError(f"the picture {path} is the one that is read, which stays as it is: name another file")
+    try:  # some formats are only read, or hold no colors
+        Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions().get(path.suffix.lower()))
+    except (ValueError, KeyError, OSError) as error:
+        raise ValueError(
+            f"the picture {path} can't be written in that format: end its name in .png or .jpg"
+        ) from error
+
+
+def write_picture(picture: "Image.Image", path: Path):
+    """Save a picture. ValueError if its format can't hold it: WebP has at most 16383 pixels a side."""
+    try:
+        picture.save(path)
+    except (ValueError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the disk's
+            raise
+        size = f"{picture.width} x {picture.height} pixels"
+        raise ValueError(
+            f"the picture of {size} can't be written to {path} ({error}): end its name in .png"
+        ) from error
 
 
 def check_revision(model: str, revision: str | None):

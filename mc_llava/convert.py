@@ -9,10 +9,10 @@ from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
 
-from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor
+from . import ROOT, ROOT_FILES, MCLlavaForConditionalGeneration, MCLlavaProcessor
 from .folders import INDEX, WEIGHTS, find_model, list_weights
 from .journal import storing
-from .loading import check_loaded
+from .loading import check_loaded, load_config
 
 
 # Inference Endpoints run the handler and install the requirements.
@@ -85,9 +85,7 @@ def _copy_weights(source: Path, target: Path):
 
 def _load_and_save(source: Path, target: Path):
     """Write all but the weights, and load the result as users will: every tensor must fit."""
-    if not (source / CONFIG_NAME).is_file():
-        raise ValueError(f"{source} has no {CONFIG_NAME}: fetch it again")
-    config = MCLlavaConfig.from_pretrained(source)
+    config = load_config(str(source))
     config.architectures = [MCLlavaForConditionalGeneration.__name__]
     config.save_pretrained(target)
     if (source / GENERATION_CONFIG_NAME).is_file():

@@ -18,12 +18,15 @@ from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from . import (
     NOT_WITH_PREFIXES,
+    Crop,
     EncodedImages,
     FeatureCache,
+    MCLlavaConfig,
     MCLlavaForConditionalGeneration,
     MCLlavaProcessor,
     PrefixCache,
     can_keep_prefixes,
+    check_context,
     check_knob,
     check_weights,
     input_device,
@@ -160,14 +163,7 @@ class Engine:
         Raises:
             ValueError: if a message is malformed or holds a special token, or the text alone fills the context.
         """
-        if not isinstance(conversation, (list, tuple)):
-            raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")
-        bare = map_image_parts(conversation, lambda part: {"type": "image"})
-        prompt = self.processor.apply_chat_template(bare, add_generation_prompt=True)
-        length = len(self.processor.tokenizer(prompt)["input_ids"])
-        limit = self.model.config.text_config.max_position_embeddings
-        if length >= limit:
-            raise ValueError(f"the text has {length} tokens, the context {limit}: shorten the text")
+        check_prompts(self.processor, self.model.config, [conversation])
 
     def answer(self, conversations: list[list[dict]], streamer=None, **options) -> list[Reply]:
         """
@@ -325,12 +321,29 @@ class Engine:
                 raise ValueError("zoom looks at all images of a batch: pass pictures, not encoded images, or zoom=0")
             encoded = iter(self.look(conversations))
         else:
-            encoded = iter(self.encode([image for image in held if not is_encoded(image)]))
+            pictures = [image if is_prepared(image) else load_image(image) for image in held if not is_encoded(image)]
+            sizes = [image.picture.size if is_prepared(image) else image.size for image in pictures]
+            knobs = {**self.knobs, "zoom": 0}
+            plans = [self.processor.image_processor.plan(*size, **knobs) for size in sizes]
+            self._check_room(conversations, plans)
+            encoded = iter(self.encode(pictures, plans))
         values = iter([image if is_encoded(image) else next(encoded) for image in held])
         return [
             map_image_parts(conversation, lambda part: {**part, "image": next(values)})
             for conversation in conversations
         ]
+
+    def _check_room(self, conversations: list[list[dict]], plans: list[list[Crop]]):
+        """Check that prompts leave room for an answer. The images that are not encoded yet will have these plans."""
+        new = iter(plans)
+        counts = [
+            [
+                len(image.features) if is_encoded(image) else sum(crop.num_tokens for crop in next(new))
+                for image in images_of(conversation)
+            ]
+            for conversation in conversations
+        ]
+        check_prompts(self.processor, self.model.config, conversations, counts)
 
     def look(self, conversations: list[list[dict]], **knobs) -> list[EncodedImages]:
         """
@@ -364,6 +377,35 @@ class Engine:
         return first + "".join(
             image_token * len(image.features) + text for image, text in zip(images, rest, strict=True)
         )
+
+
+def check_prompts(
+    processor: MCLlavaProcessor,
+    config: MCLlavaConfig,
+    conversations: list[list[dict]],
+    counts: list[list[int]] | None = None,
+):
+    """
+    Look at conversations before anything is encoded for them. It needs no weights.
+
+    Args:
+        counts: the visual tokens of each image of each conversation; by default the text alone is looked at.
+
+    Raises:
+        ValueError: if a message is malformed or holds a special token, or a prompt leaves no room for an answer.
+    """
+    lengths, limit = [], config.text_config.max_position_embeddings
+    for conversation in conversations:
+        if not isinstance(conversation, (list, tuple)):
+            raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")
+        bare = map_image_parts(conversation, lambda part: {"type": "image"})
+        prompt = processor.apply_chat_template(bare, add_generation_prompt=True)
+        lengths.append(len(processor.tokenizer(prompt)["input_ids"]))
+        if lengths[-1] >= limit:
+            raise ValueError(f"the text has {lengths[-1]} tokens, the context {limit}: shorten the text")
+    if counts is not None:  # the template writes one `<image>` for each image
+        lengths = [length - len(own) + sum(own) for length, own in zip(lengths, counts)]
+        check_context(config, lengths, list(map(sum, counts)), list(map(len, counts)))
 
 
 def count_bytes(images: list) -> int:

@@ -43,6 +43,19 @@ def find_device(name: str | None = None) -> str:
     return name or devices[0]
 
 
+def load_config(path: str, revision: str | None = None) -> MCLlavaConfig:
+    """
+    A model's configuration.
+
+    Raises:
+        ValueError: if a folder has none. transformers would take the default values, which are the 3B's.
+    """
+    path = find_model(path)
+    if Path(path).is_dir() and not Path(path, "config.json").is_file():
+        raise ValueError(f"{path} has no config.json: pass a whole model folder")
+    return MCLlavaConfig.from_pretrained(path, revision=revision or "main")
+
+
 def resolve_dtype(
     path: str, dtype: str | torch.dtype = "auto", device: str | None = None, revision: str | None = None
 ) -> torch.dtype | str:
@@ -56,7 +69,7 @@ def resolve_dtype(
     if dtype == "auto":
         chosen = choose_dtype(find_device(device))
         if chosen == "auto":
-            chosen = MCLlavaConfig.from_pretrained(find_model(path), revision=revision or "main").dtype or chosen
+            chosen = load_config(path, revision).dtype or chosen
         return chosen
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
@@ -83,10 +96,11 @@ def load_model(
         quantize: one of `QUANTIZED`, for the weights of the language model's layers.
 
     Raises:
-        ValueError: if there is no such device, weights are missing or of another model, `quantize` is unknown, or its
-            package is missing.
+        ValueError: if there is no such device, the configuration is missing, weights are missing or of another model,
+            `quantize` is unknown, or its package is missing.
     """
     path, device = find_model(path), find_device(device)
+    load_config(path, revision)
     if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):  # what else may be missing, transformers says
         list_weights(Path(path))
     chosen = resolve_dtype(path, dtype, device, revision)
@@ -156,7 +170,7 @@ def identify(path: str, revision: str | None = None) -> str:
     """
     path = find_model(path)
     if not Path(path).is_dir():
-        config = MCLlavaConfig.from_pretrained(path, revision=revision or "main")
+        config = load_config(path, revision)
         return getattr(config, "_commit_hash", None) or "unknown"
     files = sorted(file for suffix in LOADED for file in Path(path).glob(suffix))
     return known_digest(Path(path).resolve(), files)

@@ -39,10 +39,10 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from . import Crop, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
+from . import Crop, MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
 from .folders import find_model
 from .journal import check_utf8, difference, hash_file, replacing, storing, to_line, to_text, write_json
-from .loading import identify, load_model, load_processor
+from .loading import identify, load_config, load_model, load_processor
 
 
 IMAGE = "<image>"
@@ -342,7 +342,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     model = Path(find_model(recipe.model))
     if model.exists() and model.resolve() == Path(recipe.output).resolve():
         raise ValueError(f"{recipe.output} is the model to start from, which stays as it is: name another output")
-    context = MCLlavaConfig.from_pretrained(find_model(recipe.model)).text_config.max_position_embeddings
+    context = load_config(recipe.model).text_config.max_position_embeddings
     if recipe.num_tokens[1] >= context:
         raise ValueError(
             f"num_tokens goes up to {recipe.num_tokens[1]}, the context is {context}: leave room for text"

@@ -99,16 +99,21 @@ def choose_heads(measured: list[Head], most: int) -> list[Head]:
     return [head for head in measured if head.low > head.chance][:most]
 
 
-def write_heads(folder: Path, chosen: list[Head]):
+def find_config(folder: Path) -> Path:
     """
-    Write heads into a model folder's `config.json`.
+    A model folder's `config.json`.
 
     Raises:
-        ValueError: if there is no such file.
+        ValueError: if there is no such file: the folder may be a Hub id.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{path} does not exist: pass a local model folder")
+    return path
+
+
+def write_heads(path: Path, chosen: list[Head]):
+    """Write heads into the `config.json` that `find_config` found."""
     config = json.loads(path.read_text(encoding="utf-8"))
     rounded = [{name: round(value, 3) for name, value in head._asdict().items()} for head in chosen]
     with replacing(path) as file:

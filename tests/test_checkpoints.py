@@ -442,6 +442,13 @@ class TestConversion:
         with pytest.raises(ValueError, match=message):
             load_model(str(tmp_path))
 
+    def test_a_folder_without_a_configuration_is_not_taken_for_the_3b(self, tmp_path, processor):
+        small_model().save_pretrained(tmp_path)
+        processor.save_pretrained(tmp_path)
+        (tmp_path / "config.json").unlink()
+        with pytest.raises(ValueError, match="has no config.json: pass a whole model folder"):
+            load_model(str(tmp_path))
+
     def test_hub_ids_revisions_and_uploads(self, checkpoint, tmp_path, monkeypatch):
         calls = []
 

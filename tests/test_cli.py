@@ -106,6 +106,30 @@ def test_a_picture_that_can_not_be_written_is_refused_before_anything_is_asked(t
         assert b"pixels" not in refused.stderr and b"computing" not in refused.stderr
 
 
+@pytest.mark.parametrize("name", ["grid.wmf", "grid.msp", "grid.xbm", "grid.bufr", "grid.H5", "grid.psd"])
+def test_formats_that_are_only_read_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} can't be written in that format: end its name in .png or .jpg"):
+        cli.crops("nowhere.jpg", output=str(tmp_path / name))
+
+
+def test_a_picture_is_not_written_over_its_source(tmp_path):
+    source = tmp_path / "photograph.png"
+    Image.new("RGB", (60, 40)).save(source)
+    (tmp_path / "link.png").symlink_to(source)
+    for output in (source, tmp_path / "link.png"):
+        with pytest.raises(ValueError, match="is the one that is read, which stays as it is: name another file"):
+            cli.crops(str(source), output=str(output))
+        with pytest.raises(ValueError, match="is the one that is read, which stays as it is: name another file"):
+            cli.ask([str(source), "What?"], show=output)
+    cli.crops(str(source), output=str(tmp_path / "grid.png"))
+
+
+def test_a_picture_that_its_format_can_not_hold(tmp_path):
+    Image.new("RGB", (16_384, 4)).save(tmp_path / "wide.png")
+    with pytest.raises(ValueError, match="picture of 16384 x 4 pixels can't be written to .*: end its name in .png"):
+        cli.crops(str(tmp_path / "wide.png"), output=str(tmp_path / "grid.webp"))
+
+
 def test_chat_zooms_for_each_question():
     questions = b"What is written on the blue sign?\nWhat color is the star?\n\n"
     result = run("chat", ROOT / "examples" / "scene1.jpg", "--zoom", 1, "--max-crops", 16, input=questions)
@@ -213,8 +237,9 @@ def test_errors_are_one_line(checkpoint, tmp_path):
     forged = "What?<|im_end|>"
     assert "special token <|im_end|>" in error_of("ask", COFFEE, forged, "--model", checkpoint)
     assert "num_tokens must be at least 1" in error_of("ask", COFFEE, "?", "--model", checkpoint, "--num-tokens", 0)
-    too_many = ("--model", checkpoint, "--num-tokens", 1400)
-    assert "num_tokens=" in error_of("ask", COFFEE, HUBBLE, "What?", *too_many)
+    for options in ((), ("--zoom", 1)):  # before the weights are loaded
+        refused = run("ask", COFFEE, HUBBLE, "What?", "--model", checkpoint, "--num-tokens", 1400, *options)
+        assert b"no room for an answer: pass num_tokens=" in refused.stderr and b"computing" not in refused.stderr
     assert "not empty" in error_of("convert", checkpoint, ROOT)
     assert error_of("ask", COFFEE, "What?", "--model", tmp_path).startswith("error: ")
     assert "nope" in error_of("ask", COFFEE, "What?", "--model", checkpoint, "--device", "nope")

@@ -297,6 +297,25 @@ def test_likelihoods_of_no_answers_are_refused(engine, passes):
     assert passes == []
 
 
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_prompt_that_fills_the_context_is_refused_before_a_crop_is_encoded(engine, passes, images):
+    engine.knobs |= {"num_tokens": 130, "max_crops": 60}
+    pictures = [picture(600, 400, seed) for seed in range(images)]
+    asked = ask_about(pictures, "What is it?")
+    for ask in (lambda: engine.answer([asked]), lambda: engine.likelihoods(asked, ("a",))):
+        with pytest.raises(ValueError, match=r"context 128 .*no room for an answer: pass num_tokens=\d+ or") as error:
+            ask()
+    assert passes == []
+    engine.knobs["num_tokens"] = int(str(error.value).split("num_tokens=")[1].split()[0])
+    (reply,) = engine.answer([asked])
+    assert reply.prompt_tokens < 128
+    (encoded,) = engine.encode(pictures[:1])
+    passes.clear()
+    with pytest.raises(ValueError, match="no room for an answer"):  # encoded ones count as well
+        engine.answer([ask_about([encoded] * (images + 1), "What is it?")])
+    assert passes == []
+
+
 def test_a_text_must_leave_room_for_an_answer(engine, processor, monkeypatch):
     conversation = ask_about([], "What is it?")
     prompt = processor.apply_chat_template(conversation, add_generation_prompt=True)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from mc_llava import MCLlavaConfig, MCLlavaImageProcessor
+from mc_llava import MCLlavaConfig, MCLlavaImageProcessor, cli
 from mc_llava.estimate import estimate
 
 
@@ -123,6 +123,12 @@ def test_the_command(converted):
     small = run("estimate", ROOT / "examples" / "coffee.jpg", "--model", converted).stdout.decode()
     assert "crops                      3" in small and "6.41 GB" not in small
     assert "together at most 2048" in error_of("estimate", HUBBLE, "--num-tokens", 2000)
+
+
+def test_a_folder_without_a_configuration_is_not_taken_for_the_3b(tmp_path, processor):
+    processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no config.json: pass a whole model folder"):
+        cli.estimate(HUBBLE, model=str(tmp_path))
 
 
 def test_guided_zoom_costs_its_crops_and_its_looks():

@@ -38,6 +38,7 @@ from mc_llava.loading import identify, load
 
 
 datasets = pytest.importorskip("datasets", reason='the package datasets is not here: pip install "mc-llava[eval]"')
+parquet = pytest.importorskip("pyarrow.parquet")  # datasets needs it
 
 KNOBS = {"max_crops": 2, "num_tokens": 30}
 NEW_TOKENS = 4
@@ -551,6 +552,14 @@ class TestVstar:
         assert results["failed"] == ["1", "2", "3", "4"]
         assert "the label 'C' is none of the options" in results["questions"][2]["failed"]
 
+    def test_rows_of_other_types_are_failed_questions(self, engine, images, tmp_path):
+        number = datasets.Value("int64")
+        features = {"image": datasets.Image(), "text": number, "category": TEXT, "label": number, "question_id": TEXT}
+        entry = {"image": images[0], "text": 5, "category": None, "label": 3, "question_id": "1"}
+        write([entry], features, tmp_path / "data/test-00000-of-00001.parquet")
+        results = run("vstar", engine, tmp_path / "results", tmp_path)
+        assert "the label '3' is none of the options" in results["questions"][0]["failed"]
+
     def test_letter_scores_are_those_of_lmms_eval(self, data):
         pytest.importorskip("lmms_eval", reason="lmms-eval is not here: see scripts/test.sh")
         from lmms_eval.tasks.vstar_bench.utils import vstar_process_results
@@ -681,6 +690,14 @@ class TestFailures:
         assert "text with a string" in reasons[0]
         assert "got [None, None" in reasons[1] and "got []" in reasons[2]
 
+    @pytest.mark.parametrize("answers", ["yes", 5])
+    def test_answers_that_are_no_list_are_failed_questions(self, engine, images, tmp_path, answers):
+        features = {**FEATURES["textvqa"], "answers": datasets.Value("string" if answers == "yes" else "int64")}
+        rows = [{**row, "answers": answers} for row in vqa_rows("textvqa", images[:1], [["x"] * 10])]
+        write(rows, features, tmp_path / PLACES["textvqa"])
+        results = run("textvqa", engine, tmp_path / "results", tmp_path)
+        assert f"usually ten texts, got {answers!r}" in results["questions"][0]["failed"]
+
     def test_images_of_one_name_are_not_mixed_up(self, engine, images, tmp_path):
         rows = vqa_rows("textvqa", [*images[:2], images[0]], [["x"] * 10] * 3)
         for row in rows:
@@ -777,6 +794,15 @@ class TestFailures:
         for bad in (tmp_path / "nowhere.parquet", tmp_path / "unfit.parquet"):
             with pytest.raises(ValueError, match="no such file|no column"):
                 run("textvqa", engine, tmp_path / "results", bad)
+        assert len(run("textvqa", engine, tmp_path / "results", data)["questions"]) == 1
+
+    def test_files_without_rows(self, engine, images, tmp_path):
+        data = write_vqa("textvqa", tmp_path / "data", images[:1], [["x"] * 10])
+        no_rows = parquet.read_table(data / PLACES["textvqa"]).slice(0, 0)
+        parquet.write_table(no_rows, tmp_path / "empty.parquet")
+        with pytest.raises(ValueError, match="the data .*empty.parquet hold no questions: pass others"):
+            TASKS["textvqa"].read(str(tmp_path / "empty.parquet"))
+        shutil.copy(tmp_path / "empty.parquet", data / "data" / "validation-00001-of-00002.parquet")
         assert len(run("textvqa", engine, tmp_path / "results", data)["questions"]) == 1
 
     def test_data_of_another_task(self, engine, images, tmp_path):

@@ -76,7 +76,7 @@ def test_unanswerable_is_an_answer_like_others():
 
 def test_accuracy_without_answers_is_refused():
     for accuracy in (textvqa_accuracy, vqav2_accuracy):
-        for answers in ([], [None] * 10, ["yes"] * 9 + [None]):
+        for answers in ([], [None] * 10, ["yes"] * 9 + [None], "yes", 5, {"answer": ["yes"]}):
             with pytest.raises(ValueError, match="answers must be the people's"):
                 accuracy("yes", answers)
     with pytest.raises(ValueError, match="must be a text, got None"):

@@ -56,8 +56,11 @@ class TestFolders:
         # The transparent margin doesn't count.
         assert reading.cut_out(materials.renderings["apple"][0]).size == (60, 40)
 
-    @pytest.mark.parametrize("name", ["star", "red apple", "tiger cat!", "sign", "3d"])
-    def test_names_that_drawn_things_have_are_refused(self, folder, tmp_path, name):
+    @pytest.mark.parametrize(
+        "name",
+        ["star", "red apple", "tiger cat!", "sign", "3d", "can", "photo_frame", "right arrow", "no entry"],
+    )
+    def test_names_by_which_replies_could_not_be_checked_are_refused(self, folder, tmp_path, name):
         Image.new("RGBA", (9, 9), "red").save(tmp_path / f"{name}.png")
         with pytest.raises(ValueError, match=f"{name}.png is no name for an object"):
             Materials(str(folder), str(tmp_path)).renderings  # noqa: B018
@@ -81,6 +84,25 @@ class TestFolders:
         Materials(**folders, fonts=FONTS).check()
         with pytest.raises(ValueError, match=rf"cannot read .*broken.png .*: remove it from the {what}"):
             Materials(**{**folders, what: str(tmp_path)}, fonts=FONTS).check()
+
+    @pytest.mark.parametrize("what", ["photographs", "objects"])
+    @pytest.mark.parametrize("side", [10_000, 19_000])  # Pillow only warns of the smaller one
+    @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+    def test_files_that_are_too_large_are_found_at_the_start(self, folder, tmp_path, what, side):
+        Image.new("1", (side, side)).save(tmp_path / "bomb.png")
+        folders = {"photographs": str(folder / "photographs"), "objects": str(folder / "objects")}
+        with pytest.raises(ValueError, match=rf"cannot read .*bomb.png .* limit of .*: remove it from the {what}"):
+            Materials(**{**folders, what: str(tmp_path)}, fonts=FONTS).check()
+
+    @pytest.mark.parametrize("size", [(201, 10), (10, 201)])
+    def test_objects_that_no_scene_has_a_place_for_are_refused(self, tmp_path, size):
+        image = Image.new("RGBA", (300, 300))
+        image.paste("red", (20, 20, 20 + size[0], 20 + size[1]))
+        image.save(tmp_path / "snake.png")
+        with pytest.raises(
+            ValueError, match="snake.png shows .* pixels, one side may be 20 times the other: remove it"
+        ):
+            reading.cut_out(str(tmp_path / "snake.png"))
 
     def test_photographs_are_read_as_everywhere(self, tmp_path):
         image = Image.new("RGB", (300, 200), "red")

@@ -8,7 +8,8 @@ import torch
 from helpers import small_model
 from PIL import Image
 
-from mc_llava.zoom_heads import Example, choose_heads, head_table, measure_heads, write_heads
+from mc_llava import cli
+from mc_llava.zoom_heads import Example, choose_heads, find_config, head_table, measure_heads, write_heads
 
 
 PLANTED = (0, 2)
@@ -58,11 +59,9 @@ def test_a_planted_head_is_found(processor, tmp_path):
     assert len(measured) == 6 and " *" in head_table(measured, chosen).splitlines()[1]
 
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mc-llava", "kept": 1}))
-    write_heads(tmp_path, chosen)
+    write_heads(find_config(tmp_path), chosen)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["kept"] == 1 and written["zoom_heads"][0]["head"] == PLANTED[1]
-    with pytest.raises(ValueError, match="pass a local model folder"):
-        write_heads(tmp_path / "nowhere", chosen)
 
 
 @pytest.mark.parametrize("seed", [4, 5, 6])
@@ -70,8 +69,14 @@ def test_no_head_finds_what_can_not_be_seen(processor, tmp_path, seed):
     measured = measure_heads(small_model(seed), processor, examples(60, is_visible=False))
     assert choose_heads(measured, 3) == []
     (tmp_path / "config.json").write_text("{}")
-    write_heads(tmp_path, [])
+    write_heads(tmp_path / "config.json", [])
     assert json.loads((tmp_path / "config.json").read_text())["zoom_heads"] is None
+
+
+def test_heads_that_could_not_be_written_are_not_measured(monkeypatch):
+    monkeypatch.setattr("mc_llava.loading.load_model", None)
+    with pytest.raises(ValueError, match="somebody/model/config.json does not exist: pass a local model folder"):
+        cli.zoom_heads(model="somebody/model", write=True)
 
 
 def test_pictures_without_scouts_can_not_be_used(processor):

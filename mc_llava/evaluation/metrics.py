@@ -81,7 +81,8 @@ def _leave_one_out(reply: str, answers: Sequence[str]) -> float:
 
 
 def _check_answers(answers: Sequence[str]):
-    if not answers or not all(isinstance(answer, str) for answer in answers):
+    is_list = isinstance(answers, (list, tuple))  # of one string, the letters would count as answers
+    if not is_list or not answers or not all(isinstance(answer, str) for answer in answers):
         raise ValueError(f"answers must be the people's, usually ten texts, got {answers!r:.200}")
 
 

@@ -106,7 +106,7 @@ def load_rows(
         The number of rows, None if unknown, and the rows.
 
     Raises:
-        ValueError: if there is no such data set or it lacks a column.
+        ValueError: if there is no such data set, it has no rows, or it lacks a column.
     """
     try:
         import datasets
@@ -128,7 +128,10 @@ def load_rows(
             if not files:
                 name = f"{config}/{split}" if config else f"data/{split}"
                 raise ValueError(f"the folder {source} has no {name}-*.parquet: pass a copy of the Hub's data set")
-            count = sum(ParquetFile(file).metadata.num_rows for file in files)
+            sizes = {file: ParquetFile(file).metadata.num_rows for file in files}
+            count, files = sum(sizes.values()), [file for file in files if sizes[file]]  # datasets reads no empty one
+            if not count:
+                raise ValueError(f"the data {source} hold no questions: pass others")
             rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
         elif source.startswith((".", "/", "~")) or path.suffix == ".parquet":
             raise FileNotFoundError("no such file or folder")  # don't send a mistyped path to the Hub
@@ -178,7 +181,9 @@ def _read_vqa(
 
     def questions():
         for row in rows:
-            answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in row["answers"] or []]
+            answers = row["answers"] or []
+            if isinstance(answers, list):  # anything else fails when it is scored
+                answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in answers]
             yield Question(
                 id=str(row["question_id"]),
                 prompt=with_instruction(row["question"], instruction),
@@ -282,13 +287,14 @@ def is_text(value: Any) -> bool:
 
 
 def _vstar_row(row: dict) -> Question:
-    text, label = row["text"] or "", (row["label"] or "").strip().upper()
+    text = row["text"] if is_text(row["text"]) else ""
+    label = str(row["label"] or "").strip().upper()
     options = dict(re.findall(r"\(([A-Z])\)\s*(.*?)\s*(?=\([A-Z]\)|\n|$)", text))
     choice = None
     if label in options:
         choice = Choice(text.split("(A)")[0].strip(), tuple(options.values()), list(options).index(label))
     id, prompt = str(row["question_id"]), _with_letter_instruction(text)
-    return Question(id, prompt, image_bytes(row["image"]), label, row["category"], choice)
+    return Question(id, prompt, image_bytes(row["image"]), label, str(row["category"]), choice)
 
 
 def _with_letter_instruction(text: str) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property, lru_cache
 from pathlib import Path
@@ -19,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .. import load_image
+from .. import load_image, open_image
 from .fonts import load_font
-from .scene import CHARACTERS, COLORS, FONTS, OBJECTS, SHAPES
+from .scene import CHARACTERS, FONTS, RESERVED
 
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -29,6 +30,7 @@ FONT_SUFFIXES = (".ttf", ".otf")
 SCIKIT_IMAGES = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "brick.png", "grass.png", "gravel.png")
 PHOTOGRAPH_SIDE = 1280  # at most, of photographs in memory
 OBJECT_SIDE = 160
+MOST_ELONGATED = 20  # longer side over shorter, of objects: scenes have no place for one that is 40 times as long
 # In percent, of font families. Those of `FONTS` stay in their splits: Aileron is the font inside Pillow.
 TEST_FAMILIES = 20
 FIXED_FAMILIES = {"DejaVu": "train", "STIXGeneral": "train", "cmss10": "train", "Aileron": "test"}
@@ -65,16 +67,16 @@ class Materials:
         The objects' names, sorted, and the paths of their renderings.
 
         Raises:
-            ValueError: if there are none, or a name is one that a drawn thing or a color has.
+            ValueError: if there are none, or a name is not of lower-case letters or has one of the `RESERVED` words.
         """
         found: dict[str, list[str]] = {}
         for path in files_in(self.objects, SUFFIXES, "objects") if self.objects else ():
             name = re.sub(r"-\d+$", "", path.stem).replace("_", " ").lower()
-            if set(name.split()) & {*SHAPES, *OBJECTS, *COLORS, "sign"} or not re.fullmatch(r"[a-z]+( [a-z]+)*", name):
-                raise ValueError(
-                    f"{path} is no name for an object: use lower-case letters and none of the names of drawn things "
-                    f"and colors ({', '.join((*SHAPES, *OBJECTS, *COLORS))})"
-                )
+            if not re.fullmatch(r"[a-z]+( [a-z]+)*", name):
+                raise ValueError(f"{path} is no name for an object: use letters alone, and _ for a space")
+            if reserved := set(name.split()) & RESERVED:
+                words = ", ".join(sorted(reserved))
+                raise ValueError(f"{path} is no name for an object: replies are checked for {words}, leave it out")
             found.setdefault(name, []).append(str(path))
         return {name: tuple(found[name]) for name in sorted(found)}
 
@@ -103,10 +105,8 @@ class Materials:
             ValueError: if a file is broken, before hours of work have passed.
         """
         for path in self.backgrounds:
-            try:
-                Image.open(path).close()
-            except OSError as error:
-                raise ValueError(f"cannot read {path} ({error}): remove it from the photographs") from error
+            with opened(path, "photographs"):
+                pass
         for path in sum(self.renderings.values(), ()):
             cut_out(path)
         self.families  # noqa: B018
@@ -209,6 +209,23 @@ def materials_of_test(folder: str) -> Materials:
     return Materials(tuple(map(str, names)))
 
 
+@contextmanager
+def opened(path: str, what: str) -> Iterator[Image.Image]:
+    """
+    A picture whose header was read, no larger than `load_image` takes.
+
+    Raises:
+        ValueError: naming the file, also for what decoding it raises in the `with` block.
+    """
+    try:
+        with open(path, "rb") as file:
+            yield open_image(file, path)
+    except MemoryError:
+        raise
+    except Exception as error:  # each of Pillow's decoders has its own errors
+        raise ValueError(f"cannot read {path} ({error}): remove it from the {what}") from error
+
+
 @lru_cache(maxsize=128)
 def photograph(path: str) -> Image.Image:
     """A photograph of at most `PHOTOGRAPH_SIDE`."""
@@ -220,14 +237,16 @@ def photograph(path: str) -> Image.Image:
 @lru_cache(maxsize=4096)
 def cut_out(path: str) -> Image.Image:
     """An object without the transparent margin around it, of at most `OBJECT_SIDE`."""
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGBA")
-    except OSError as error:
-        raise ValueError(f"cannot read {path} ({error}): remove it from the objects") from error
+    with opened(path, "objects") as file:
+        image = file.convert("RGBA")
     box = image.getchannel("A").point(lambda alpha: 255 * (alpha > 16)).getbbox()
     if box is None:
         raise ValueError(f"{path} is transparent everywhere: remove it from the objects")
     image = image.crop(box)
+    if max(image.size) > MOST_ELONGATED * min(image.size):
+        raise ValueError(
+            f"{path} shows {image.width} x {image.height} pixels, one side may be {MOST_ELONGATED} times the other: "
+            "remove it from the objects"
+        )
     image.thumbnail((OBJECT_SIDE, OBJECT_SIDE), Image.Resampling.BICUBIC)
     return image

@@ -5,12 +5,24 @@ import re
 from dataclasses import dataclass
 
 from .making import make_scene
-from .scene import CHARACTERS, COLORS, LARGE, OBJECTS, SHAPES, Scene, Thing, area, outline
+from .scene import (
+    CHARACTERS,
+    COLORS,
+    DENIALS,
+    DIRECTIONS,
+    FILLERS,
+    LARGE,
+    OBJECTS,
+    SHAPES,
+    Scene,
+    Thing,
+    area,
+    outline,
+)
 
 
 KINDS = ("ocr", "attribute", "position", "hard")  # of every scene
 KINDS_ON_PHOTOGRAPHS = (*KINDS, "object", "existence", "absent")
-DIRECTIONS = (("left", "right"), ("above", "below"))  # along x and along y
 MIN_DISTANCE = 0.15  # at least, of things compared by position, as a share of the picture
 
 COLOR_QUESTIONS = ("What color is the {0}?", "Which color does the {0} have?", "Tell me the color of the {0}.")
@@ -284,13 +296,6 @@ def caption(scene: Scene, rng: random.Random) -> tuple[str, str]:
     request = rng.choice(("Describe the picture.", "What is in the picture?", "List what you see."))
     text = ", ".join(parts)
     return request, f"{text[0].upper()}{text[1:]}."
-
-
-# Words that a reply about an object may have in addition to its name.
-FILLERS = set(
-    "a an the it is its they are there this that i can see you in of picture image photo thing object".split()
-)
-DENIALS = {"no", "not", "none", "nothing", "nobody"}
 
 
 def is_correct(key: str, reply: str) -> bool:

@@ -45,6 +45,14 @@ SHADES = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
 OBJECTS = ("house", "tree", "car", "boat", "flag")
+DIRECTIONS = (("left", "right"), ("above", "below"))  # along x and along y
+# Words that a reply about an object may have in addition to its name.
+FILLERS = set(
+    "a an the it is its they are there this that i can see you in of picture image photo thing object".split()
+)
+DENIALS = {"no", "not", "none", "nothing", "nobody"}
+# Words that tell whether a reply is right, so that no cut-out object may have one in its name.
+RESERVED = {"sign", "yes", *COLORS, *SHAPES, *OBJECTS, *sum(DIRECTIONS, ()), *FILLERS, *DENIALS}
 BACKGROUNDS = {"train": ("street", "bricks", "hills", "clouds", "stripes"), "test": ("harbor", "tiles")}
 # Matplotlib's files; None is the font inside Pillow: drawing the test split needs only Pillow.
 FONTS = {

@@ -24,8 +24,8 @@ from ..evaluation.running import evaluate
 from ..evaluation.tasks import NUM_SCENES, PHOTOGRAPH_KINDS, TASKS, Question, Task
 from ..journal import write_json
 from ..loading import load
-from .questions import DIRECTIONS, KINDS, is_correct
-from .scene import CROPS
+from .questions import KINDS, is_correct
+from .scene import CROPS, DIRECTIONS
 
 
 class Setting(NamedTuple):
