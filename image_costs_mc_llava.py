@@ -8,7 +8,7 @@ import io
 import re
 import struct
 from collections.abc import Iterator
-from itertools import islice, takewhile
+from itertools import takewhile
 
 from PIL import ExifTags, Image
 
@@ -22,15 +22,18 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = (b"zTXt", b"iTXt", b"iCCP")
 MAX_TEXTS = 64  # of a PNG
 PNG_PIXELS = (b"IDAT", b"fdAT", b"fcTL")
-PIXEL_BYTES = 256  # of each of these at least, on average; encoders write 8 KB and more
-MAX_CHUNKS = 4096  # of a PNG, a JPEG or a GIF besides those with pixels
+MAX_CHUNKS = 4096  # of a PNG besides those with pixels, of a JPEG before them, and of a GIF's comments
+MAX_PIECES = 2**18  # of a PNG or a JPEG, and of what a GIF has before its pixels
 MAX_EXIFS = 64  # segments of a JPEG; Pillow copies those before for each
+MAX_PLACES = 8  # of an AVIF that look like EXIF
+AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+")  # Pillow takes wrong ones, too
 VALUE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), 1)) | {16: 8}  # of each type of a TIFF's values
+BYTE_KINDS = (1, 2, 7)  # which Pillow leaves as they are
 DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop)  # that a directory may name
-SHARED_BYTES = 2**20  # that tags may have in any file; encoders let few of them share their values
+SHARED_BYTES = 2**20  # that tags may have in addition to the file's; encoders let few of them share their values
 MAX_TAGS = 2**16  # of a directory, as in any TIFF but a BigTIFF
-MAX_PARTS = 2**19  # strips or tiles of a TIFF
+MAX_NUMBERS = 2**20  # of all tags; a picture of 20,000 x 4,000 pixels in tiles of 16 x 16 has 625,000
 MAX_TILE_PIXELS = 2**24  # that a TIFF's tiles may have beyond the picture's edges
 MAX_PYTHON_PIXELS = 2**24  # of a run-length encoded BMP, which Pillow decodes in Python
 MAX_COMMENTS = 10_000  # of a PPM in decimal numbers; Pillow copies the rest of the file for each
@@ -66,18 +69,17 @@ def check_header(file, name: str):
             raise ValueError(f"{name} is a PNG of {texts} compressed texts, {MAX_TEXTS} are allowed: save it again")
     elif head.startswith(b"\xff\xd8"):
         file.seek(0)
-        check_tags(io.BytesIO(_join_exif(file, name)), name)
+        _check_segments(file, name)
     elif head.startswith(b"GIF8"):
         _check_gif(file, name)
     elif head[:4] in TIFF_SIGNATURES:
         check_tags(file, name)
-    elif head[4:] == b"ftyp":
-        content = head + file.read()
-        signatures = list(islice(re.finditer(b"|".join(map(re.escape, TIFF_SIGNATURES)), content), MAX_EXIFS + 1))
-        if len(signatures) > MAX_EXIFS:
-            raise ValueError(f"{name} has EXIF in more than {MAX_EXIFS} places: save it again")
-        for found in signatures:
-            check_tags(io.BytesIO(content[found.start() :]), name)
+    elif head[4:] == b"ftyp" and file.read(4) in AVIF_BRANDS:
+        signatures = re.finditer(b"|".join(map(re.escape, TIFF_SIGNATURES)), file.read())
+        for number, found in enumerate(signatures, 1):
+            if number > MAX_PLACES:
+                raise ValueError(f"{name} has EXIF in more than {MAX_PLACES} places: save it again")
+            check_tags(file, name, 12 + found.start())
     elif head.startswith(b"\0\0\1\0"):
         count = int.from_bytes(head[4:6], "little")
         if count > MAX_ICONS:
@@ -110,17 +112,15 @@ def _icon_size(file, name: str) -> tuple[int, int]:
 
 def _png_chunks(file, name: str) -> Iterator[tuple[bytes, bytes]]:
     """The kind and the first 8 bytes of each chunk of a PNG. The file stands behind the signature."""
-    others, pixels, bytes_of_pixels = 0, 0, 0
+    others = pieces = 0
     while len(head := file.read(16)) >= 8 and (kind := head[4:8]) != b"IEND":
         length = int.from_bytes(head[:4], "big")
-        if kind in PNG_PIXELS:
-            pixels, bytes_of_pixels = pixels + 1, bytes_of_pixels + length
-        else:
-            others += 1
-        if others > MAX_CHUNKS or pixels > MAX_CHUNKS + bytes_of_pixels // PIXEL_BYTES:
+        pieces += 1
+        others += kind not in PNG_PIXELS
+        if others > MAX_CHUNKS or pieces > MAX_PIECES:
             raise ValueError(
-                f"{name} is a PNG of {others + pixels} chunks, {MAX_CHUNKS} are allowed besides those of "
-                f"{PIXEL_BYTES} bytes of pixels: save it again"
+                f"{name} is a PNG of more than {MAX_CHUNKS} chunks besides its pixels, or {MAX_PIECES} in all: "
+                "save it again"
             )
         yield kind, head[8:].ljust(8, b"\0")
         file.seek(length + 12 - len(head), io.SEEK_CUR)  # also over its checksum
@@ -128,72 +128,82 @@ def _png_chunks(file, name: str) -> Iterator[tuple[bytes, bytes]]:
 
 def _check_gif(file, name: str):
     file.seek(10)
-    flags, blocks = file.read(3).ljust(1, b"\0")[0], 0
+    flags, comments, blocks = file.read(3).ljust(1, b"\0")[0], 0, 0
     file.seek(3 << (flags & 7) + 1 if flags & 128 else 0, io.SEEK_CUR)  # its palette
     while (kind := file.read(1)) not in (b"", b";", b","):  # its end, a picture
-        blocks += 1
-        if kind == b"!":
-            file.read(1)
-            while (length := file.read(1)) not in (b"", b"\0"):
-                file.seek(length[0], io.SEEK_CUR)
-                blocks += 1
-        if blocks > MAX_CHUNKS:
-            raise ValueError(f"{name} is a GIF of more than {MAX_CHUNKS} blocks before its pixels: save it again")
+        label, length = file.read(1) if kind == b"!" else b"", None
+        while length != b"\0" and length != b"":
+            comments, blocks = comments + (label == b"\xfe"), blocks + 1
+            if comments > MAX_CHUNKS or blocks > MAX_PIECES:
+                raise ValueError(
+                    f"{name} is a GIF of more than {MAX_CHUNKS} blocks of comments, or {MAX_PIECES} before its "
+                    "pixels: save it again"
+                )
+            length = file.read(1) if label else b""
+            file.seek(sum(length), io.SEEK_CUR)
 
 
-def _join_exif(file, name: str) -> bytes:
-    """The EXIF of a JPEG, which starts here, as Pillow joins it from segments."""
-    parts, others = [], 0
+def _check_segments(file, name: str):
+    """What a JPEG, which starts here, has before its pixels: Pillow joins its EXIF, and reads an index of pictures."""
+    exif, indices, others = [], [], 0
     for marker, length in _jpeg_segments(file):
         if marker == 0xDA:  # pixels
             break
-        if marker == 0xE1 and file.read(6) == b"Exif\0\0":
-            parts.append(file.read(max(length - 6, 0)))
+        start = file.read(min(length, 6))
+        if marker == 0xE1 and start == b"Exif\0\0":
+            exif.append(file.read(length - 6))
+        elif marker == 0xE2 and start.startswith(b"MPF\0"):
+            indices.append(start[4:] + file.read(length - len(start)))
         else:
             others += 1
-        if others > MAX_CHUNKS or len(parts) > MAX_EXIFS:
+        if others > MAX_CHUNKS or len(exif) + len(indices) > MAX_EXIFS:
             raise ValueError(
                 f"{name} is a JPEG of more than {MAX_CHUNKS} segments, or {MAX_EXIFS} with EXIF: save it again"
             )
-    return b"".join(parts)
+    for content in (b"".join(exif), *indices):
+        check_exif(content, name)
 
 
-def check_tags(file, name: str):
+def check_exif(content: bytes, name: str):
+    """`check_tags` of EXIF, with its signature or without it. Pillow takes any number of signatures."""
+    check_tags(io.BytesIO(re.sub(rb"^(Exif\0\0)+", b"", content)), name)
+
+
+def check_tags(file, name: str, base: int = 0):
     """
     Check how much Pillow reads as a TIFF's tags. Before Pillow 13, it copies the values of each, which may all lie in
     the same place.
 
     Args:
-        file: all of it is a TIFF, or what EXIF has behind its own signature. Other content passes.
+        base: where the TIFF begins, which may be a part of another file. Other content passes.
 
     Raises:
-        ValueError: if the values have many more bytes than the file, or there are more strips or tiles than any
-            picture has.
+        ValueError: if the values have more bytes than the file, or there are more numbers than any picture has.
     """
-    size = file.seek(0, io.SEEK_END)
-    file.seek(0)
+    size = file.seek(0, io.SEEK_END) - base
+    file.seek(base)
     head = file.read(16).ljust(16, b"\0")
     if head[:4] not in TIFF_SIGNATURES:
         return
-    order, is_big = "<" if head.startswith(b"II") else ">", head[2] == 43  # as Pillow tells them
-    number, entry, at = (order + "Q", order + "HHQQ", 8) if is_big else (order + "H", order + "HHII", 4)
-    starts, total = [struct.unpack_from(entry[0] + entry[-1], head, at)[0]], 0
+    order, is_big = "little" if head.startswith(b"II") else "big", head[2] == 43  # as Pillow tells them
+    entry = struct.Struct(("<" if order == "little" else ">") + ("HHQQ" if is_big else "HHII"))
+    at = 8 if is_big else 4  # bytes that hold a place, or a tag's value itself
+    total, numbers, starts = 0, 0, [int.from_bytes(head[at : 2 * at], order)]
     for start in starts:  # which grow
-        file.seek(min(start, size))
-        (count,) = struct.unpack(number, file.read(struct.calcsize(number)).ljust(struct.calcsize(number), b"\0"))
+        file.seek(base + min(start, size))
+        count = int.from_bytes(file.read(8 if is_big else 2), order)
         if count > MAX_TAGS:
             raise ValueError(f"{name} has {count} tags in a directory, {MAX_TAGS} are allowed: save it again")
-        entries = file.read(min(count, size) * struct.calcsize(entry))
-        entries = entries[: len(entries) // struct.calcsize(entry) * struct.calcsize(entry)]
-        for tag, kind, values, place in struct.iter_unpack(entry, entries):
+        entries = file.read(count * entry.size)
+        for tag, kind, values, place in entry.iter_unpack(entries[: len(entries) // entry.size * entry.size]):
             length = values * VALUE_BYTES.get(kind, 0)
             if length > at and place + length > size:  # Pillow reads no further
                 break
-            total += length
-            if total > 4 * size + SHARED_BYTES:
-                raise ValueError(f"{name} has tags of more than {total} bytes, and {size} bytes: save it again")
-            if tag in (273, 279, 324, 325) and values > MAX_PARTS:
-                raise ValueError(f"{name} has {values} strips or tiles, {MAX_PARTS} are allowed: save it again")
+            total, numbers = total + length, numbers + (0 if kind in BYTE_KINDS else values)
+            if total > size + SHARED_BYTES:
+                raise ValueError(f"{name} has tags of {total} bytes and more, in {size} bytes: save it again")
+            if numbers > MAX_NUMBERS:
+                raise ValueError(f"{name} has tags of more than {MAX_NUMBERS} numbers: save it again")
             if tag in DIRECTORIES and len(starts) <= len(DIRECTORIES):
                 starts.append(place)
 
@@ -234,16 +244,19 @@ def _check_jpeg(image: Image.Image, file):
 
 def _count_scans(file, enough: int) -> int:
     """The scans up to the end of a JPEG, as libjpeg finds them, but no more than `enough`."""
-    return len(list(islice((marker for marker, _ in _jpeg_segments(file) if marker == 0xDA), enough)))
+    scans = 0
+    for number, (marker, _) in enumerate(_jpeg_segments(file)):
+        scans += marker == 0xDA
+        if scans >= enough or number > MAX_PIECES:
+            return enough
+    return scans
 
 
 def _jpeg_segments(file) -> Iterator[tuple[int, int]]:
     """The marker of each segment of a JPEG, which starts here, and its length. The file stands where it begins."""
     file.seek(2, io.SEEK_CUR)
     while (marker := _next_marker(file)) not in (None, 0xD9):
-        if marker == 0x01 or marker == 0xD8:  # they have no length
-            continue
-        length = file.read(2)
+        length = b"\0\2" if marker in (0x01, 0xD8) else file.read(2)  # they have no length
         if len(length) < 2:
             return
         position, length = file.tell(), max(int.from_bytes(length, "big") - 2, 0)

@@ -4,13 +4,12 @@ the way, which would be gigabytes for a whole picture. Imports neither torch nor
 """
 
 import io
-import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, ImageChops
 
-from .image_costs_mc_llava import check_tags
+from .image_costs_mc_llava import check_exif
 
 
 BAND_PIXELS, LEAST_BAND_PIXELS, BANDS = 2**19, 2**15, 32  # a picture has at least so many bands, if they aren't small
@@ -87,12 +86,12 @@ def find_orientation(image: Image.Image) -> Image.Transpose | None:
 
 
 def _check_exif(image: Image.Image):
-    """`check_tags` of what `getexif` would read."""
+    """`check_exif` of what `getexif` would read."""
     exif, written = image.info.get("exif"), image.info.get("Raw profile type exif")
     if exif is None and isinstance(written, str):  # by ImageMagick, in hexadecimal digits
         exif = bytes.fromhex("".join(written.split("\n")[3:]))
     if isinstance(exif, bytes):
-        check_tags(io.BytesIO(re.sub(rb"^(Exif\0\0){1,2}", b"", exif)), "EXIF")
+        check_exif(exif, "EXIF")
 
 
 def _drop_broken_exif(image: Image.Image):
