@@ -5,6 +5,7 @@ from itertools import chain, zip_longest
 
 import torch
 from torch import nn
+from torch.nn.modules import module as modules
 
 from .threads_mc_llava import in_threads
 
@@ -50,12 +51,12 @@ def adapter_states(module: nn.Module) -> list[tuple]:
 
 
 def forward_hooks(module: nn.Module) -> list:
-    """The forward hooks and pre-hooks of a module and of all modules in it."""
-    return [
-        hook
-        for part in module.modules()
-        for hook in (*part._forward_pre_hooks.values(), *part._forward_hooks.values())
+    """The forward hooks and pre-hooks of a module, of all modules in it and of all modules there are."""
+    owners = [part._forward_pre_hooks for part in module.modules()] + [
+        part._forward_hooks for part in module.modules()
     ]
+    owners += [modules._global_forward_pre_hooks, modules._global_forward_hooks]
+    return [hook for hooks in owners for hook in hooks.values()]
 
 
 def adapter_names(module: nn.Module) -> list[str] | None:

@@ -16,6 +16,7 @@ import warnings
 from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
 from itertools import accumulate
@@ -89,14 +90,24 @@ class Parquet:
         try:
             self.file = ParquetFile(path)
             names = self.file.schema_arrow.names
-            has_images = "image" in names or "images" in names
-            self.columns = [name for name in COLUMNS if name in names] if has_images else names  # see `find_images`
+            self.columns = [name for name in COLUMNS if name in names]
             footer = self.file.metadata
             self.ends = list(accumulate(footer.row_group(group).num_rows for group in range(footer.num_row_groups)))
         except (ArrowException, ValueError, OverflowError) as error:
             raise ValueError(f"cannot read {path} as parquet: {error}") from error
+        if not {"image", "images"} & set(names) and len(self):
+            self._check_first(sorted(set(names) - set(COLUMNS)))
         self.group = self.table = None  # the one that was read last
         self.lock = Lock()  # of both
+
+    def _check_first(self, others: list[str]):
+        """`refuse_like_image` of the first row's columns that are not read."""
+        first = {}
+        for name in others:
+            with suppress(self.data_error, ValueError, OverflowError, KeyError, OSError):  # it may hold anything
+                batch = next(self.file.iter_batches(1, [0], [name]))
+                first[name] = batch.to_pylist()[0][name]
+        refuse_like_image(first, self.folder)
 
     @cached_property
     def digest(self) -> str:  # only the run asks for it, its workers need not read the whole file
@@ -138,24 +149,20 @@ def picture_suffixes() -> set[str]:
 
 def walk(top: Path) -> Iterator[Path]:
     """
-    All that is in a folder and its subfolders but for these. Links to folders are followed, to each folder once: a
-    link may lead back.
-
-    Raises:
-        ValueError: if a folder can't be read.
+    All that is in a folder and its subfolders but for these, except for those that can't be read. Links to folders are
+    followed, to each folder once: a link may lead back.
     """
-
-    def refuse(error: OSError):
-        raise ValueError(f"cannot read the folder {error.filename}: {error.strerror}") from error
-
-    entered = set()
-    for folder, subfolders, files in os.walk(top, followlinks=True, onerror=refuse):
+    closed, entered = [], set()
+    for folder, subfolders, files in os.walk(
+        top, followlinks=True, onerror=lambda error: closed.append(error.filename)
+    ):
         if (real := os.path.realpath(folder)) in entered:
             subfolders.clear()
             continue
         entered.add(real)
         subfolders.sort()  # so that it is always the same way that leads to a folder
         yield from (Path(folder, name) for name in files)
+    yield from map(Path, closed)
 
 
 class Folder:
@@ -211,8 +218,7 @@ def find_images(row: dict, folder: Path) -> list[str | bytes | Path]:
     """
     held = [cells for cells in (row.get("image"), row.get("images")) if cells is not None and cells != []]
     if not held:
-        if other := next((name for name, cell in row.items() if name not in COLUMNS and is_like_image(cell)), None):
-            raise ValueError(f"the row has no image, but {other!r:.80}, which looks like one: call it image or images")
+        refuse_like_image({name: cell for name, cell in row.items() if name not in COLUMNS}, folder)
         return []
     if len(held) > 1:
         raise ValueError("the row has both image and images: leave one of them out")
@@ -220,12 +226,22 @@ def find_images(row: dict, folder: Path) -> list[str | bytes | Path]:
     return [find_image(cell, folder) for cell in (cells if isinstance(cells, list) else [cells])]
 
 
-def is_like_image(cell: Any) -> bool:
+def refuse_like_image(row: dict, folder: Path):
+    """ValueError if one of a row's cells that are not read is an image, without which the answer would be another."""
+    if other := next((name for name, cell in row.items() if is_like_image(cell, folder)), None):
+        raise ValueError(f"there is no image, but {other!r:.80}, which holds one: call it image or images")
+
+
+def is_like_image(cell: Any, folder: Path) -> bool:
     if isinstance(cell, list):
-        return any(map(is_like_image, cell))
-    if isinstance(cell, str):
-        return cell.startswith("data:image/") or Path(cell[-20:]).suffix.lower() in picture_suffixes()
-    return isinstance(cell, bytes) or isinstance(cell, dict) and isinstance(cell.get("bytes"), bytes)
+        return any(is_like_image(entry, folder) for entry in cell)
+    if isinstance(cell, dict):
+        return any(is_like_image(cell.get(name), folder) for name in ("bytes", "path"))
+    if not isinstance(cell, str):
+        return isinstance(cell, bytes)
+    # A text may end like a picture's name.
+    is_named = len(cell) < 1000 and Path(cell).suffix.lower() in picture_suffixes()
+    return cell.startswith("data:image/") or is_named and stamp(Path(folder, cell)) is not None
 
 
 def find_image(cell: str | bytes | dict, folder: Path) -> str | bytes | Path:
@@ -515,7 +531,8 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
         raise ValueError(f"the images in the folder {job.source} have no questions: pass --question, one for all")
     if isinstance(rows, Folder) and rows.left_out:
         names = ", ".join(rows.left_out[:5]) + (", ..." if len(rows.left_out) > 5 else "")
-        warnings.warn(f"{len(rows.left_out)} files of {job.source} are left out, no pictures: {names}", stacklevel=2)
+        found = f"{len(rows.left_out)} files or folders of {job.source}"
+        warnings.warn(f"{found} are left out, no pictures or not readable: {names}", stacklevel=2)
     # Ray's workers start in their own folders, and a run may be resumed from another one. Each finds "tiny" itself.
     is_folder = find_model(job.model) == job.model and os.path.isdir(job.model)
     job = replace(

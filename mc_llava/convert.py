@@ -38,7 +38,7 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target} is a file: pass a new or empty folder")
     if target.exists() and (found := next(target.iterdir(), None)):
-        raise ValueError(f"{target} is not empty, it holds {found.name}: pass a new or empty folder")
+        raise ValueError(f"{target} is not empty, it holds {found.name}: empty it, or pass a new folder")
     folder = Path(find_model(source))
     if folder.is_dir():
         if revision is not None:

@@ -63,7 +63,18 @@ checked = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", allo
 BROKEN_FILE = "broken.jsonl"
 MADE_OF = "made_of.json"  # what a run's checkpoints depend on
 # Of a recipe: what a run can be resumed with other values of.
-FREE = ("images", "output", "max_broken", "epochs", "max_steps", "save_steps", "log_steps", "workers", "resume")
+FREE = (
+    "images",
+    "output",
+    "max_broken",
+    "epochs",
+    "max_steps",
+    "save_steps",
+    "log_steps",
+    "workers",
+    "resume",
+    "gradient_checkpointing",
+)
 ROWS_AT_ONCE = 10_000  # that wait for a thread
 DIVERGED = (
     "training has diverged. Start again in another output with a lower learning_rate or more warmup; the checkpoints "
@@ -465,10 +476,16 @@ def check_made_of(recipe: Recipe, rows: Rows):
     path, digest = Path(recipe.output, MADE_OF), hashlib.sha256()
     hash_file(digest, Path(recipe.data))
     wanted = {name: value for name, value in asdict(recipe).items() if name not in FREE}
-    wanted |= {"model": identify(recipe.model), "data": f"sha256:{digest.hexdigest()}"}
+    wanted |= {"processes": int(os.environ.get("WORLD_SIZE", 1)), "data": f"sha256:{digest.hexdigest()}"}
+    if Path(model := find_model(recipe.model)).is_dir():  # a Hub id's commit also changes with its card
+        wanted["model"] = identify(model)
     wanted = json.loads(json.dumps(wanted | {"broken": [row["row"] for row in rows.broken]}))  # lists, not tuples
     if last_checkpoint(path.parent) and path.exists():
-        if text := difference(json.loads(path.read_bytes()), wanted):
+        try:
+            found = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged ({error}): name another output") from error
+        if text := difference(found, wanted):
             raise ValueError(f"{path.parent} was begun with {text}: name another output, or resume as it was begun")
     elif is_main_process():
         write_json(path, wanted)

@@ -135,7 +135,10 @@ def test_what_a_folder_leaves_out_is_told(tmp_path, converted):
     read = read_rows(tmp_path, "What is it?")
     assert [record["id"] for record, _ in read] == ["a.png", "b.HEIC", "c.heif", "d.hif"]
     assert all("pillow-heif" in record["error"] for record, _ in read[1:])
-    with pytest.warns(UserWarning, match="3 files of .* are left out, no pictures: clip.mov, gone.png, notes.txt"):
+    with pytest.warns(
+        UserWarning,
+        match="3 files or folders of .* are left out, no pictures or not readable: clip.mov, gone.png, notes.txt",
+    ):
         run(job(tmp_path, converted, source=str(tmp_path), question="What is it?"), tmp_path.parent / "out.jsonl")
 
 
@@ -147,18 +150,22 @@ def test_a_picture_under_another_name_is_not_left_out(tmp_path):
 
     picture(9, 9).save(tmp_path / "a.png")
     content, question = (tmp_path / "a.png").read_bytes(), "What is it?"
-    lines = [{"img": "a.png"}, {"Image": "data:image/png;base64,AAAA"}, {"frames": ["a.png"]}, {"topic": "trees"}]
+    lines = [{"img": "a.png"}, {"Image": "data:image/png;base64,AAAA"}, {"frames": ["a.png"]}, {"expected": "b.png"}]
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"question": question, **row}) for row in lines))
     records = [record for record, _ in read_rows(tmp_path / "rows.jsonl")]
     for record, name in zip(records, ("img", "Image", "frames")):
-        assert f"no image, but '{name}', which looks like one: call it image or images" in record["error"]
+        assert f"no image, but '{name}', which holds one: call it image or images" in record["error"]
     assert "error" not in records[3]
 
     for cell in (content, {"bytes": content, "path": "a.png"}, "a.png"):
         table = pyarrow.table({"picture": [cell], "question": [question]})
         parquet.write_table(table, tmp_path / "rows.parquet")
-        ((record, _),) = read_rows(tmp_path / "rows.parquet")
-        assert "no image, but 'picture'" in record["error"]
+        with pytest.raises(ValueError, match="no image, but 'picture', which holds one"):
+            open_rows(tmp_path / "rows.parquet")
+    odd = pyarrow.array([10**18], pyarrow.timestamp("us"))  # a date beyond Python's
+    parquet.write_table(pyarrow.table({"when": odd, "question": [question]}), tmp_path / "rows.parquet")
+    ((record, _),) = read_rows(tmp_path / "rows.parquet")
+    assert "error" not in record
 
 
 def test_linked_folders_are_entered_once(tmp_path):
@@ -173,10 +180,12 @@ def test_linked_folders_are_entered_once(tmp_path):
 
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may read all folders")
-def test_a_folder_that_can_not_be_read_is_an_error(tmp_path):
+def test_a_folder_that_can_not_be_read_is_left_out(tmp_path):
+    """As the lost+found of a disk."""
+    picture(9, 9).save(tmp_path / "a.png")
     (tmp_path / "closed").mkdir(mode=0)
-    with pytest.raises(ValueError, match="cannot read the folder .*closed"):
-        open_rows(tmp_path)
+    rows = open_rows(tmp_path)
+    assert rows.names == ["a.png"] and rows.left_out == ["closed"]
 
 
 def test_a_name_that_is_no_utf8_and_what_is_no_file(tmp_path):

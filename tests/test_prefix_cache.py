@@ -8,6 +8,7 @@ import torch
 from helpers import picture, small_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import prune
 from transformers import TextIteratorStreamer
 from transformers.cache_utils import DynamicLayer
@@ -331,11 +332,12 @@ def test_hooks_that_may_change_keys_and_values(processor):
     model, kept = small_model(), PrefixCache()
     inputs = processor("What is it?", IMAGES[0], **KNOBS)
     ask(model, inputs, prefix_cache=kept)
-    hook = model.model.language_model.layers[0].register_forward_hook(steer)
-    with pytest.raises(ValueError, match=r"the forward hook test_prefix_cache.steer, .*: remove it, or leave"):
-        ask(model, inputs, prefix_cache=kept)
-    assert not can_keep_prefixes(model)
-    hook.remove()
+    for register in (model.model.language_model.layers[0].register_forward_hook, register_module_forward_hook):
+        hook = register(steer)
+        with pytest.raises(ValueError, match=r"the forward hook test_prefix_cache.steer, .*: remove it, or leave"):
+            ask(model, inputs, prefix_cache=kept)
+        assert not can_keep_prefixes(model)
+        hook.remove()
     assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs) and kept.reused
 
 
