@@ -52,11 +52,10 @@ def adapter_states(module: nn.Module) -> list[tuple]:
 
 def forward_hooks(module: nn.Module) -> list:
     """The forward hooks and pre-hooks of a module, of all modules in it and of all modules there are."""
-    owners = [part._forward_pre_hooks for part in module.modules()] + [
-        part._forward_hooks for part in module.modules()
-    ]
-    owners += [modules._global_forward_pre_hooks, modules._global_forward_hooks]
-    return [hook for hooks in owners for hook in hooks.values()]
+    found = [modules._global_forward_pre_hooks, modules._global_forward_hooks]
+    for part in module.modules():
+        found += [part._forward_pre_hooks, part._forward_hooks]
+    return [hook for hooks in found for hook in hooks.values()]
 
 
 def adapter_names(module: nn.Module) -> list[str] | None:

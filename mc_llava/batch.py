@@ -149,20 +149,18 @@ def picture_suffixes() -> set[str]:
 
 def walk(top: Path) -> Iterator[Path]:
     """
-    All that is in a folder and its subfolders but for these, except for those that can't be read. Links to folders are
-    followed, to each folder once: a link may lead back.
+    The files in a folder and its subfolders, and folders that can't be read. Links to folders are followed, to each
+    folder once: a link may lead back.
     """
-    closed, entered = [], set()
-    for folder, subfolders, files in os.walk(
-        top, followlinks=True, onerror=lambda error: closed.append(error.filename)
-    ):
+    errors, entered = [], set()
+    for folder, subfolders, files in os.walk(top, followlinks=True, onerror=errors.append):
         if (real := os.path.realpath(folder)) in entered:
             subfolders.clear()
             continue
         entered.add(real)
         subfolders.sort()  # so that it is always the same way that leads to a folder
         yield from (Path(folder, name) for name in files)
-    yield from map(Path, closed)
+    yield from (Path(error.filename) for error in errors)
 
 
 class Folder:
