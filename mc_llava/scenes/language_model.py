@@ -21,7 +21,7 @@ from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig,
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
 from ..journal import write_json
 from ..training import StopIfDiverged, build_recipe, checked, last_checkpoint, set_trainable, steps_of
-from ..zoom_heads import choose_heads, write_heads
+from ..zoom_heads import choose_heads, find_config, write_heads
 from ..zoom_heads import measure as measure_heads
 from .conversations import ANSWERING_LAYER, KIND_WEIGHTS, SceneCollator, scene_rows
 from .encoding import (
@@ -434,7 +434,7 @@ def train_tiny(recipe: TinyRecipe) -> Path:
         if made != output:
             check_made_of(made, {"round": differing(rounds[number - 1])})  # recorded last: all of the model is there
         start = str(made)
-    write_heads(output, choose_heads(measure_heads(model, processor, SCENES_FOR_HEADS), ZOOM_HEADS))
+    write_heads(find_config(output), choose_heads(measure_heads(model, processor, SCENES_FOR_HEADS), ZOOM_HEADS))
     return output
 
 
