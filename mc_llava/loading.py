@@ -157,7 +157,7 @@ def load_processor(path: str, revision: str | None = None) -> MCLlavaProcessor:
     """
     try:
         processor = MCLlavaProcessor.from_pretrained(find_model(path), revision=revision or "main")
-        processor.apply_chat_template([{"role": "user", "content": "Hello"}])
+        processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
     except (json.JSONDecodeError, AttributeError, TypeError, TemplateError) as error:
         raise ValueError(f"the processor of {path} can't be loaded ({error}): fetch its files again") from error
     return processor
