@@ -127,20 +127,27 @@ def _png_chunks(file, name: str) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _check_gif(file, name: str):
+    comments = 0
+    for blocks, label in enumerate(_gif_blocks(file), 1):
+        comments += label == b"\xfe"
+        if comments > MAX_CHUNKS or blocks > MAX_PIECES:
+            raise ValueError(
+                f"{name} is a GIF of more than {MAX_CHUNKS} blocks of comments, or {MAX_PIECES} before its pixels: "
+                "save it again"
+            )
+
+
+def _gif_blocks(file) -> Iterator[bytes]:
+    """The label of each extension before a GIF's pixels, and again of each of its blocks; none for other bytes."""
     file.seek(10)
-    flags, comments, blocks = file.read(3).ljust(1, b"\0")[0], 0, 0
+    flags = file.read(3).ljust(1, b"\0")[0]
     file.seek(3 << (flags & 7) + 1 if flags & 128 else 0, io.SEEK_CUR)  # its palette
     while (kind := file.read(1)) not in (b"", b";", b","):  # its end, a picture
-        label, length = file.read(1) if kind == b"!" else b"", None
-        while length != b"\0" and length != b"":
-            comments, blocks = comments + (label == b"\xfe"), blocks + 1
-            if comments > MAX_CHUNKS or blocks > MAX_PIECES:
-                raise ValueError(
-                    f"{name} is a GIF of more than {MAX_CHUNKS} blocks of comments, or {MAX_PIECES} before its "
-                    "pixels: save it again"
-                )
-            length = file.read(1) if label else b""
-            file.seek(sum(length), io.SEEK_CUR)
+        label = file.read(1) if kind == b"!" else b""
+        yield label
+        while label and (length := file.read(1)) not in (b"", b"\0"):
+            file.seek(length[0], io.SEEK_CUR)
+            yield label
 
 
 def _check_segments(file, name: str):

@@ -21,7 +21,7 @@ from PIL import Image
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
-from .crops_mc_llava import Box, Crop, center_of
+from .crops_mc_llava import Box, Crop
 from .encoded_images_mc_llava import UNKNOWN, EncodedImages, describe_crops, read_integers, sum_per_image
 from .feature_cache_mc_llava import FeatureCache, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
@@ -316,11 +316,9 @@ class MCLlavaZoomMixin:
         """One float[tokens, hidden] per view: the last patches of each crop, with its place, projected."""
         features = []
         for view in views:
-            counts = [crop.num_tokens for crop in view.plan]
-            kept = torch.cat([patches[-count:] for patches, count in zip(view.patches, counts)])
-            centers = [center_of(box, *view.size) for box in view.boxes]
-            coords = torch.tensor(centers, dtype=torch.float32, device=kept.device)  # whatever dtype is default
-            placed = self.model.add_positions(kept, coords, torch.tensor(counts, device=kept.device))
+            kept = torch.cat([patches[-crop.num_tokens :] for patches, crop in zip(view.patches, view.plan)])
+            fields = describe_crops([view.plan], [view.size], kept.device)
+            placed = self.model.add_positions(kept, fields["crop_coords"], fields["crop_num_tokens"])
             features.append(self.model.multi_modal_projector(placed))
         return features
 

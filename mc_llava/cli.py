@@ -85,9 +85,9 @@ def ask(
     from .engine import Engine, ask_about, check_prompts
     from .loading import load_config, load_model, load_processor
 
-    if show is not None and len(sources) > 1:
-        raise ValueError(f"--show draws one picture, got {len(sources)}: ask about one, or leave it out")
     if show is not None:
+        if len(sources) > 1:
+            raise ValueError(f"--show draws one picture, got {len(sources)}: ask about one, or leave it out")
         check_picture_file(show, sources[0])
     images = [read_image(source) for source in sources]
     processor = load_processor(model)

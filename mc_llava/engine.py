@@ -323,8 +323,7 @@ class Engine:
         else:
             pictures = [image if is_prepared(image) else load_image(image) for image in held if not is_encoded(image)]
             sizes = [image.picture.size if is_prepared(image) else image.size for image in pictures]
-            knobs = {**self.knobs, "zoom": 0}
-            plans = [self.processor.image_processor.plan(*size, **knobs) for size in sizes]
+            plans = [self.processor.image_processor.plan(*size, **self.knobs) for size in sizes]  # none if it zooms
             self._check_room(conversations, plans)
             encoded = iter(self.encode(pictures, plans))
         values = iter([image if is_encoded(image) else next(encoded) for image in held])

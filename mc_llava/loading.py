@@ -43,17 +43,22 @@ def find_device(name: str | None = None) -> str:
     return name or devices[0]
 
 
-def load_config(path: str, revision: str | None = None) -> MCLlavaConfig:
+def find_whole_model(path: str) -> str:
     """
-    A model's configuration.
+    What `find_model` finds.
 
     Raises:
-        ValueError: if a folder has none. transformers would take the default values, which are the 3B's.
+        ValueError: if a folder has no configuration. transformers would take the default values, which are the 3B's.
     """
     path = find_model(path)
     if Path(path).is_dir() and not Path(path, "config.json").is_file():
         raise ValueError(f"{path} has no config.json: pass a whole model folder")
-    return MCLlavaConfig.from_pretrained(path, revision=revision or "main")
+    return path
+
+
+def load_config(path: str, revision: str | None = None) -> MCLlavaConfig:
+    """A model's configuration. Raises ValueError as `find_whole_model` does."""
+    return MCLlavaConfig.from_pretrained(find_whole_model(path), revision=revision or "main")
 
 
 def resolve_dtype(
@@ -99,8 +104,7 @@ def load_model(
         ValueError: if there is no such device, the configuration is missing, weights are missing or of another model,
             `quantize` is unknown, or its package is missing.
     """
-    path, device = find_model(path), find_device(device)
-    load_config(path, revision)
+    path, device = find_whole_model(path), find_device(device)
     if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):  # what else may be missing, transformers says
         list_weights(Path(path))
     chosen = resolve_dtype(path, dtype, device, revision)
