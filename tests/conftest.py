@@ -10,6 +10,7 @@ os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than the few s
 
 from pathlib import Path
 
+import no_old_names  # before transformers is imported
 import pytest
 from helpers import EXAMPLES, PATCH, ROOT, SIDE, Trial, small_model
 from make_published_checkpoint import write_published_checkpoint
@@ -54,6 +55,12 @@ def processor(checkpoint) -> MCLlavaProcessor:
         size={"height": SIDE, "width": SIDE}, patch_size=PATCH, max_crops=6, num_tokens=20
     )
     return MCLlavaProcessor(image_processor, MCLlavaProcessor.from_pretrained(checkpoint).tokenizer)
+
+
+@pytest.fixture
+def no_old_name(monkeypatch):
+    """transformers without the name `past_key_values`."""
+    monkeypatch.setattr(no_old_names, "refused", True)
 
 
 @pytest.fixture(autouse=True)

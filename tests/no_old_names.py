@@ -1,7 +1,7 @@
 """
-A pytest plugin, `-p no_old_names`: transformers as it will be once `past_key_values` is gone.
+transformers as it will be once `past_key_values` and other old names are gone, while `refused` is set.
 
-It must be loaded before transformers is: the decorators that still accept the old name are applied on import.
+This must be imported before transformers is: it wraps the decorators that still accept the old names.
 """
 
 import functools
@@ -9,34 +9,59 @@ import functools
 from transformers.utils import deprecation, generic
 
 
+DEPRECATE = deprecation.deprecate_kwarg
+RENAME = getattr(generic, "_rename_kwargs_for_bc", None)  # of transformers 5.24
+REPLACE = getattr(generic.ModelOutput, "_replace_old_cache_name", None)
 OLD = {"past_key_values", "cache_params"}
+refused = False
 
 
-def refuse(function):
-    @functools.wraps(function)
-    def strict(*args, **kwargs):
-        if old := OLD & {name for name, value in kwargs.items() if value is not None}:
-            raise TypeError(f"{function.__qualname__} got an unexpected keyword argument {old}")
-        return function(*args, **kwargs)
-
-    return strict
-
-
-original = deprecation.deprecate_kwarg
+def check(owner: str, names):
+    if refused and (old := OLD & set(names)):
+        raise TypeError(f"{owner} got an unexpected keyword argument {old}")
 
 
 def deprecate_kwarg(old_name, *args, **kwargs):
-    return refuse if old_name in OLD else original(old_name, *args, **kwargs)
+    decorate = DEPRECATE(old_name, *args, **kwargs)
+    if old_name not in OLD:
+        return decorate
+
+    def wrap(function):
+        lenient = decorate(function)
+
+        @functools.wraps(function)
+        def checked(*args, **kwargs):
+            check(function.__qualname__, [name for name, value in kwargs.items() if value is not None])
+            return (function if refused else lenient)(*args, **kwargs)
+
+        return checked
+
+    return wrap
 
 
-def refuse_names(kwargs):
-    if old := OLD & set(kwargs):
-        raise TypeError(f"an output got an unexpected keyword argument {old}")
+def rename_kwargs(kwargs):
+    check("an output", kwargs)
+    return RENAME(kwargs)
+
+
+def old_attribute(name: str):
+    original = vars(generic.ModelOutput)[name]
+
+    def get(output):
+        if refused:
+            raise AttributeError(f"an output has no attribute {name}")
+        return original.__get__(output)
+
+    return property(get, original.fset)
+
+
+def replace_old_name(output, key):
+    return key if refused else REPLACE(output, key)
 
 
 deprecation.deprecate_kwarg = deprecate_kwarg
-if hasattr(generic, "_rename_kwargs_for_bc"):  # of transformers 5.24
-    generic._rename_kwargs_for_bc = refuse_names
-    generic.ModelOutput._replace_old_cache_name = lambda self, key: key
+if RENAME:
+    generic._rename_kwargs_for_bc = rename_kwargs
+    generic.ModelOutput._replace_old_cache_name = replace_old_name
     for name in OLD:
-        delattr(generic.ModelOutput, name)
+        setattr(generic.ModelOutput, name, old_attribute(name))

@@ -7,17 +7,17 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from filelock import FileLock
-from helpers import ROOT, picture, plain_reply
+from helpers import picture, plain_reply
 from PIL import Image
 
 from mc_llava import batch, cli
@@ -299,7 +299,7 @@ def test_parquet_with_the_images_inside(folder, converted, whole, tmp_path):
 def command(folder: Path, model: Path, output: Path, *more) -> list[str]:
     options = {**KNOBS, "batch_size": 3, "max_new_tokens": NEW_TOKENS, "dtype": "float32", "device": "cpu"}
     flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    call = [sys.executable, "-m", "mc_llava", "batch", str(folder / "rows.jsonl"), "-o", str(output)]
+    call = ["-m", "mc_llava", "batch", str(folder / "rows.jsonl"), "-o", str(output)]
     return [*call, "--model", str(model), *flags, *more]
 
 
@@ -307,13 +307,13 @@ def command(folder: Path, model: Path, output: Path, *more) -> list[str]:
 @pytest.mark.parametrize("more", [(), pytest.param(("--ray", "--workers", "2"), marks=with_ray)], ids=["one", "ray"])
 def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
     output, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    options = {"cwd": ROOT, "env": {**os.environ, "RAY_ADDRESS": "local"}}  # no cluster that is or was there
-    process = subprocess.Popen(command(folder, converted, output, *more), stderr=subprocess.DEVNULL, **options)
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # no cluster that is or was there
+    process = processes.Process(*command(folder, converted, output, *more), env=environment)
     deadline = time.monotonic() + 500
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):  # the settings and a batch
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_running() and time.monotonic() < deadline
         time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.wait()
     kept = journal.read_bytes()
     assert not output.exists()
@@ -324,7 +324,7 @@ def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
     assert records_of(tmp_path / "other.jsonl") == whole
 
     journal.write_bytes(torn)
-    result = subprocess.run(command(folder, converted, output, *more), capture_output=True, text=True, **options)
+    result = processes.run(*command(folder, converted, output, *more), env=environment, text=True)
     assert result.returncode == 0, result.stderr
     assert "15 rows, 6 of them with an error" in result.stderr and "15/15" in result.stderr
     assert records_of(output) == whole and not journal.exists()
@@ -587,7 +587,7 @@ class TestStartedAgain:
 
     def test_by_command(self, folder, converted, tmp_path, monkeypatch, capsys):
         output = tmp_path / "out.jsonl"
-        monkeypatch.setattr(sys, "argv", command(folder, converted, output)[2:])
+        monkeypatch.setattr(sys, "argv", command(folder, converted, output)[1:])
         for _ in range(2):
             with pytest.raises(SystemExit) as end:
                 cli.main()

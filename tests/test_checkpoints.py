@@ -6,11 +6,11 @@ import json
 import math
 import pickle
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from helpers import ROOT, prompt, small_model
@@ -512,12 +512,7 @@ print("both ways work")
 class TestAutoClasses:
     @pytest.mark.slow
     def test_both_ways_of_calling_on_a_photograph(self, converted, tmp_path):
-        result = subprocess.run(
-            [sys.executable, "-c", CARD_SNIPPET, str(converted), str(PHOTOGRAPH)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
+        result = processes.run("-c", CARD_SNIPPET, converted, PHOTOGRAPH, cwd=tmp_path, text=True)
         assert result.returncode == 0, result.stderr
         assert result.stdout == "both ways work\n"
 

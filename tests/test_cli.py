@@ -3,10 +3,11 @@
 import io
 import json
 import re
-import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from helpers import ROOT
@@ -23,9 +24,8 @@ CROP_GRID = ROOT / "docs" / "crop_grid.jpg"
 COFFEE, HUBBLE = (str(ROOT / "examples" / name) for name in ("coffee.jpg", "hubble.jpg"))
 
 
-def run(*arguments, **options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "mc_llava", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, cwd=ROOT, **options)
+def run(*arguments, input: bytes = b""):
+    return processes.run("-m", "mc_llava", *arguments, input=input)
 
 
 def error_of(*arguments) -> str:
@@ -64,8 +64,8 @@ def test_ask_streams_the_answer(checkpoint, expected):
 
 
 def test_ask_in_json_from_standard_input(converted, expected):
-    with open(COFFEE, "rb") as file:
-        result = run("ask", "-", "What is on the table?", "--model", converted, *OPTIONS, "--json", stdin=file)
+    content = Path(COFFEE).read_bytes()
+    result = run("ask", "-", "What is on the table?", "--model", converted, *OPTIONS, "--json", input=content)
     answer = json.loads(result.stdout)
     assert answer.pop("seconds") > 0
     assert answer.pop("prompt_tokens") > 50

@@ -9,12 +9,12 @@ import json
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+import processes
 import pytest
 import torch
 import transformers
@@ -114,8 +114,7 @@ def place(trial, tmp_path_factory) -> Path:
 
 def run(*arguments, cwd) -> str:
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    result = processes.run(*arguments, cwd=cwd, env=environment, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
 

@@ -14,6 +14,9 @@ from mc_llava import MCLlavaConfig, MCLlavaImageProcessor, cli
 from mc_llava.estimate import estimate
 
 
+pytestmark = pytest.mark.usefixtures("no_old_name")
+
+
 class PeakMemory(TorchDispatchMode):
     """Bytes of all tensors that are made and still alive, at most."""
 

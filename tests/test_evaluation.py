@@ -11,14 +11,12 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 from filelock import FileLock
@@ -878,25 +876,25 @@ class TestResuming:
 
     def command(self, model: Path, output: Path) -> list[str]:
         knobs = [text for name, value in KNOBS.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-        command = [sys.executable, "-m", "mc_llava", "eval", "--model", str(model), "--output", str(output)]
+        command = ["-m", "mc_llava", "eval", "--model", str(model), "--output", str(output)]
         return [*command, *self.options, *knobs, "--dtype", "float32", "--device", "cpu"]
 
     @pytest.mark.slow
     def test_killed_and_started_again(self, converted, tmp_path):
         unfinished = tmp_path / "killed" / "scenes.partial.jsonl"
-        process = subprocess.Popen(self.command(converted, tmp_path / "killed"), cwd=ROOT, stderr=subprocess.DEVNULL)
+        process = processes.Process(*self.command(converted, tmp_path / "killed"))
         deadline = time.monotonic() + 300
         while not (unfinished.exists() and unfinished.read_bytes().count(b"\n") >= 5):
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.is_running() and time.monotonic() < deadline
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
+        process.kill()
         process.wait()
         kept = unfinished.read_bytes()
         assert not (tmp_path / "killed" / "scenes.json").exists()
 
         unfinished.write_bytes(kept[: -len(kept.splitlines()[-1]) // 2])  # in the middle of a record
         for name in ("killed", "whole"):
-            result = subprocess.run(self.command(converted, tmp_path / name), cwd=ROOT, capture_output=True, text=True)
+            result = processes.run(*self.command(converted, tmp_path / name), text=True)
             assert result.returncode == 0, result.stderr
             assert "scenes: 100%" in result.stderr and "overall" in result.stdout
         whole = without_seconds(tmp_path / "whole" / "scenes.json")

@@ -13,6 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from mc_llava import CROPS_PER_PASS, Crop, MCLlavaModel, PrefixCache, SuppressToken
 
 
+pytestmark = pytest.mark.usefixtures("no_old_name")
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(2000, 300)]
 TEXTS = ["What is it?", "And where are they all?", prompt("Two", 2)]
 NESTED = [IMAGES[:1], IMAGES[1:2], IMAGES[1:3]]

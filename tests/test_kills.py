@@ -6,14 +6,13 @@ import random
 import secrets
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, picture, write_untrained_tiny
+from helpers import picture, write_untrained_tiny
+from processes import Process
 from safetensors.torch import load_file
 
 from mc_llava.training import last_checkpoint
@@ -27,42 +26,14 @@ ROWS = 24
 STEPS = 6
 
 
-@pytest.fixture(scope="module")
-def server():
-    """Forks of one process spare each run the seconds of importing torch."""
-    threads = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "command_server.py")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", **threads},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "ready\n"
-    yield process
-    process.stdin.close()
-    process.wait()
-
-
-@pytest.fixture
-def run(server, tmp_path):
+def run(words, kill_after=None, limit=None) -> tuple[int, str]:
     """Run a command, killed after so many seconds if it still runs. Returns its exit status, and what it said."""
-
-    def start(words, kill_after=None, limit=None):
-        stderr = tmp_path / "stderr"
-        stderr.touch()
-        server.stdin.write(json.dumps({"words": list(map(str, words)), "limit": limit, "stderr": str(stderr)}) + "\n")
-        server.stdin.flush()
-        pid = int(server.stdout.readline())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            os.kill(pid, signal.SIGKILL)
-        server.stdin.write("\n")
-        server.stdin.flush()
-        return int(server.stdout.readline()), stderr.read_text(errors="replace")
-
-    return start
+    process = Process("-m", "mc_llava", *words, largest=limit)
+    if kill_after is not None:
+        time.sleep(kill_after)
+        process.kill()
+    result = process.wait()
+    return result.returncode, (result.stdout + result.stderr).decode(errors="replace")
 
 
 @pytest.fixture
@@ -155,7 +126,7 @@ def remove(output: Path):
     [(batch, "out.jsonl", check_batch), (train, "run", check_training)],
     ids=["batch", "training"],
 )
-def test_kills_at_random_moments(folder, run, tmp_path, rng, command, name, check):
+def test_kills_at_random_moments(folder, tmp_path, rng, command, name, check):
     whole, output = tmp_path / f"whole-{name}", tmp_path / name
     begin = time.monotonic()
     assert run(command(folder, whole))[0] == 0
@@ -180,18 +151,18 @@ def test_kills_at_random_moments(folder, run, tmp_path, rng, command, name, chec
 
 
 class TestFullDisk:
-    def fails(self, run, words, limit, name):
+    def fails(self, words, limit, name):
         status, said = run(words, limit=limit)
         (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
         assert status == 1 and line.startswith("error: cannot write ") and name in line, said
         assert "free some space and" in line, said
         assert "Traceback" not in said
 
-    def test_of_a_batch(self, folder, run, tmp_path):
+    def test_of_a_batch(self, folder, tmp_path):
         whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
         assert run(batch(folder, whole))[0] == 0
         for limit in (500, 4000, 7000):
-            self.fails(run, batch(folder, output), limit, "out.jsonl")
+            self.fails(batch(folder, output), limit, "out.jsonl")
             assert not output.exists()
         journal = output.with_name("out.jsonl.partial").read_bytes().split(b"\n")[:-1]  # the rest is torn
         kept = [json.loads(line) for line in journal[1:]]
@@ -202,10 +173,10 @@ class TestFullDisk:
         assert f"{len(kept) // 2 * 2}/{ROWS}" in said, "what was answered is not asked again"
         check_batch(output, whole)
 
-    def test_of_an_evaluation(self, folder, run, tmp_path):
+    def test_of_an_evaluation(self, folder, tmp_path):
         assert run(evaluate(folder, tmp_path / "whole"))[0] == 0
         half = (tmp_path / "whole" / "scenes.json").stat().st_size // 2
-        self.fails(run, evaluate(folder, tmp_path / "run"), half, "scenes")
+        self.fails(evaluate(folder, tmp_path / "run"), half, "scenes")
         status, said = run(evaluate(folder, tmp_path / "run"))
         assert status == 0, said
         one, other = (json.loads((tmp_path / name / "scenes.json").read_text()) for name in ("whole", "run"))
@@ -215,24 +186,24 @@ class TestFullDisk:
         assert one == other
 
     @pytest.mark.parametrize("file", ["model.safetensors", "optimizer.pt"])
-    def test_of_training(self, folder, run, tmp_path, file):
+    def test_of_training(self, folder, tmp_path, file):
         whole, output = tmp_path / "whole", tmp_path / "run"
         assert run(train(folder, whole))[0] == 0
         limit = Path(last_checkpoint(whole), file).stat().st_size - 1000
-        self.fails(run, train(folder, output), limit, "run")
+        self.fails(train(folder, output), limit, "run")
         assert last_checkpoint(output) is None
-        assert run([*train(folder, output), "save_steps=2"], kill_after=None)[0] == 0
+        assert run([*train(folder, output), "save_steps=2"])[0] == 0
         shutil.rmtree(Path(output, f"checkpoint-{STEPS}"))
         Path(output, "model.safetensors").unlink()
-        self.fails(run, train(folder, output), limit, "run")
+        self.fails(train(folder, output), limit, "run")
         assert last_checkpoint(output) == str(output / f"checkpoint-{STEPS - 2}")
         status, said = run(train(folder, output))
         assert status == 0, said
         check_training(output, whole)
 
-    def test_of_a_conversion(self, run, tmp_path):
+    def test_of_a_conversion(self, tmp_path):
         target = tmp_path / "folder" / "model"
         target.parent.mkdir()
-        self.fails(run, ["convert", "tiny", target], 1_000_000, str(target))
+        self.fails(["convert", "tiny", target], 1_000_000, str(target))
         assert not list(target.parent.iterdir())
         assert run(["convert", "tiny", target])[0] == 0

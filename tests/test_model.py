@@ -12,6 +12,7 @@ from transformers import LlamaConfig, SiglipVisionConfig
 from mc_llava import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration, count_image_tokens
 
 
+pytestmark = pytest.mark.usefixtures("no_old_name")
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2)]
 QUESTIONS = ["What is it?", "And where?", "Why?"]
 IMAGE_FIELDS = ("pixel_values", "crop_coords", "crop_num_tokens", "image_grid_thw")

@@ -12,7 +12,7 @@ from transformers import TextIteratorStreamer, pipeline
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_old_name")]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from PIL import Image
 from mc_llava import Crop, EncodedImages, FeatureCache, MCLlavaImageProcessor, check_plan, cut_crops, load_image
 
 
+pytestmark = pytest.mark.usefixtures("no_old_name")
 WIDE = picture(200, 120)
 BOXES = [(0, 0, 200, 120), (10, 20, 60, 70), (30, 20, 131, 100), (199, 119, 200, 120)]  # overlap, sizes, a pixel
 

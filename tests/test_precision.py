@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
 import sys
 import threading
 
+import processes
 import pytest
 import torch
 from helpers import ROOT, load_handler, picture, small_model
@@ -32,9 +32,8 @@ def as_it_is(monkeypatch):
     precision_mc_llava.logger.warning_once.__func__.cache_clear()
 
 
-def run(*arguments, **environment) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    return subprocess.run([sys.executable, *map(str, arguments)], env=environment, capture_output=True, text=True)
+def run(*arguments, **environment):
+    return processes.run(*arguments, env={**os.environ, **environment}, text=True)
 
 
 class TestChoice:

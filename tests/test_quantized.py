@@ -3,12 +3,11 @@
 import copy
 import importlib.util
 import json
-import subprocess
-import sys
 
+import processes
 import pytest
 import torch
-from helpers import ROOT, picture
+from helpers import picture
 from make_published_checkpoint import write_published_checkpoint
 from torch import nn
 from transformers import BitsAndBytesConfig, QuantoConfig
@@ -83,10 +82,10 @@ class TestFourBits:
 
     def test_by_command(self, folder, tmp_path):
         picture(640, 400).save(tmp_path / "a.png")
-        command = [sys.executable, "-m", "mc_llava", "ask", tmp_path / "a.png", "What is it?", "--model", folder]
+        command = ["-m", "mc_llava", "ask", tmp_path / "a.png", "What is it?", "--model", folder]
         command += ["--quantize", "nf4", "--dtype", "float32", "--device", "cpu", "--json"]
         command += ["--max-crops", "2", "--num-tokens", "30", "--max-new-tokens", "3"]
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        result = processes.run(*command, text=True)
         assert result.returncode == 0, result.stderr
         processor = MCLlavaProcessor.from_pretrained(folder)
         inputs = processor("What is it?", picture(640, 400), max_crops=2, num_tokens=30)

@@ -1,14 +1,13 @@
 """The study, with a random model and a few scenes."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import matplotlib
+import processes
 import pytest
 import torch
-from helpers import ROOT, picture, write_untrained_tiny
+from helpers import picture, write_untrained_tiny
 from PIL import Image
 
 from mc_llava import MCLlavaConfig, scenes
@@ -111,20 +110,9 @@ def test_a_named_thing_is_inside_if_a_closer_crop_holds_all_of_it():
 
 @pytest.mark.slow
 def test_the_command_prints_the_table_of_all_settings(folder, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "mc_llava",
-        "study",
-        "--part",
-        "grid",
-        "--model",
-        str(folder),
-        "--num-scenes",
-        "1",
-    ]
-    command += ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "docs")]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    options = ("--part", "grid", "--model", folder, "--num-scenes", 1)
+    places = ("--work", tmp_path / "work", "--output", tmp_path / "docs")
+    result = processes.run("-m", "mc_llava", "study", *options, *places, text=True)
     assert result.returncode == 0, result.stderr
     found = json.loads((tmp_path / "docs" / "study.json").read_text())
     assert len(found["settings"]) == len(study.SETTINGS) and result.stdout == study.markdown(found) + "\n"

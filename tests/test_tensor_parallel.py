@@ -1,11 +1,9 @@
-"""Two processes with a half of the language model each, started by torchrun."""
-
-import subprocess
-import sys
+"""Two processes with a half of the language model each, as torchrun starts them."""
 
 import pytest
 import torch
 from helpers import ROOT, picture
+from processes import run_ranks
 from safetensors.torch import load_file, save_file
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
@@ -14,16 +12,8 @@ from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
 pytestmark = pytest.mark.slow
 
 
-def torchrun(*arguments) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run([*command, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True, timeout=900)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result.stderr
-
-
 @pytest.mark.parametrize("knobs", [{"max_crops": 2, "num_tokens": 30}, {"max_crops": 8, "num_tokens": 30, "zoom": 1}])
-def test_two_processes_give_what_one_gives(converted, tmp_path, monkeypatch, knobs):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_two_processes_give_what_one_gives(converted, tmp_path, knobs):
     assert len(list(converted.glob("*.safetensors"))) > 1  # each process reads its share of each shard
     processor = MCLlavaProcessor.from_pretrained(converted)
     inputs = processor(
@@ -37,9 +27,9 @@ def test_two_processes_give_what_one_gives(converted, tmp_path, monkeypatch, kno
     tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
 
     save_file(dict(inputs), tmp_path / "inputs.safetensors")
-    torchrun(
-        ROOT / "tests" / "tensor_parallel_worker.py", converted, tmp_path / "inputs.safetensors", tmp_path / "out"
-    )
+    worker = ROOT / "tests" / "tensor_parallel_worker.py"
+    for result in run_ranks(2, worker, converted, tmp_path / "inputs.safetensors", tmp_path / "out"):
+        assert result.returncode == 0, result.stderr[-4000:].decode()
     for rank in range(2):
         found = load_file(tmp_path / f"out.{rank}")
         torch.testing.assert_close(found["logits"], logits, rtol=1e-4, atol=1e-4)

@@ -2,10 +2,9 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import make_tables
+import processes
 import pytest
 from helpers import EXAMPLES, ROOT
 from PIL import Image
@@ -117,8 +116,7 @@ def test_the_demo_asks_what_is_answered():
 
 
 def test_the_cards_snippet_runs_on_what_convert_makes_of_it(tmp_path, capsys):
-    command = [sys.executable, "-m", "mc_llava", "convert", "tiny", str(tmp_path / "model")]
-    subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, check=True)
+    processes.run("-m", "mc_llava", "convert", "tiny", tmp_path / "model", cwd=tmp_path).check_returncode()
     example = EXAMPLES[0]
     section = (ROOT / "docs" / "usage.md").read_text().split("## The card's snippet\n")[1]
     snippet = re.search(r"```python\n(.*?)```", section, flags=re.DOTALL)[1]

@@ -5,16 +5,16 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from datasets import Dataset
-from helpers import ROOT, write_untrained_tiny
+from helpers import write_untrained_tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
@@ -460,8 +460,7 @@ def test_the_command_checks_and_trains_nothing(recipe):
     values = {"model": recipe.model, "data": recipe.data, "images": recipe.images, "output": recipe.output}
     path = Path(recipe.output).with_suffix(".yaml")
     path.write_text(json.dumps(values | {"num_tokens": [8, 16]}))
-    command = [sys.executable, "-m", "mc_llava", "train", str(path), "--check"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    result = processes.run("-m", "mc_llava", "train", path, "--check", text=True)
     assert result.returncode == 0, result.stderr
     assert f"9 rows are good; 0 are broken, listed in {recipe.output}" in result.stderr
     assert [file.name for file in Path(recipe.output).iterdir()] == ["broken.jsonl"]

@@ -1,12 +1,10 @@
 """No command of ours and no pipeline makes transformers warn of an old name."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 from helpers import ROOT
+from processes import Server, run
 
 
 pytestmark = pytest.mark.slow
@@ -37,19 +35,25 @@ workers: 0
 """
 
 
-def warnings_of(folder, *arguments, stdin="") -> list[str]:
+@pytest.fixture(scope="module")
+def server() -> Server:
+    return Server(PYTHONWARNINGS="default", TRANSFORMERS_VERBOSITY="warning")
+
+
+@pytest.fixture
+def warnings_of(server, tmp_path):
     """Lines of standard error that speak of an old name, of a process that succeeds."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "PYTHONWARNINGS": "default",
-        "TRANSFORMERS_VERBOSITY": "warning",
-    }
-    result = subprocess.run(
-        [sys.executable, *arguments], cwd=folder, env=environment, input=stdin, capture_output=True, text=True
-    )
-    assert result.returncode == 0 and result.stdout, result.stderr
-    return [line for line in result.stderr.splitlines() if "deprecat" in line.lower() or "past_key_values" in line]
+
+    def found(*arguments, stdin="") -> list[str]:
+        result = run(*arguments, cwd=tmp_path, input=stdin.encode(), server=server, text=True)
+        assert result.returncode == 0 and result.stdout, result.stderr
+        return [line for line in result.stderr.splitlines() if "deprecat" in line.lower() or "past_key_values" in line]
+
+    return found
+
+
+def test_imports(server):
+    assert "past_key_values" not in server.errors()
 
 
 @pytest.mark.parametrize(
@@ -61,27 +65,27 @@ def warnings_of(folder, *arguments, stdin="") -> list[str]:
     ],
     ids=lambda command: command[0],
 )
-def test_commands(command, tmp_path):
-    assert warnings_of(tmp_path, "-m", "mc_llava", *command) == []
+def test_commands(command, warnings_of):
+    assert warnings_of("-m", "mc_llava", *command) == []
 
 
-def test_chat(tmp_path):
+def test_chat(warnings_of):
     questions = f"{QUESTION}\nWhat color is the star?\n\n"
-    assert warnings_of(tmp_path, "-m", "mc_llava", "chat", SCENE, "--max-crops", "4", stdin=questions) == []
+    assert warnings_of("-m", "mc_llava", "chat", SCENE, "--max-crops", "4", stdin=questions) == []
 
 
-def test_a_pipeline(trial, tmp_path):
+def test_a_pipeline(trial, warnings_of):
     """On some releases (5.19) each pipeline passes `generation_config` and options itself and is warned for it."""
-    found = warnings_of(tmp_path, "-c", PIPELINE, str(trial.folder))
+    found = warnings_of("-c", PIPELINE, str(trial.folder))
     assert [line for line in found if "Passing `generation_config` together" not in line] == []
 
 
-def test_training(tmp_path):
+def test_training(tmp_path, warnings_of):
     """What other packages do themselves is theirs: torch's TorchScript, PEFT's `is_gradient_checkpointing`."""
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A sign."}]
     rows = [{"id": "1", "image": "scene1.jpg", "conversations": turns}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    found = warnings_of(tmp_path, "-m", "mc_llava", "train", "recipe.yaml")
+    found = warnings_of("-m", "mc_llava", "train", "recipe.yaml")
     theirs = ("torch.jit", "`is_gradient_checkpointing`")
     assert [line for line in found if not any(name in line for name in theirs)] == []
