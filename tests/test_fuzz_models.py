@@ -24,7 +24,7 @@ from mc_llava import (
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.fuzz]
-FIRST, COUNT = int(os.environ.get("FUZZ_SEED", 0)), int(os.environ.get("FUZZ_COUNT", 500))
+FIRST, COUNT = int(os.environ.get("FUZZ_SEED", 0)), int(os.environ.get("FUZZ_COUNT", 250))
 IMAGE, PAD, WORDS = 1, 0, 96  # ids; the vocabulary
 
 

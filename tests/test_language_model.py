@@ -3,13 +3,11 @@
 import copy
 import json
 import math
-import os
 import random
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
+import processes
 import pytest
 import torch
 from helpers import ROOT
@@ -504,6 +502,17 @@ def test_folders_that_are_missing_or_do_not_fit_are_named(tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir()), "a folder of a run that was refused has to be removed before the next one"
 
 
+COMMAND = """
+import torch._dynamo
+from mc_llava import cli
+from mc_llava.scenes import language_model
+
+torch._dynamo.config.disable = False  # layers are compiled, as for users
+language_model.SCENES_FOR_HEADS = 12  # not 300, after each of the two runs
+cli.main()
+"""
+
+
 def run_recipe(output) -> dict[str, dict[int, float]]:
     """`mc-llava train examples/tiny.yaml` with a smaller model; of both stages step -> loss."""
     sizes = {
@@ -534,9 +543,8 @@ def run_recipe(output) -> dict[str, dict[int, float]]:
         "short_steps": 14,
     }
     values = [f"{name}={value}" for name, value in {"output": output, **sizes}.items()]
-    command = [sys.executable, "-m", "mc_llava", "train", "examples/tiny.yaml", *values]
-    environment = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
-    subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    result = processes.run("-c", COMMAND, "train", "examples/tiny.yaml", *values, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
     work = output.with_name(output.name + "-work")
     losses = {}
     for stage, last in (("tower", "checkpoint-120"), ("language_model-1", "checkpoint-20")):
