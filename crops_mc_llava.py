@@ -12,6 +12,10 @@ MAX_CROPS, NUM_TOKENS = 100, 728
 # 7 GB.
 MOST_CROPS = 4096
 MAX_SIDE = 10**6  # of an image, in pixels; far more than are decoded
+# The fields in which the model gets images from the image processor, and those that guided zoom needs as well. The
+# last one, of text, is the processor's.
+IMAGE_FIELDS = ("pixel_values", "crop_boxes", "crop_coords", "crop_num_tokens", "image_grid_thw")
+ZOOM_FIELDS = ("zoom_options", "zoom_pictures", "zoom_values", "zoom_general_ids")
 
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom in pixels of the picture
@@ -256,12 +260,14 @@ def refuse_unknown(names, known: set[str]):
 __all__ = [
     "Box",
     "Crop",
+    "IMAGE_FIELDS",
     "MAX_CROPS",
     "MAX_SIDE",
     "MOST_CROPS",
     "NUM_TOKENS",
     "PATCH_SIZE",
     "SIDE",
+    "ZOOM_FIELDS",
     "center_of",
     "check_knob",
     "check_number",

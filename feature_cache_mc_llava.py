@@ -1,6 +1,5 @@
 """A cache of the vision tower's outputs by picture, box and weights."""
 
-import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -16,9 +15,10 @@ from PIL import Image
 
 from .crops_mc_llava import Box, Crop, check_plans
 from .encoded_images_mc_llava import EncodedImages, describe_crops, input_device, without_peft
+from .hashing_mc_llava import describe_encoder, picture_key
 from .image_loading_mc_llava import load_image
-from .image_processing_mc_llava import CROPS_PER_LOOK_UP, check_size, look_up_bytes
-from .resizing_mc_llava import cut_to
+from .image_processing_mc_llava import check_size
+from .resizing_mc_llava import CROPS_PER_LOOK_UP, cut_to, look_up_bytes
 from .threads_mc_llava import one_ahead
 
 
@@ -331,33 +331,4 @@ def is_prepared(value) -> bool:
     return hasattr(value, "cut_ahead")
 
 
-def describe_encoder(model) -> tuple[str, str, str]:
-    """The hash of the weights that encode crops, and the dtype, autocast's included, and the device of the results."""
-    weights_hash = model.hash_encoder()  # or an error, if weights are on "meta", where there is no autocast
-    device = model.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    return weights_hash, str(dtype), str(model.device)
-
-
-def picture_key(pixels: bytes, size: tuple[int, int], resample: int | None, values: bytes, made_by: tuple) -> tuple:
-    """
-    The key of a picture in a `FeatureCache`. A crop's key is this and its box.
-
-    Args:
-        pixels, size: the bytes of the RGB picture, and its width and height.
-        resample: the filter that resizes crops.
-        values: float32[3, 256], what each byte becomes in each channel.
-        made_by: what `describe_encoder` returns.
-    """
-    resample = None if resample is None else int(resample)
-    return (hashlib.sha256(pixels).hexdigest(), size, resample, hashlib.sha256(values).hexdigest(), *made_by)
-
-
-__all__ = [
-    "FeatureCache",
-    "PreparedImage",
-    "check_processor",
-    "describe_encoder",
-    "is_prepared",
-    "picture_key",
-]
+__all__ = ["FeatureCache", "PreparedImage", "check_processor", "is_prepared"]

@@ -5,6 +5,7 @@ import os
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
@@ -14,11 +15,13 @@ from transformers.cache_utils import Cache
 from transformers.generation import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
+from .crops_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
 from .encoded_images_mc_llava import check_counts, check_places, count_places, read_integers, sum_per_image
-from .feature_cache_mc_llava import FeatureCache
-from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
 from .prefix_cache_mc_llava import PrefixCache, refuse_prefixes
 
+
+if TYPE_CHECKING:  # at run time it would import the loading of images
+    from .feature_cache_mc_llava import FeatureCache
 
 # The installed transformers' name for the keys and values of earlier tokens, `cache` since 5.24. Callers may use
 # either name; calls to transformers use this one.
@@ -185,7 +188,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         stopping_criteria: StoppingCriteriaList | None = None,
         *,
         image_features=None,
-        feature_cache: FeatureCache | None = None,
+        feature_cache: "FeatureCache | None" = None,
         prefix_cache: PrefixCache | None = None,
         **kwargs,
     ) -> torch.LongTensor | ModelOutput:
@@ -360,7 +363,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
     def _pass_on_images(
         self,
         request: GenerationRequest,
-        feature_cache: FeatureCache | None,
+        feature_cache: "FeatureCache | None",
         as_features: bool,
         generation_config,
         kwargs: dict,

@@ -1,4 +1,4 @@
-"""A hash of weights that is computed on their device."""
+"""Hashes of weights, computed on their device, and of what encoded images depend on."""
 
 import hashlib
 from itertools import chain, zip_longest
@@ -67,6 +67,28 @@ def adapter_names(module: nn.Module) -> list[str] | None:
 def injected_names(hook) -> list[str] | None:
     """The `adapter_names` that a hook of PEFT passes to a layer; None for other hooks."""
     return getattr(hook, "keywords", {}).get("adapter_names")
+
+
+def describe_encoder(model) -> tuple[str, str, str]:
+    """The hash of the weights that encode crops, and the dtype, autocast's included, and the device of the results."""
+    weights_hash = model.hash_encoder()  # or an error, if weights are on "meta", where there is no autocast
+    device = model.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
+    return weights_hash, str(dtype), str(model.device)
+
+
+def picture_key(pixels: bytes, size: tuple[int, int], resample: int | None, values: bytes, made_by: tuple) -> tuple:
+    """
+    The key of a picture in a `FeatureCache`. A crop's key is this and its box.
+
+    Args:
+        pixels, size: the bytes of the RGB picture, and its width and height.
+        resample: the filter that resizes crops.
+        values: float32[3, 256], what each byte becomes in each channel.
+        made_by: what `describe_encoder` returns.
+    """
+    resample = None if resample is None else int(resample)
+    return (hashlib.sha256(pixels).hexdigest(), size, resample, hashlib.sha256(values).hexdigest(), *made_by)
 
 
 def sum_in_blocks(octets: list[torch.Tensor]) -> list[int]:
@@ -145,4 +167,12 @@ def _mix(
     return mixed
 
 
-__all__ = ["adapter_names", "adapter_states", "forward_hooks", "hash_tensors", "injected_names"]
+__all__ = [
+    "adapter_names",
+    "adapter_states",
+    "describe_encoder",
+    "forward_hooks",
+    "hash_tensors",
+    "injected_names",
+    "picture_key",
+]

@@ -4,7 +4,6 @@ import math
 import operator
 import shutil
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from itertools import accumulate
 from numbers import Real
@@ -22,6 +21,7 @@ from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
 from .crops_mc_llava import (
+    IMAGE_FIELDS,
     MAX_CROPS,
     MOST_CROPS,
     NUM_TOKENS,
@@ -36,16 +36,12 @@ from .crops_mc_llava import (
     refuse_unknown,
 )
 from .image_loading_mc_llava import MAX_IMAGE_SIDE, flatten_images, load_image
-from .resizing_mc_llava import can_cut_on, cut_each, cut_on_device
+from .resizing_mc_llava import CROPS_PER_LOOK_UP, can_cut_on, cut_each, cut_on_device, look_up_bytes, look_up_crop
 from .zoom_plan_mc_llava import count_closer, plan_scouts
 
 
 logger = logging.get_logger(__name__)
 
-
-# What a call returns of the images, for the model. The last field, of text, is the processor's.
-IMAGE_FIELDS = ("pixel_values", "crop_boxes", "crop_coords", "crop_num_tokens", "image_grid_thw")
-ZOOM_FIELDS = ("zoom_options", "zoom_pictures", "zoom_values", "zoom_general_ids")
 
 KNOB_MINIMA = {"max_crops": 0, "num_tokens": 1, "zoom": 0, "patch_size": 1}
 # Options of transformers' image processors that would contradict the crops.
@@ -60,7 +56,6 @@ FIXED_OPTIONS = {
 CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
 # The code that a folder of an image processor and a tokenizer needs to load as a processor.
 PROCESSOR_FILE = Path(__file__).with_name("processing_mc_llava.py")
-CROPS_PER_LOOK_UP = 16  # bounds the memory of 32-bit indices
 
 
 def _cut_images(
@@ -72,7 +67,7 @@ def _cut_images(
     for image, plan, start in zip(images, plans, starts):
 
         def write(index: int, crop: Image.Image, start: int = start):
-            _look_up(np.asarray(crop), table, pixel_values[start + index])
+            look_up_crop(np.asarray(crop), table, pixel_values[start + index])
 
         cut_each(image, [crop.box for crop in plan], side, resample, write)
     return pixel_values
@@ -90,34 +85,6 @@ def _cut_tensors(
         for part, out in zip(crops.split(CROPS_PER_LOOK_UP), outputs.split(CROPS_PER_LOOK_UP)):
             out.copy_(look_up_bytes(part, table))
     return pixel_values
-
-
-def look_up_bytes(crops: Sequence[torch.Tensor], values: torch.Tensor) -> torch.Tensor:
-    """
-    The pixel values of crops: float32[crops, 3, side, side].
-
-    Args:
-        crops: uint8[side, side, 3] each, on the device of `values`.
-        values: float32[3, 256], what each byte becomes in each channel, see `MCLlavaImageProcessor.values_of_bytes`.
-    """
-    side = crops[0].shape[0]
-    if values.device.type == "cpu":
-        found = np.empty((len(crops), 3, side, side), dtype=np.float32)
-        for crop, out in zip(crops, found):
-            _look_up(crop.numpy(), values.numpy(), out)
-        return torch.from_numpy(found)
-    found = values.new_empty((len(crops), 3, side, side))
-    crops = crops if isinstance(crops, torch.Tensor) else torch.stack(crops)
-    for channel in range(3):
-        looked_up = values[channel].index_select(0, crops[..., channel].flatten().int())
-        found[:, channel] = looked_up.view(-1, side, side)
-    return found
-
-
-def _look_up(crop: np.ndarray, values: np.ndarray, out: np.ndarray):
-    """Write the pixel values of one crop, float32[3, side, side], into `out`."""
-    for channel in range(3):  # without the mode, `take` checks each byte and buffers what it writes
-        np.take(values[channel], crop[..., channel], out=out[channel], mode="clip")
 
 
 def _concatenate(pictures: list) -> np.ndarray | torch.Tensor:
@@ -461,4 +428,4 @@ MCLlavaImageProcessor.register_for_auto_class()
 if __package__:
     setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
-__all__ = ["IMAGE_FIELDS", "ZOOM_FIELDS", "MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs"]
+__all__ = ["MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs"]

@@ -1,4 +1,7 @@
-"""Cut crops out of a picture and resize them: with Pillow, or in tensors on any device with the same pixels."""
+"""
+Cut crops out of a picture, resize them and look up their pixel values: with Pillow and NumPy, or in tensors on any
+device with the same results.
+"""
 
 import math
 import multiprocessing
@@ -18,6 +21,7 @@ from .threads_mc_llava import in_threads
 PRECISION = 22
 SUPPORT = 2.0  # of the bicubic filter, in pixels of the smaller picture
 MOST_THREADS = 8  # more would only wait for memory
+CROPS_PER_LOOK_UP = 16  # bounds the memory of 32-bit indices
 
 
 def cut_crops(
@@ -168,6 +172,34 @@ def cut_on_device(picture: torch.Tensor, boxes: list[Box], side: int) -> torch.T
     return crops
 
 
+def look_up_bytes(crops: Sequence[torch.Tensor], values: torch.Tensor) -> torch.Tensor:
+    """
+    The pixel values of crops: float32[crops, 3, side, side].
+
+    Args:
+        crops: uint8[side, side, 3] each, on the device of `values`.
+        values: float32[3, 256], what each byte becomes in each channel, see `MCLlavaImageProcessor.values_of_bytes`.
+    """
+    side = crops[0].shape[0]
+    if values.device.type == "cpu":
+        found = np.empty((len(crops), 3, side, side), dtype=np.float32)
+        for crop, out in zip(crops, found):
+            look_up_crop(crop.numpy(), values.numpy(), out)
+        return torch.from_numpy(found)
+    found = values.new_empty((len(crops), 3, side, side))
+    crops = crops if isinstance(crops, torch.Tensor) else torch.stack(crops)
+    for channel in range(3):
+        looked_up = values[channel].index_select(0, crops[..., channel].flatten().int())
+        found[:, channel] = looked_up.view(-1, side, side)
+    return found
+
+
+def look_up_crop(crop: np.ndarray, values: np.ndarray, out: np.ndarray):
+    """Write the pixel values of one crop, float32[3, side, side], into `out`."""
+    for channel in range(3):  # without the mode, `take` checks each byte and buffers what it writes
+        np.take(values[channel], crop[..., channel], out=out[channel], mode="clip")
+
+
 def _rows_first(box: Box, side: int) -> bool:
     """Whether Pillow resizes the rows of a crop before its columns. Its rules were found by comparing pixels."""
     left, top, right, bottom = box
@@ -238,4 +270,13 @@ def _bicubic(x: float) -> float:
     return 0.0
 
 
-__all__ = ["can_cut_on", "cut_crops", "cut_each", "cut_on_device", "cut_to"]
+__all__ = [
+    "CROPS_PER_LOOK_UP",
+    "can_cut_on",
+    "cut_crops",
+    "cut_each",
+    "cut_on_device",
+    "cut_to",
+    "look_up_bytes",
+    "look_up_crop",
+]

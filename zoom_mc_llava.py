@@ -15,21 +15,23 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
-from .crops_mc_llava import Box, Crop
+from .crops_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS, Box, Crop
 from .encoded_images_mc_llava import UNKNOWN, EncodedImages, describe_crops, read_integers, sum_per_image
-from .feature_cache_mc_llava import FeatureCache, describe_encoder, picture_key
 from .generation_mc_llava import CACHE
-from .hashing_mc_llava import adapter_names
-from .image_processing_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS, look_up_bytes
-from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device
+from .hashing_mc_llava import adapter_names, describe_encoder, picture_key
+from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device, look_up_bytes
 from .zoom_plan_mc_llava import look_closer, pays, plan_rounds, share_evenly
 
+
+if TYPE_CHECKING:  # at run time it would import the loading of images
+    from .feature_cache_mc_llava import FeatureCache
 
 logger = logging.get_logger(__name__)
 READ_FIELDS = ("crop_num_tokens", "image_grid_thw", "crop_boxes", "zoom_options")  # of integers
@@ -111,7 +113,7 @@ class MCLlavaZoomMixin:
         self,
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
-        feature_cache: FeatureCache | None = None,
+        feature_cache: "FeatureCache | None" = None,
         **images,
     ) -> ZoomedImages:
         """
@@ -152,7 +154,7 @@ class MCLlavaZoomMixin:
             weights_hash = UNKNOWN
         return ZoomedImages(features, **fields, weights_hash=weights_hash)
 
-    def look(self, input_ids, attention_mask, images: dict, feature_cache: FeatureCache | None = None) -> Looks:
+    def look(self, input_ids, attention_mask, images: dict, feature_cache: "FeatureCache | None" = None) -> Looks:
         """All rounds before the answer."""
         check_fields(images)
         ids, kept, general_ids, *fields = self._read_fields(input_ids, attention_mask, images)
@@ -259,7 +261,7 @@ class MCLlavaZoomMixin:
             start, byte = end, byte + size
         return views
 
-    def _look_closer(self, views: list[View], number: int, values: torch.Tensor, feature_cache: FeatureCache | None):
+    def _look_closer(self, views: list[View], number: int, values: torch.Tensor, feature_cache: "FeatureCache | None"):
         """Encode the crops of round `number`, of all pictures at once."""
         side = self.config.vision_config.image_size
         added = [
@@ -291,7 +293,7 @@ class MCLlavaZoomMixin:
         views: list[View],
         added: list[list[Box]],
         pixels: Callable[[set[int]], torch.Tensor],
-        feature_cache: FeatureCache | None,
+        feature_cache: "FeatureCache | None",
     ):
         """
         Encode the crops that a round has added to the views, of all pictures at once.

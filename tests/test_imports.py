@@ -15,11 +15,12 @@ from mc_llava.evaluation.tasks import TASKS
 
 
 HEAVY = ("torch", "transformers")
+FILES = tuple(f"mc_llava.{file}" for file in mc_llava.ROOT_FILES)
 
 
-def loaded_by(code: str, cwd=ROOT) -> list[str]:
-    """Which of the heavy packages a new process has loaded after some code."""
-    code = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint([n for n in {HEAVY} if n in sys.modules])"
+def loaded_by(code: str, cwd=ROOT, names: tuple[str, ...] = HEAVY) -> list[str]:
+    """Which of these modules, by default the heavy packages, a new process has loaded after some code."""
+    code = f"import sys\ntry:\n    {code}\nexcept SystemExit: pass\nprint([n for n in {names} if n in sys.modules])"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run([sys.executable, "-c", code], cwd=cwd, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -49,7 +50,11 @@ def test_commands_that_load_neither_torch_nor_transformers(arguments, tmp_path):
 @pytest.mark.slow
 def test_what_is_light_is_loaded_alone():
     assert loaded_by("from mc_llava import Crop, load_image, plan_crops, scenes") == []
-    assert loaded_by("import mc_llava; mc_llava.MCLlavaConfig") == list(HEAVY), "the check itself works"
+    found = loaded_by("import mc_llava; mc_llava.MCLlavaForConditionalGeneration", names=(*HEAVY, *FILES))
+    assert found[:2] == list(HEAVY), "the check itself works"
+    # The model gets tensors: it reads no files, URLs or color profiles.
+    left_out = ("feature_cache", "image_costs", "image_loading", "image_pixels", "image_processing", "processing")
+    assert sorted(set(FILES) - set(found)) == [f"mc_llava.{file}_mc_llava" for file in left_out]
 
 
 def test_every_name_that_a_root_file_exports_is_there():
