@@ -224,7 +224,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         if kwargs.get("tokenizer") is not None:  # of stop strings; `transformers serve` passes the processor
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         if prefix_cache is not None:
-            self.refuse_with_prefixes(generation_config, kwargs)
+            self._refuse_with_prefixes(generation_config, kwargs)
         request = self._read_request(inputs, image_features, generation_config, kwargs)
         if request.tokens_per_image:
             self._refuse_options(request.is_short, generation_config, kwargs)
@@ -258,7 +258,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             if CACHE != "cache":
                 output.cache = output.get(CACHE)
             if looked is not None:
-                output.zoomed_images = self.zoomed_images(looked)
+                output.zoomed_images = self._zoomed_images(looked)
         return output
 
     def encode_prefix(self, prefix_cache: PrefixCache | None = None, **inputs) -> PrefixCache:
@@ -378,7 +378,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         zoom = {name: value for name in ZOOM_FIELDS if (value := kwargs.pop(name, None)) is not None}
         if zoom:
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
-            looked = self.look(request.new_ids, request.attention_mask, {**images, **zoom}, feature_cache)
+            looked = self._look(request.new_ids, request.attention_mask, {**images, **zoom}, feature_cache)
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=looked.features)}
             return looked
         if feature_cache is not None and kwargs.get("pixel_values") is not None:
@@ -431,7 +431,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         room = context - request.attention_mask.sum(-1)
         return StoppingCriteriaList([*(stopping_criteria or []), ContextEnd(request.prompt_length, room)])
 
-    def refuse_with_prefixes(self, generation_config, kwargs: dict):
+    def _refuse_with_prefixes(self, generation_config, kwargs: dict):
         """Raise a ValueError for what can't be combined with a prefix cache."""
         refuse_prefixes(self)
         value = partial(self._option, generation_config=generation_config, kwargs=kwargs)

@@ -382,7 +382,7 @@ def refuse_prefixes(model):
 def can_keep_prefixes(model, generation_config=None) -> bool:
     """Whether `generate` accepts a `prefix_cache` with this model, its saved defaults and a configuration."""
     try:
-        model.refuse_with_prefixes(generation_config, {})
+        model._refuse_with_prefixes(generation_config, {})
     except ValueError:
         return False
     return True

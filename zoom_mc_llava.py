@@ -137,10 +137,10 @@ class MCLlavaZoomMixin:
         check_fields(images)
         lengths, run_ends, *counts = self._read_prompts(input_ids, attention_mask, images)
         self._check_context(lengths, run_ends, sum_per_image(*counts))
-        return self.zoomed_images(self.look(input_ids, attention_mask, images, feature_cache))
+        return self._zoomed_images(self._look(input_ids, attention_mask, images, feature_cache))
 
-    def zoomed_images(self, looks: Looks) -> ZoomedImages:
-        """What `look` found, as encoded images."""
+    def _zoomed_images(self, looks: Looks) -> ZoomedImages:
+        """What `_look` found, as encoded images."""
         views, features = looks.views, torch.cat(looks.features)
         relevance = [found for view in views for found in view.relevance]
         fields = {
@@ -154,7 +154,7 @@ class MCLlavaZoomMixin:
             weights_hash = UNKNOWN
         return ZoomedImages(features, **fields, weights_hash=weights_hash)
 
-    def look(self, input_ids, attention_mask, images: dict, feature_cache: "FeatureCache | None" = None) -> Looks:
+    def _look(self, input_ids, attention_mask, images: dict, feature_cache: "FeatureCache | None" = None) -> Looks:
         """All rounds before the answer."""
         check_fields(images)
         ids, kept, general_ids, *fields = self._read_fields(input_ids, attention_mask, images)
@@ -182,7 +182,7 @@ class MCLlavaZoomMixin:
             seen = [view for view in views if view.row in rows]
             self._ask(input_ids[rows], attention_mask[rows], seen, [general[row] for row in rows])
             self._look_closer(active, number, values, feature_cache)
-        return Looks(views, self.features(views), weights_hash)
+        return Looks(views, self._project(views), weights_hash)
 
     def _read_fields(self, input_ids, attention_mask, images: dict) -> list[list]:
         """
@@ -314,7 +314,7 @@ class MCLlavaZoomMixin:
         for (view, _), kept in zip(new, tokens):
             view.patches.append(kept)
 
-    def features(self, views: list[View]) -> list[torch.Tensor]:
+    def _project(self, views: list[View]) -> list[torch.Tensor]:
         """One float[tokens, hidden] per view: the last patches of each crop, with its place, projected."""
         features = []
         for view in views:
@@ -326,11 +326,11 @@ class MCLlavaZoomMixin:
 
     def _ask(self, input_ids, attention_mask, views: list[View], general: list[list[int]]):
         """Set each view's relevance: what the prompt's last token attends to."""
-        features, heads = self.features(views), relevant_heads(self.config)
+        features, heads = self._project(views), relevant_heads(self.config)
         counts = [crop.num_tokens for view in views for crop in view.plan]
 
         def per_crop(*prompts) -> torch.Tensor:
-            attention = self.image_attention(*prompts, features, heads).mean(0)
+            attention = image_attention(self.model, *prompts, features, heads).mean(0)
             return torch.stack([part.sum() for part in attention.split(counts)])
 
         found = per_crop(input_ids, attention_mask)
@@ -344,17 +344,6 @@ class MCLlavaZoomMixin:
             raise ValueError("the model's attention is not finite: load it in another dtype, or pass zoom=0")
         for view in views:
             view.relevance, found = found[: len(view.boxes)], found[len(view.boxes) :]
-
-    def image_attention(
-        self, input_ids, attention_mask, features: list[torch.Tensor], heads: list[tuple[int, int]]
-    ) -> torch.Tensor:
-        """Attention of the prompts' last tokens to the visual tokens of all images: float32[heads, tokens]."""
-        embeds = self.model.fill_places(input_ids, features)
-        found = last_attention(self.model.language_model, embeds, attention_mask, heads)
-        # The places of <image>, in order. How many there are is known: a boolean index would read it.
-        others = (input_ids != self.config.image_token_id).flatten().byte()
-        places = others.argsort(stable=True)[: sum(map(len, features))]
-        return found.transpose(0, 1).flatten(1)[:, places.to(found.device)]
 
     def _ask_in_general(self, ids: list[int], kept: list[int], general_ids: list[int]) -> list[int]:
         """A prompt up to its last `<image>`, followed by a general question; without padding."""
@@ -380,6 +369,26 @@ def relevant_heads(config) -> list[tuple[int, int]]:
         return [(entry["layer"], entry["head"]) for entry in config.zoom_heads]
     text = config.text_config
     return [(text.num_hidden_layers * 3 // 4, head) for head in range(text.num_attention_heads)]
+
+
+def image_attention(
+    model, input_ids, attention_mask, features: list[torch.Tensor], heads: list[tuple[int, int]]
+) -> torch.Tensor:
+    """
+    Attention of the prompts' last tokens to the visual tokens of all images: float32[heads, tokens].
+
+    Args:
+        model: `MCLlavaModel`.
+        input_ids, attention_mask: int[batch, length], prompts with one `<image>` per visual token, padded on the left.
+        features: one float[tokens, hidden] per image, in batch order.
+        heads: (layer, head), both counted from 0.
+    """
+    embeds = model.fill_places(input_ids, features)
+    found = last_attention(model.language_model, embeds, attention_mask, heads)
+    # The places of <image>, in order. How many there are is known: a boolean index would read it.
+    others = (input_ids != model.config.image_token_id).flatten().byte()
+    places = others.argsort(stable=True)[: sum(map(len, features))]
+    return found.transpose(0, 1).flatten(1)[:, places.to(found.device)]
 
 
 def last_attention(
@@ -486,4 +495,4 @@ def warn_unmeasured(name: str):
     )
 
 
-__all__ = ["MCLlavaZoomMixin", "ZoomedImages", "last_attention", "refuse_zoom", "relevant_heads"]
+__all__ = ["MCLlavaZoomMixin", "ZoomedImages", "image_attention", "last_attention", "refuse_zoom", "relevant_heads"]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import Box, MCLlavaForConditionalGeneration, MCLlavaProcessor
+from . import Box, MCLlavaForConditionalGeneration, MCLlavaProcessor, image_attention
 from .evaluation.metrics import wilson_interval
 from .journal import replacing
 from .scenes import ask, draw_scene, make_scene
@@ -77,7 +77,8 @@ def measure_heads(
             continue
         images = {name: inputs[name] for name in processor.image_processor.model_input_names}
         features = model.get_image_features(**images, return_dict=True).pooler_output
-        attention = model.image_attention(inputs["input_ids"], inputs["attention_mask"], features, heads).cpu()
+        prompt = inputs["input_ids"], inputs["attention_mask"]
+        attention = image_attention(model.model, *prompt, features, heads).cpu()
         per_crop = torch.stack(
             [part.sum(-1) for part in attention.split(inputs["crop_num_tokens"].tolist(), dim=1)], dim=1
         )

@@ -19,6 +19,7 @@ from mc_llava import (
     check_plan,
     last_attention,
     scenes,
+    zoom_mc_llava,
 )
 
 
@@ -249,13 +250,13 @@ def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
     """If attention goes to a whole picture, it gets no further crops, and its scouts are still reported."""
     asked = []
 
-    def attention(input_ids, attention_mask, features, heads):
+    def attention(model, input_ids, attention_mask, features, heads):
         asked.append([len(of_image) for of_image in features])
         found = torch.full((len(heads), sum(asked[-1])), 0.01)
         found[:, : asked[-1][0] // 20] = 1.0  # some of the tokens of the first picture's whole
         return found
 
-    monkeypatch.setattr(zooming, "image_attention", attention)
+    monkeypatch.setattr(zoom_mc_llava, "image_attention", attention)
     inputs = processor(TEXTS[0], IMAGES[:2], **KNOBS)
     first, second = zooming.zoom(**inputs).unbind()
     scouts = inputs["image_grid_thw"][:, 0].tolist()
@@ -279,7 +280,7 @@ def test_a_crop_is_not_relevant_for_having_one_token_more(processor):
     grey, by_tokens = Image.new("RGB", (400, 300), "grey"), {3: [], 2: []}
     for seed in range(20):
         inputs = processor("What is it?", grey, zoom=1, max_crops=20, num_tokens=25)
-        views = (model := small_model(seed)).look(inputs["input_ids"], inputs["attention_mask"], inputs).views
+        views = (model := small_model(seed))._look(inputs["input_ids"], inputs["attention_mask"], inputs).views
         scouts = inputs["crop_num_tokens"].tolist()
         for tokens, found in zip(scouts[1:], views[0].relevance[1:]):
             by_tokens[tokens].append(found)
