@@ -8,15 +8,18 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from jinja2.meta import find_undeclared_variables
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from .crops_mc_llava import check_plans, refuse_unknown
 from .encoded_images_mc_llava import input_device, is_encoded
@@ -85,15 +88,11 @@ def check_unicode(text: str):
         raise ValueError(f"the text can't be encoded as UTF-8 ({error}): pass decoded text") from None
 
 
-def template_names(chat_template: str) -> set[str]:
-    """
-    The names in the expressions and statements of a template, without attributes, quoted text, the names of arguments,
-    and what a loop defines. A name that is assigned may have had a value before.
-    """
-    code = " ".join(re.findall(r"\{[{%](.*?)[%}]\}", chat_template, flags=re.DOTALL))
-    code = re.sub(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""", "''", code, flags=re.DOTALL)
-    loops = " ".join(re.findall(r"\bfor\s+([\w\s,]+?)\s+in\b", code))
-    return set(re.findall(r"(?<![\w.])[A-Za-z_]\w*\b(?!\s*=[^=])", code)) - set(re.findall(r"\w+", loops))
+@lru_cache
+def template_names(chat_template: str) -> frozenset[str]:
+    """The variables that a template reads and does not define. One that it may assign first is among them."""
+    environment = _compile_jinja_template(chat_template).environment
+    return frozenset(find_undeclared_variables(environment.parse(chat_template)))
 
 
 def to_plain(value):

@@ -515,11 +515,16 @@ class TestOtherTemplates:
         assert processor.apply_chat_template(messages("a"), template, **options) == "zoom 1 calm"
         assigned = "{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools[0]['name'] }}"
         assert processor.apply_chat_template(messages("a"), assigned, tools=options["tools"]) == "zoom"
+        macro = "{% macro greet(name) %}{{ greeting ~ name }}{% endmacro %}{{ greet(whom) }}{# {{ comment }} #}"
+        assert processor.apply_chat_template(messages("a"), macro, greeting="hi ", whom="you") == "hi you"
+        for name in ("greet", "name", "comment"):
+            with pytest.raises(ValueError, match=f"unknown options {name}"):
+                processor.apply_chat_template(messages("a"), macro, **{name: 1})
         template = "{{ messages.docs }}{{ 'tool' }}{% for word in [] %}{{ word }}{% endfor %}{{ dict(key=1)['key'] }}"
         for name in ("docs", "tool", "word", "key"):  # an attribute, quoted text, and names that the template defines
             with pytest.raises(ValueError, match=f"unknown options {name}"):
                 processor.apply_chat_template(messages("a"), template, **{name: 1})
-        for name in ("images", "text", "part"):
+        for name in ("images", "text", "part", "ns", "is", "if", "namespace"):  # of the default template, or Jinja's
             with pytest.raises(ValueError, match=f"unknown options {name}"):
                 processor.apply_chat_template(messages("a"), **{name: 1})
         assert processor.apply_chat_template(messages("a"), tools=[], documents=None)
