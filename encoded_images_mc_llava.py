@@ -67,11 +67,11 @@ def count_places(run_ends: list[list[int]]) -> list[int]:
     return [end - start for start, end in zip([0, *ends], ends)]
 
 
-def check_places(run_ends: list[list[int]], tokens_per_image: list[int], is_chunk: bool = False):
+def check_places(run_ends: list[list[int]], tokens_per_image: list[int], may_be_joined: bool = False):
     """See `MCLlavaModel.get_placeholder_mask`."""
     found = [end for row in run_ends for end in row if end]
     image_ends = list(accumulate(tokens_per_image))
-    is_split = not (is_chunk and len(image_ends) == 1) and not set(found) <= set(image_ends)
+    is_split = not (may_be_joined and len(image_ends) == 1) and not set(found) <= set(image_ends)
     if (found[-1] if found else 0) != image_ends[-1] or is_split:
         raise ValueError(
             f"the rows have {count_places(run_ends)} <image> tokens, the images {tokens_per_image} tokens: "

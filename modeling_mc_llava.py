@@ -429,7 +429,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         return {name: tuple(map(torch.cat, zip(*(getattr(output, name) for output in outputs)))) for name in wanted}
 
     def embed_prompt(
-        self, input_ids: torch.LongTensor | None, image_features: list[torch.Tensor], is_chunk: bool = False
+        self, input_ids: torch.LongTensor | None, image_features: list[torch.Tensor], may_be_joined: bool = False
     ) -> torch.Tensor:
         """
         Embed an expanded prompt, with the images' features in place of `<image>`: float[batch, length, hidden].
@@ -437,12 +437,12 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         Args:
             input_ids: int[batch, length] with one `<image>` per visual token.
             image_features: one float[tokens, hidden] per image, in batch order.
-            is_chunk: see `get_placeholder_mask`.
+            may_be_joined: see `get_placeholder_mask`.
 
         Raises:
             ValueError: as `get_placeholder_mask` does.
         """
-        self.get_placeholder_mask(input_ids, [len(features) for features in image_features], is_chunk)
+        self.get_placeholder_mask(input_ids, [len(features) for features in image_features], may_be_joined)
         return self.fill_places(input_ids, image_features)
 
     def fill_places(self, input_ids: torch.LongTensor, image_features: list[torch.Tensor]) -> torch.Tensor:
@@ -453,15 +453,15 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         return embeds.masked_scatter(mask.unsqueeze(-1), features)
 
     def get_placeholder_mask(
-        self, input_ids: torch.LongTensor | None, tokens_per_image: list[int], is_chunk: bool = False
+        self, input_ids: torch.LongTensor | None, tokens_per_image: list[int], may_be_joined: bool = False
     ) -> torch.BoolTensor:
         """
         The positions of `<image>` tokens: bool[batch, length].
 
         Args:
             tokens_per_image: the number of tokens of each image, in batch order.
-            is_chunk: whether a chunked prefill may have passed the features of all images and rows as those of a
-                single image. Then only the sum is checked.
+            may_be_joined: whether a single image may be all of them: a chunked prefill of transformers joins the
+                features of all images and rows. Then only the sum is checked.
 
         Raises:
             ValueError: if `input_ids` are None, or a run of `<image>` tokens ends within an image: it would get a part
@@ -470,7 +470,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         if input_ids is None:
             raise ValueError("images need input_ids: their places are found by the id of <image>")
         (run_ends,) = read_integers(self.find_run_ends(input_ids))
-        check_places(run_ends, tokens_per_image, is_chunk)
+        check_places(run_ends, tokens_per_image, may_be_joined)
         return input_ids == self.config.image_token_id
 
     def find_run_ends(self, input_ids: torch.LongTensor) -> torch.LongTensor:
@@ -497,15 +497,19 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         crop_boxes: torch.LongTensor | None = None,
         cache: Cache | None = None,
+        may_be_joined: bool = True,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | MCLlavaModelOutputWithPast:
-        """See `MCLlavaForConditionalGeneration.forward`."""
+        """
+        See `MCLlavaForConditionalGeneration.forward` and, for `may_be_joined` of `mm_encoder_outputs`,
+        `get_placeholder_mask`.
+        """
         refuse_zoom("a forward pass", kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         encoded = (mm_encoder_outputs or {}).get("image")
-        # The parts of encoded images that a chunked prefill passes have nothing but the features.
-        is_chunk = encoded is not None and encoded.last_hidden_state is None
+        # What a chunked prefill passes of encoded images has nothing but the features.
+        may_be_joined = may_be_joined and encoded is not None and encoded.last_hidden_state is None
         if pixel_values is not None:
             if encoded is not None:
                 raise ValueError("pass either pixel_values or image features, not both")
@@ -516,7 +520,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
 
         cache = one_cache(cache, past_key_values)
         if encoded is not None:
-            inputs_embeds = self.embed_prompt(input_ids, encoded.pooler_output, is_chunk)
+            inputs_embeds = self.embed_prompt(input_ids, encoded.pooler_output, may_be_joined)
         elif inputs_embeds is None:
             # Skip this check while decoding: reading an id waits for the device.
             if (
@@ -665,8 +669,6 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             ValueError: if images don't match the `<image>` tokens in the prompt, or were encoded with other weights.
         """
         mm_encoder_outputs = self._encoder_outputs(image_features, mm_encoder_outputs)
-        if image_features is not None and mm_encoder_outputs:
-            self.model.get_placeholder_mask(input_ids, list(map(len, mm_encoder_outputs["image"].pooler_output)))
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -679,6 +681,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
             inputs_embeds=inputs_embeds,
             crop_boxes=crop_boxes,
             mm_encoder_outputs=mm_encoder_outputs,
+            may_be_joined=image_features is None,
             return_dict=True,
             **kwargs,
         )

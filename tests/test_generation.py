@@ -415,6 +415,12 @@ class TestReads:
         with CountReads() as counted, torch.no_grad():
             model(**inputs)
         assert 1 <= len(counted.reads) <= 2
+        text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        images = {name: inputs[name] for name in processor.image_processor.model_input_names}
+        features = model.get_image_features(**images, return_dict=True).pooler_output
+        with CountReads() as counted, torch.no_grad():
+            model(**text, image_features=features)
+        assert len(counted.reads) == 1, "places are checked once"
 
     def test_what_is_counted(self):
         """Each way to read a value, and none of those that read nothing."""
