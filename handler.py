@@ -125,6 +125,7 @@ class EndpointHandler:
             get_class_from_dynamic_module(f"image_loading_mc_llava.{name}", path)
             for name in ("load_image", "open_image")
         )
+        self.check_unicode = get_class_from_dynamic_module("processing_mc_llava.check_unicode", path)
 
     def __call__(self, data: dict) -> list[dict] | dict:
         """
@@ -181,8 +182,9 @@ class EndpointHandler:
         if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
             raise ValueError("messages must be a list of objects with role and content")
         model = data.get("model") or self.model.config.model_type
-        if not isinstance(model, str) or not is_unicode(model):
+        if not isinstance(model, str):
             raise ValueError(f"model must be a string, got {show(model)}")
+        self.check_unicode(model, "model")  # the reply names it
         options = self._chat_options(data)
         conversation = [self._message(message) for message in messages]
         if not any(turn["role"] == "user" for turn in conversation):
@@ -523,12 +525,3 @@ def is_same(value, other) -> bool:
     if isinstance(value, bool) != isinstance(other, bool):
         return False
     return isinstance(value, (bool, int, float, str, list, dict)) and value == other
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a reply may hold the text: half of a surrogate pair can't be encoded."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

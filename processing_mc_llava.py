@@ -80,12 +80,12 @@ class Prompt(str):
     __slots__ = ()
 
 
-def check_unicode(text: str):
+def check_unicode(text: str, name: str = "the text"):
     """Raise a ValueError for half of a surrogate pair, from JSON or from bytes that were not text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the text can't be encoded as UTF-8 ({error}): pass decoded text") from None
+        raise ValueError(f"{name} can't be encoded as UTF-8 ({error}): pass decoded text") from None
 
 
 @lru_cache
@@ -565,4 +565,4 @@ MCLlavaProcessor.register_for_auto_class()
 if __package__:
     setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
 
-__all__ = ["CHAT_TEMPLATE", "MCLlavaProcessor", "MCLlavaProcessorKwargs", "Prompt", "to_plain"]
+__all__ = ["CHAT_TEMPLATE", "MCLlavaProcessor", "MCLlavaProcessorKwargs", "Prompt", "check_unicode", "to_plain"]

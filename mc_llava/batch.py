@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import FORMATS, FeatureCache, MCLlavaProcessor, check_knob, load_image
+from . import FORMATS, FeatureCache, MCLlavaProcessor, check_knob, check_unicode, load_image
 from .ahead import Ahead
 from .engine import GREEDY, Engine, answer_all, ask_about, count_bytes
 from .folders import find_model
@@ -421,7 +421,7 @@ class Worker:
             if not isinstance(question, str) or not question:
                 raise ValueError("the row has no question: give it one, or pass one for all rows")
             record["question"] = question
-            question.encode()  # JSON can hold half of a surrogate pair, which is not text
+            check_unicode(question, "the question")
             found = find_images(row, self.rows.folder)
             if files := [path for path in found if isinstance(path, Path)]:
                 # Before they are read: one that is replaced meanwhile is then taken for a changed one.

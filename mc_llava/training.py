@@ -39,7 +39,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from . import Crop, MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
+from . import Crop, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_unicode, load_image
 from .folders import find_model
 from .journal import check_utf8, difference, hash_file, replacing, storing, to_line, to_text, write_json
 from .loading import identify, load_config, load_model, load_processor
@@ -236,7 +236,7 @@ def read_rows(recipe: Recipe, processor: MCLlavaProcessor, context: int) -> Rows
         try:
             if isinstance(entry, ValueError):
                 raise entry
-            check_text("the id", name)
+            check_unicode(name, "the id")
             row = read_row(entry, recipe.images, special_tokens)
             check_room(row, processor, context - (0 if row["image"] is None else recipe.num_tokens[1]))
             return row | {"id": name, "row": position}
@@ -277,14 +277,6 @@ def read_line(number: int, line: bytes) -> Any:
         return ValueError(f"line {number} is not JSON: {error}")
 
 
-def check_text(kind: str, text: str):
-    """ValueError if a text has half of a surrogate pair, which JSON can hold, but no other format."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{kind} is no text ({error}): {to_text(text)[:80]}") from error
-
-
 def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) -> dict:
     """
     One row as {"image": path or None, "messages": [{"role", "content"}, ...]}, the image in the first user's message.
@@ -304,7 +296,7 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
         if role == "user":
             places += value.count(IMAGE)
             value = value.replace(IMAGE, "")
-        check_text(f"a turn of {turn['from']}", value)
+        check_unicode(value, f"a turn of {turn['from']}")
         if not value.strip():
             raise ValueError(f"a turn of {turn['from']} is empty")
         if token := next((token for token in special_tokens if token in value), None):
@@ -322,7 +314,7 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
         raise ValueError(f"the turns have {places} {IMAGE} for {0 if image is None else 1} images")
     if image is not None:
         image = str(Path(images, image))
-        check_text("the path of the image", image)
+        check_unicode(image, "the path of the image")
         load_image(Path(image))
     return {"image": image, "messages": messages}
 

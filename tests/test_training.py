@@ -242,10 +242,10 @@ def test_broken_rows_are_named_skipped_and_refused_past_the_limit(folder, recipe
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"id": "\ud800"}, "the id is no text"),
+        ({"id": "\ud800"}, "the id can't be encoded as UTF-8"),
         ({"id": ["\ud800"], "image": "none.jpg"}, "cannot read the image"),
-        ({"image": "\ud800.jpg"}, "the path of the image is no text"),
-        ({"image": "\udce9.jpg"}, "the path of the image is no text"),  # the file is there
+        ({"image": "\ud800.jpg"}, "the path of the image can't be encoded as UTF-8"),
+        ({"image": "\udce9.jpg"}, "the path of the image can't be encoded as UTF-8"),  # the file is there
         ({"image": ["\ud800"]}, "image must be one path"),
     ],
 )
