@@ -65,6 +65,18 @@ AUTO_MAP = {
 }
 
 
+def add_to_package(name: str):
+    """
+    Make a module of this code an attribute of its package, as Python's own import does.
+
+    transformers puts the file of a class that it loads from a folder into `sys.modules` alone. dill, by which
+    `datasets` hashes and sends functions, looks the class up in the package, and copies all of it if it is not there.
+    """
+    package, _, module = name.rpartition(".")
+    if package:
+        setattr(import_module(package), module, sys.modules[name])
+
+
 def without_kernels(config: dict) -> dict:
     """A saved configuration without the names of code that computes attention or experts."""
     return {
@@ -212,9 +224,6 @@ MCLlavaConfig.register_for_auto_class()
 for names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
     names[MCLlavaConfig.model_type] = GENERATION_CLASS.rpartition(".")[2]
 
-# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
-# and sends functions, looks a class up in the package, and copies all of it if it is not there.
-if __package__:
-    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
+add_to_package(__name__)
 
-__all__ = ["MCLlavaConfig"]
+__all__ = ["MCLlavaConfig", "add_to_package"]

@@ -3,8 +3,6 @@
 import math
 import operator
 import shutil
-import sys
-from importlib import import_module
 from itertools import accumulate
 from numbers import Real
 from pathlib import Path
@@ -20,6 +18,7 @@ from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 from transformers.utils import logging
 
+from .configuration_mc_llava import add_to_package
 from .crops_mc_llava import (
     IMAGE_FIELDS,
     MAX_CROPS,
@@ -423,9 +422,6 @@ class MCLlavaImageProcessor(PilBackend):
 
 MCLlavaImageProcessor.register_for_auto_class()
 
-# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
-# and sends functions, looks a class up in the package, and copies all of it if it is not there.
-if __package__:
-    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
+add_to_package(__name__)
 
 __all__ = ["MCLlavaImageProcessor", "MCLlavaImageProcessorKwargs"]

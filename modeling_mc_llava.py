@@ -10,11 +10,9 @@ pixel_values [crops, 3, side, side]
 import copy
 import hashlib
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from threading import RLock
 
 import torch
@@ -33,7 +31,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_mc_llava import MCLlavaConfig
+from .configuration_mc_llava import MCLlavaConfig, add_to_package
 from .encoded_images_mc_llava import (
     EncodedImages,
     check_counts,
@@ -757,10 +755,7 @@ register_checkpoint_conversion_mapping(
 MCLlavaAutoModel.register_for_auto_class()
 MCLlavaModel.register_for_auto_class("AutoModel")
 
-# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
-# and sends functions, looks a class up in the package, and copies all of it if it is not there.
-if __package__:
-    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
+add_to_package(__name__)
 
 __all__ = [
     "CROPS_PER_PASS",

@@ -5,11 +5,9 @@ The processor handles text. The image processor decides where crops are and how 
 
 import inspect
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
+from .configuration_mc_llava import add_to_package
 from .crops_mc_llava import check_plans, refuse_unknown
 from .encoded_images_mc_llava import input_device, is_encoded
 from .feature_cache_mc_llava import check_processor
@@ -560,9 +559,6 @@ class MCLlavaProcessor(ProcessorMixin):
 
 MCLlavaProcessor.register_for_auto_class()
 
-# transformers puts this file, when it comes with a model, into `sys.modules` alone. dill, by which `datasets` hashes
-# and sends functions, looks a class up in the package, and copies all of it if it is not there.
-if __package__:
-    setattr(import_module(__package__), __name__.rpartition(".")[2], sys.modules[__name__])
+add_to_package(__name__)
 
 __all__ = ["CHAT_TEMPLATE", "MCLlavaProcessor", "MCLlavaProcessorKwargs", "Prompt", "check_unicode", "to_plain"]
