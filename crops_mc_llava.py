@@ -12,6 +12,8 @@ MAX_CROPS, NUM_TOKENS = 100, 728
 # 7 GB.
 MOST_CROPS = 4096
 MAX_SIDE = 10**6  # of an image, in pixels; far more than are decoded
+# The smallest value of each of the image processor's knobs.
+KNOB_MINIMA = {"max_crops": 0, "num_tokens": 1, "zoom": 0, "patch_size": 1}
 # The fields in which the model gets images from the image processor, and those that guided zoom needs as well. The
 # last one, of text, is the processor's.
 IMAGE_FIELDS = ("pixel_values", "crop_boxes", "crop_coords", "crop_num_tokens", "image_grid_thw")
@@ -66,8 +68,8 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
             `MOST_CROPS` crops, the whole image included.
     """
     check_sides(width, height)
-    max_crops = check_knob("max_crops", max_crops, minimum=0)
-    num_tokens = check_knob("num_tokens", num_tokens, minimum=1)
+    max_crops = check_knob("max_crops", max_crops)
+    num_tokens = check_knob("num_tokens", num_tokens)
 
     max_tokens_per_crop(side, patch_size)  # or `side` is too small
     base, columns, rows = plan_grid(width, height, min(max_crops, num_tokens - 1), side)
@@ -130,7 +132,7 @@ def max_tokens_per_crop(side: int, patch_size: int) -> int:
     Raises:
         ValueError: if `side` has fewer than two patches.
     """
-    most = (check_knob("size", side, 1) // check_knob("patch_size", patch_size, 1)) ** 2 - 1
+    most = (check_knob("size", side, 1) // check_knob("patch_size", patch_size)) ** 2 - 1
     if most < 1:
         raise ValueError(
             f"size {side} must hold at least 2 x 2 patches, got patch_size {patch_size}: take a smaller one"
@@ -163,7 +165,7 @@ def check_plan(plan, width: int, height: int, num_tokens: int, side: int, patch_
         )
     boxes = [_check_box(entry[0] if lengths == {2} else entry, width, height) for entry in entries]
     if lengths == {4}:
-        return share_tokens(boxes, check_knob("num_tokens", num_tokens, 1), side, patch_size)
+        return share_tokens(boxes, check_knob("num_tokens", num_tokens), side, patch_size)
     most = max_tokens_per_crop(side, patch_size)
     crops = [Crop(box, check_knob("a crop's tokens", entry[1], 1)) for box, entry in zip(boxes, entries)]
     if (largest := max(crop.num_tokens for crop in crops)) > most:
@@ -232,8 +234,9 @@ def _check_box(box, width: int, height: int) -> tuple[int, int, int, int]:
     return left, top, right, bottom
 
 
-def check_knob(name: str, value: int, minimum: int) -> int:
-    """`value` as an int; ValueError if it is not an integer, or below `minimum`."""
+def check_knob(name: str, value: int, minimum: int | None = None) -> int:
+    """`value` as an int; ValueError if it is not an integer, or below `minimum`, by default that in `KNOB_MINIMA`."""
+    minimum = KNOB_MINIMA[name] if minimum is None else minimum
     value = _to_integer(name, value, f" of at least {minimum}")
     if value < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
@@ -261,6 +264,7 @@ __all__ = [
     "Box",
     "Crop",
     "IMAGE_FIELDS",
+    "KNOB_MINIMA",
     "MAX_CROPS",
     "MAX_SIDE",
     "MOST_CROPS",

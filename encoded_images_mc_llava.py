@@ -228,7 +228,7 @@ def input_device(model) -> torch.device:
 def describe_crops(
     plans: list[list[Crop]], sizes: list[tuple[int, int]], device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """The fields of `EncodedImages` for the plans of images of these sizes (width, height)."""
+    """The fields of the image processor, and of `EncodedImages`, that describe the crops of images of these sizes."""
     crops = [crop for plan in plans for crop in plan]
     coords = [center_of(crop.box, *size) for plan, size in zip(plans, sizes) for crop in plan]
     return {

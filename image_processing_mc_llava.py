@@ -21,19 +21,20 @@ from transformers.utils import logging
 from .configuration_mc_llava import add_to_package
 from .crops_mc_llava import (
     IMAGE_FIELDS,
+    KNOB_MINIMA,
     MAX_CROPS,
     MOST_CROPS,
     NUM_TOKENS,
     PATCH_SIZE,
     SIDE,
     Crop,
-    center_of,
     check_knob,
     check_plans,
     make_plans,
     plan_crops,
     refuse_unknown,
 )
+from .encoded_images_mc_llava import describe_crops
 from .image_loading_mc_llava import MAX_IMAGE_SIDE, flatten_images, load_image
 from .resizing_mc_llava import CROPS_PER_LOOK_UP, can_cut_on, cut_each, cut_on_device, look_up_bytes, look_up_crop
 from .zoom_plan_mc_llava import count_closer, plan_scouts
@@ -42,7 +43,6 @@ from .zoom_plan_mc_llava import count_closer, plan_scouts
 logger = logging.get_logger(__name__)
 
 
-KNOB_MINIMA = {"max_crops": 0, "num_tokens": 1, "zoom": 0, "patch_size": 1}
 # Options of transformers' image processors that would contradict the crops.
 FIXED_OPTIONS = {
     "do_convert_rgb": True,
@@ -280,13 +280,13 @@ class MCLlavaImageProcessor(PilBackend):
                 raise ValueError(f"{name} must be {fixed}, got {kwargs[name]}: leave it out")
         knobs = {name: kwargs[name] for name in KNOB_MINIMA if kwargs.get(name) is not None}
         rest = {name: value for name, value in kwargs.items() if name not in KNOB_MINIMA}
-        return rest | {name: check_knob(name, value, KNOB_MINIMA[name]) for name, value in knobs.items()}
+        return rest | {name: check_knob(name, value) for name, value in knobs.items()}
 
     def asks_to_zoom(self, kwargs: dict) -> bool:
         """Whether a call with these options zooms: plans say where the crops are, whatever zoom was saved."""
         given = {**kwargs, **(kwargs.get("images_kwargs") or {})}
         zoom = self.zoom if given.get("zoom") is None else given["zoom"]
-        return given.get("plans") is None and check_knob("zoom", zoom, 0) > 0
+        return given.get("plans") is None and check_knob("zoom", zoom) > 0
 
     def preprocess(self, images, **kwargs) -> BatchFeature:
         try:
@@ -317,7 +317,7 @@ class MCLlavaImageProcessor(PilBackend):
         check_numbers({"size": size})
         side = size.height
         sizes = [image.size for image in images]
-        is_zooming = plans is None and check_knob("zoom", zoom, 0) > 0
+        is_zooming = self.asks_to_zoom({"plans": plans, "zoom": zoom})
         if is_zooming:
             plans = [plan_scouts(*size, zoom, max_crops, num_tokens, side, patch_size) for size in sizes]
         else:
@@ -332,15 +332,8 @@ class MCLlavaImageProcessor(PilBackend):
             pixel_values = _cut_tensors(images, plans, side, torch.from_numpy(table).to(device))
         else:
             pixel_values = _cut_images(images, plans, side, resample, table)
-        boxes = [crop.box for plan in plans for crop in plan]
-        coords = [center_of(crop.box, *size) for size, plan in zip(sizes, plans) for crop in plan]
-        data = {
-            "pixel_values": pixel_values,
-            "crop_boxes": np.array(boxes, dtype=np.int64),
-            "crop_coords": np.array(coords, dtype=np.float32),
-            "crop_num_tokens": np.array([crop.num_tokens for plan in plans for crop in plan], dtype=np.int64),
-            "image_grid_thw": np.array([[len(plan), 1, 1] for plan in plans], dtype=np.int64),
-        }
+        crops = describe_crops(plans, sizes, torch.device("cpu"))
+        data = {"pixel_values": pixel_values, **{name: tensor.numpy() for name, tensor in crops.items()}}
         if is_zooming:
             most = min(max_crops, MOST_CROPS)
             rounds = [count_closer(*size, min(zoom, MOST_CROPS), most, num_tokens, side)[0] for size in sizes]
@@ -391,10 +384,9 @@ class MCLlavaImageProcessor(PilBackend):
         Raises:
             ValueError: if a knob is out of range.
         """
+        given = {"max_crops": max_crops, "num_tokens": num_tokens, "zoom": zoom}
         return {
-            "max_crops": check_knob("max_crops", self.max_crops if max_crops is None else max_crops, 0),
-            "num_tokens": check_knob("num_tokens", self.num_tokens if num_tokens is None else num_tokens, 1),
-            "zoom": check_knob("zoom", self.zoom if zoom is None else zoom, 0),
+            name: check_knob(name, getattr(self, name) if value is None else value) for name, value in given.items()
         }
 
     def plan(

@@ -126,7 +126,7 @@ def plan_scouts(
         ValueError: if a knob or a side is out of range, or there are more than `MOST_CROPS` scouts.
     """
     check_sides(width, height)
-    max_crops, num_tokens = check_knob("max_crops", max_crops, 0), check_knob("num_tokens", num_tokens, 1)
+    max_crops, num_tokens = check_knob("max_crops", max_crops), check_knob("num_tokens", num_tokens)
     most = max_tokens_per_crop(side, patch_size)
     rounds, closer = count_closer(width, height, zoom, max_crops, num_tokens, side)
     if not rounds:

@@ -224,10 +224,10 @@ def estimate(
     """Print what a question about a picture costs. Loads no weights."""
     import torch
 
-    from . import MCLlavaConfig, MCLlavaImageProcessor, choose_dtype, count_closer
+    from . import MCLlavaConfig, MCLlavaImageProcessor, count_closer
     from .estimate import estimate as estimate_cost
     from .folders import find_model
-    from .loading import find_device, load_config
+    from .loading import load_config, resolve_dtype
 
     if model is None:
         processor, config = MCLlavaImageProcessor(), MCLlavaConfig(dtype="float16")
@@ -236,8 +236,8 @@ def estimate(
     knobs = processor.fill_knobs(max_crops, num_tokens, zoom)
     picture = read_image(image)
     plan = processor.plan(*picture.size, **knobs)
-    precision = choose_dtype(find_device()) if dtype == "auto" else getattr(torch, dtype)
-    precision = config.dtype or torch.float32 if precision == "auto" else precision
+    precision = resolve_dtype(config, dtype)
+    precision = torch.float32 if precision == "auto" else precision
     tokens = sum(crop.num_tokens for crop in plan)
     looks, closer = count_closer(*picture.size, side=processor.size["height"], **knobs)
     cost = estimate_cost(config, len(plan) + closer, tokens, text_tokens, max_new_tokens, precision, looks)

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from . import MAX_CROPS, NUM_TOKENS, PATCH_SIZE, ROOT, SIDE, check_knob
+from . import KNOB_MINIMA, MAX_CROPS, NUM_TOKENS, PATCH_SIZE, ROOT, SIDE, check_knob
 
 
 TINY = ROOT / "tiny"  # the checkpoint that is bundled
@@ -51,7 +51,7 @@ def read_plan_options(model: str | None = None) -> dict[str, int]:
         "side": size.get("height") if isinstance(size, dict) else size,
         "patch_size": saved.get("patch_size", PATCH_SIZE),
     }
-    return {name: check_knob(name, value, 0 if name == "max_crops" else 1) for name, value in found.items()}
+    return {name: check_knob(name, value, KNOB_MINIMA.get(name, 1)) for name, value in found.items()}
 
 
 def list_weights(folder: Path) -> list[str]:

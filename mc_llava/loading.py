@@ -62,11 +62,17 @@ def load_config(path: str, revision: str | None = None) -> MCLlavaConfig:
 
 
 def resolve_dtype(
-    path: str, dtype: str | torch.dtype = "auto", device: str | None = None, revision: str | None = None
+    model: str | MCLlavaConfig,
+    dtype: str | torch.dtype = "auto",
+    device: str | None = None,
+    revision: str | None = None,
 ) -> torch.dtype | str:
     """
     The dtype in which `load_model` loads a model with the same arguments, or "auto" for an accelerator if the
     configuration has none.
+
+    Args:
+        model: a folder, a Hub id, "tiny", or a configuration.
 
     Raises:
         ValueError: if there is no such dtype or device.
@@ -74,7 +80,8 @@ def resolve_dtype(
     if dtype == "auto":
         chosen = choose_dtype(find_device(device))
         if chosen == "auto":
-            chosen = load_config(path, revision).dtype or chosen
+            config = model if isinstance(model, MCLlavaConfig) else load_config(model, revision)
+            chosen = config.dtype or chosen
         return chosen
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
