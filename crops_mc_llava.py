@@ -74,7 +74,7 @@ def plan_crops(width: int, height: int, max_crops: int, num_tokens: int, side: i
     max_tokens_per_crop(side, patch_size)  # or `side` is too small
     base, columns, rows = plan_grid(width, height, min(max_crops, num_tokens - 1), side)
     stride = base // 2
-    check_number(columns * rows + (columns * rows > 1))
+    check_crop_count(columns * rows + (columns * rows > 1))
     boxes = [(0, 0, width, height)]
     if columns * rows > 1:
         for column in range(columns):
@@ -155,7 +155,7 @@ def check_plan(plan, width: int, height: int, num_tokens: int, side: int, patch_
     """
     plan = plan.tolist() if hasattr(plan, "tolist") else plan
     entries = list(plan) if isinstance(plan, (list, tuple)) else [plan]
-    check_number(len(entries))
+    check_crop_count(len(entries))
     entries = [entry.tolist() if hasattr(entry, "tolist") else entry for entry in entries]
     lengths = {len(entry) if isinstance(entry, (list, tuple)) else 0 for entry in entries}
     if lengths not in ({2}, {4}):
@@ -214,7 +214,7 @@ def check_sides(width: int, height: int):
         raise ValueError(f"an image may have {MAX_SIDE} pixels a side, got {width} x {height}: resize it")
 
 
-def check_number(crops: int):
+def check_crop_count(crops: int):
     """Raise a ValueError if an image would have more than `MOST_CROPS` crops."""
     if crops > MOST_CROPS:
         raise ValueError(f"{crops} crops of one image, at most {MOST_CROPS} are possible: lower the knobs")
@@ -274,7 +274,7 @@ __all__ = [
     "ZOOM_FIELDS",
     "center_of",
     "check_knob",
-    "check_number",
+    "check_crop_count",
     "check_plan",
     "check_plans",
     "check_sides",

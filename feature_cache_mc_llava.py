@@ -17,7 +17,7 @@ from .crops_mc_llava import Box, Crop, check_plans
 from .encoded_images_mc_llava import EncodedImages, describe_crops, input_device, without_peft
 from .hashing_mc_llava import describe_encoder, picture_key
 from .image_loading_mc_llava import load_image
-from .image_processing_mc_llava import check_size
+from .image_processing_mc_llava import square_side
 from .resizing_mc_llava import CROPS_PER_LOOK_UP, cut_to, look_up_bytes
 from .threads_mc_llava import one_ahead
 
@@ -28,7 +28,7 @@ MOST_CUT_AHEAD = 128 * 2**20  # bytes of a picture's crops that are cut before t
 def check_processor(model, image_processor, options: dict | None = None):
     """Raise a ValueError unless an image processor, with a call's options, cuts crops for the model's vision tower."""
     options = {"size": image_processor.size, "patch_size": image_processor.patch_size, **(options or {})}
-    tower, side = model.config.vision_config, check_size(options["size"])
+    tower, side = model.config.vision_config, square_side(options["size"])
     found = {"size": (side, side), "patch_size": options["patch_size"]}
     wanted = {"size": (tower.image_size, tower.image_size), "patch_size": tower.patch_size}
     if found != wanted:
@@ -161,7 +161,7 @@ class FeatureCache:
         ]
         sizes = [image.picture.size if is_prepared(image) else image.size for image in loaded]
         found, values = [], image_processor.values_of_bytes(options)
-        side = check_size(options.get("size", image_processor.size))
+        side = square_side(options.get("size", image_processor.size))
         resample = options.get("resample", image_processor.resample)
         for image, plan in zip(loaded, image_processor.plans_of(sizes, options)):
             if is_prepared(image):

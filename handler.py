@@ -268,7 +268,7 @@ class EndpointHandler:
             return part
         raise ValueError(f"a content part must be a text with a string or an image, got {show(part)}")
 
-    def _check_size(self, conversation: list[dict]):
+    def _check_limits(self, conversation: list[dict]):
         """Raise a ValueError if a request is too large, before anything is made of its texts and images."""
         parts = [part for turn in conversation if isinstance(turn["content"], list) for part in turn["content"]]
         texts = [turn["content"] for turn in conversation if isinstance(turn["content"], str)]
@@ -327,7 +327,7 @@ class EndpointHandler:
             del options["temperature"]
             options["do_sample"] = False
         for name in NUMBERS.keys() & options.keys():
-            options[name] = check_number(name, options[name], *NUMBERS[name])
+            options[name] = to_number(name, options[name], *NUMBERS[name])
         stops = options.get("stop", [])
         stops = [stops] if isinstance(stops, str) else stops
         is_list = isinstance(stops, list) and len(stops) <= MAX_STOPS
@@ -375,7 +375,7 @@ class EndpointHandler:
             sampling = self._sampling(options)
         options = {name: options[name] for name in ("max_new_tokens", "repetition_penalty") if name in options}
 
-        self._check_size(conversation)
+        self._check_limits(conversation)
         limit = self.model.config.text_config.max_position_embeddings
         prompt, is_continued = self._write_prompt(conversation)
         inputs = self.processor.tokenizer(prompt, return_tensors="pt").to(self.model.device)
@@ -481,7 +481,7 @@ def decode_base64(text: str) -> bytes:
         raise ValueError(f"the image can't be read as base64 ({reason}): encode its file") from None
 
 
-def check_number(name: str, value, kind: type, low, high) -> int | float:
+def to_number(name: str, value, kind: type, low, high) -> int | float:
     """`value` as `kind`, int or float. JSON has one type of numbers, so 32.0 is also an integer."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     # NaN is in no range.

@@ -41,7 +41,7 @@ MAX_PACKETS = 2**24  # of a JPEG 2000
 MAX_BLOCKS = 2**21  # of a JPEG 2000
 
 
-def check_size(width: int, height: int, name: str):
+def check_dimensions(width: int, height: int, name: str):
     if width < 1 or height < 1:
         raise ValueError(f"{name} has {width} x {height} pixels: an image needs at least 1 x 1")
     if max(width, height) > MAX_IMAGE_SIDE:
@@ -324,7 +324,7 @@ def _check_jpeg2000(image: Image.Image, file):
     tiles = channels = 1
     for found in re.finditer(rb"\xff\x4f\xff\x51.{38}", data, re.S):
         right, bottom, left, top, width, height, x, y, count = struct.unpack_from(">8IH", found.group(), 8)
-        check_size(right - left, bottom - top, "it")
+        check_dimensions(right - left, bottom - top, "it")
         tiles = max(tiles, -(-(right - x) // max(width, 1)) * -(-(bottom - y) // max(height, 1)))
         channels = max(channels, count)
     if channels > 4:

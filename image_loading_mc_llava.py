@@ -11,7 +11,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import numpy as np
 from PIL import Image
 
-from .image_costs_mc_llava import MAX_IMAGE_SIDE, check_header, check_size, check_work
+from .image_costs_mc_llava import MAX_IMAGE_SIDE, check_dimensions, check_header, check_work
 from .image_pixels_mc_llava import array_to_rgb, image_to_rgb
 
 
@@ -155,7 +155,7 @@ def open_image(file, name: str) -> Image.Image:
         raise
     except Exception:  # Pillow's plugins raise many kinds of errors for a broken header
         raise ValueError(f"{name} is not an image that can be read: {_explain(file)}") from None
-    check_size(*image.size, name)
+    check_dimensions(*image.size, name)
     return image
 
 
@@ -188,7 +188,7 @@ def _explain(file) -> str:
 
 
 def _to_rgb(image: Image.Image, name: str, is_ours: bool = False) -> Image.Image:
-    check_size(*image.size, name)
+    check_dimensions(*image.size, name)
     try:
         check_work(image)
         return image_to_rgb(image, is_ours)
@@ -259,7 +259,7 @@ def _from_rows(array, read, name: str, input_data_format: str | None, prefer_fir
     if channels not in (1, 3, 4):
         raise ValueError(f"{name} has {channels} channels: pass 1, 3 or 4")
     height, width = shape[1:] if first else shape[:2]
-    check_size(width, height, name)
+    check_dimensions(width, height, name)
 
     def rows(top: int, bottom: int) -> np.ndarray:
         return np.moveaxis(read(array[:, top:bottom]), 0, -1) if first else read(array[top:bottom])

@@ -119,10 +119,10 @@ def check_numbers(options: dict):
             known = ", ".join(f"{entry.value} ({entry.name.lower()})" for entry in PILImageResampling)
             raise ValueError(f"resample must be one of Pillow's {known}, got {resample!r:.100}") from None
     if options.get("size") is not None:
-        check_size(options["size"])
+        square_side(options["size"])  # or an error
 
 
-def check_size(size) -> int:
+def square_side(size) -> int:
     """The side of a size in any of transformers' forms. Raises a ValueError unless it is that of a square."""
     if isinstance(size, (list, tuple)):
         sides = list(size)
@@ -373,7 +373,7 @@ class MCLlavaImageProcessor(PilBackend):
         """The crops of images of these sizes (width, height) in a call with these options, without zoom."""
         names = ("max_crops", "num_tokens", "size", "patch_size")
         max_crops, num_tokens, size, patch_size = (options.get(name, getattr(self, name)) for name in names)
-        return make_plans(sizes, options.get("plans"), max_crops, num_tokens, check_size(size), patch_size)
+        return make_plans(sizes, options.get("plans"), max_crops, num_tokens, square_side(size), patch_size)
 
     def fill_knobs(
         self, max_crops: int | None = None, num_tokens: int | None = None, zoom: int | None = None

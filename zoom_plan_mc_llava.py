@@ -3,8 +3,8 @@
 from .crops_mc_llava import (
     Box,
     Crop,
+    check_crop_count,
     check_knob,
-    check_number,
     check_sides,
     max_tokens_per_crop,
     plan_crops,
@@ -132,7 +132,7 @@ def plan_scouts(
     if not rounds:
         return plan_crops(width, height, max_crops, num_tokens, side, patch_size)
     scouts = min(max_crops, num_tokens - 1) - closer
-    check_number(scouts + 1)
+    check_crop_count(scouts + 1)
     boxes = [(0, 0, width, height)]
     boxes = list(dict.fromkeys(boxes + tile(boxes[0], scouts, SCOUT_OVERLAP, least=side)))
     return share_evenly(boxes, min(num_tokens, len(boxes) * most))

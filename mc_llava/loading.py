@@ -24,7 +24,7 @@ PACKAGE = Path(__file__).parent
 LOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # from a folder
 QUANTIZED = ("nf4", "int8", "int4")
 # The image's way into the language model and the answer's way out: few of the weights, and all answers pass them.
-WHOLE = ["model.vision_tower", "model.coord_embed", "model.multi_modal_projector", "lm_head"]
+NOT_QUANTIZED = ["model.vision_tower", "model.coord_embed", "model.multi_modal_projector", "lm_head"]
 
 
 def find_device(name: str | None = None) -> str:
@@ -152,11 +152,11 @@ def quantization(name: str, dtype: torch.dtype) -> QuantizationConfigMixin:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=WHOLE,
+            llm_int8_skip_modules=NOT_QUANTIZED,
         )
     if name not in QUANTIZED:
         raise ValueError(f"quantize must be one of {', '.join(QUANTIZED)}, got {name!r}")
-    return QuantoConfig(weights=name, modules_to_not_convert=WHOLE)
+    return QuantoConfig(weights=name, modules_to_not_convert=NOT_QUANTIZED)
 
 
 def load_processor(path: str, revision: str | None = None) -> MCLlavaProcessor:

@@ -56,14 +56,14 @@ PARTS = {
 }
 # SigLIP's norm behind its last block, which the model never reads: it gets no gradient, and processes that exchange
 # gradients would wait for one.
-UNREAD = "vision_tower.post_layernorm."
+UNUSED_NORM = "vision_tower.post_layernorm."
 LORA_TARGETS = r".*language_model\.layers\.\d+\..*(q_proj|k_proj|v_proj|dense|fc1|fc2)"
 checked = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", allow_inf_nan=False))
 
 BROKEN_FILE = "broken.jsonl"
-MADE_OF = "made_of.json"  # what a run's checkpoints depend on
+RUN_FILE = "made_of.json"  # what a run's checkpoints depend on
 # Of a recipe: what a run can be resumed with other values of.
-FREE = (
+CHANGEABLE = (
     "images",
     "output",
     "max_broken",
@@ -457,7 +457,7 @@ class Collator:
 # Training
 
 
-def check_made_of(recipe: Recipe, rows: Rows):
+def record_run(recipe: Recipe, rows: Rows):
     """
     Record in `output` what a run's checkpoints depend on.
 
@@ -465,9 +465,9 @@ def check_made_of(recipe: Recipe, rows: Rows):
         ValueError: if they are of a run with another model, other rows or other values of the recipe: rows would be
             repeated or left out, or nothing learned at all.
     """
-    path, digest = Path(recipe.output, MADE_OF), hashlib.sha256()
+    path, digest = Path(recipe.output, RUN_FILE), hashlib.sha256()
     hash_file(digest, Path(recipe.data))
-    wanted = {name: value for name, value in asdict(recipe).items() if name not in FREE}
+    wanted = {name: value for name, value in asdict(recipe).items() if name not in CHANGEABLE}
     wanted |= {"processes": int(os.environ.get("WORLD_SIZE", 1)), "data": f"sha256:{digest.hexdigest()}"}
     if Path(model := find_model(recipe.model)).is_dir():  # a Hub id's commit also changes with its card
         wanted["model"] = identify(model)
@@ -580,7 +580,7 @@ def set_trainable(model: nn.Module, parts: tuple[str, ...]):
     """Let the parameters of these `PARTS` learn, in float32, and no others: bfloat16 would lose small steps."""
     prefixes = tuple(f"{module}." for part in parts for module in PARTS[part])
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = name.startswith(prefixes) and UNREAD not in name
+        parameter.requires_grad = name.startswith(prefixes) and UNUSED_NORM not in name
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
@@ -607,7 +607,7 @@ def train(recipe: Recipe) -> Path:
         raise ValueError(f"{output} holds {Path(checkpoint).name}: set resume to continue, or name another output")
     processor = load_processor(recipe.model)
     rows = check(recipe, processor)
-    check_made_of(recipe, rows)
+    record_run(recipe, rows)
 
     model, lora = build_trainee(recipe)
     collator = Collator(processor, recipe, model.config.text_config.max_position_embeddings)
@@ -622,7 +622,7 @@ def train(recipe: Recipe) -> Path:
         callbacks=[StopIfFinished(), StopIfDiverged(trial)],
     )
     for name, parameter in trainer.model.named_parameters():  # of copies that peft made, too
-        parameter.requires_grad = parameter.requires_grad and UNREAD not in name
+        parameter.requires_grad = parameter.requires_grad and UNUSED_NORM not in name
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     prepare_sharding(trainer, model, recipe.quantize is not None)

@@ -22,7 +22,7 @@ from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, cli, scenes, training
-from mc_llava.loading import WHOLE
+from mc_llava.loading import NOT_QUANTIZED
 from mc_llava.training import (
     LORA_TARGETS,
     PARTS,
@@ -428,7 +428,7 @@ class TestQuantized:
             assert torch.equal(tensor, merged.state_dict()[name]), name
 
     def test_by_trl_alone(self, folder, tmp_path):
-        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=WHOLE)
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=NOT_QUANTIZED)
         model = MCLlavaForConditionalGeneration.from_pretrained(folder / "model", quantization_config=config)
         processor = MCLlavaProcessor.from_pretrained(folder / "model")
         image = Image.open(folder / "images" / "00000" / "000000000.jpg")

@@ -53,7 +53,7 @@ TURNS = 8  # at most, of one conversation
 CAPTIONS = 0.05  # share of the conversations that are a caption, in batches that are not short
 FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
 SCENES_FOR_HEADS, ZOOM_HEADS = 300, 2  # scenes that zoom's heads are measured on, and how many are kept
-MADE_OF = "recipe.json"
+SETTINGS_FILE = "recipe.json"
 LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
 EARLIER = ("tower.steps", "layers", "short_steps", "num_images", "language_model")  # what rounds may differ in
 
@@ -61,7 +61,7 @@ EARLIER = ("tower.steps", "layers", "short_steps", "num_images", "language_model
 @checked
 class TinyRecipe:
     """
-    How `tiny` is made. A call with the same `output` resumes an earlier one; see `check_made_of`.
+    How `tiny` is made. A call with the same `output` resumes an earlier one; see `record_settings`.
 
     Args:
         output: the folder of the model; the stages write their checkpoints next to it, in `output`-work.
@@ -351,7 +351,7 @@ def train_language_model(
     trainee.give_to(model)
 
 
-def made_of(rounds: list[TinyRecipe], number: int) -> dict[str, dict]:
+def folder_settings(rounds: list[TinyRecipe], number: int) -> dict[str, dict]:
     """
     Folder of a stage of the round with this number -> the settings that its files depend on. More steps are allowed:
     the stage is continued.
@@ -388,14 +388,14 @@ def seeds_of(rounds: list[TinyRecipe], number: int) -> range:
     return range(first, first + recipe.num_images)
 
 
-def check_made_of(folder: Path, wanted: dict):
+def record_settings(folder: Path, wanted: dict):
     """
     Record in a stage's folder the settings that its files depend on.
 
     Raises:
         ValueError: if its files were made with other settings.
     """
-    path = folder / MADE_OF
+    path = folder / SETTINGS_FILE
     if path.exists():
         found = json.loads(path.read_text())
         for name, value in wanted.items():
@@ -418,21 +418,21 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     output, rounds = Path(recipe.output), recipe.rounds()
     work = output.with_name(output.name + "-work")
     for number in range(1, len(rounds) + 1):
-        for name, wanted in made_of(rounds, number).items():
+        for name, wanted in folder_settings(rounds, number).items():
             if (work / name).exists():
-                check_made_of(work / name, wanted)
+                record_settings(work / name, wanted)
     if (materials := recipe.materials()) is not None:
         materials.check()
     processor = build_processor(materials)
     start = recipe.start
     for number in range(1, len(rounds) + 1):
         made = output if number == len(rounds) else work / f"round-{number}"
-        if made == output or not (made / MADE_OF).exists():
+        if made == output or not (made / SETTINGS_FILE).exists():
             model = train_round(rounds, number, start, work, processor, materials)
             model.to(torch.bfloat16).save_pretrained(made)
             processor.save_pretrained(made)
         if made != output:
-            check_made_of(made, {"round": differing(rounds[number - 1])})  # recorded last: all of the model is there
+            record_settings(made, {"round": differing(rounds[number - 1])})  # recorded last: all of the model is there
         start = str(made)
     write_heads(find_config(output), choose_heads(measure_heads(model, processor, SCENES_FOR_HEADS), ZOOM_HEADS))
     return output
@@ -450,7 +450,7 @@ def train_round(
     Raises:
         ValueError: if the tower is one of a later round.
     """
-    recipe, folders = rounds[number - 1], made_of(rounds, number)
+    recipe, folders = rounds[number - 1], folder_settings(rounds, number)
     tower_folder, images_folder, folder = (work / name for name in folders)
     torch.manual_seed(recipe.language_model.seed)
     model = build_model(processor, vision_config(recipe.tower_width, recipe.tower_layers), recipe.width, recipe.layers)
@@ -459,16 +459,16 @@ def train_round(
     newest = last_checkpoint(tower_folder)
     if newest is not None and steps_of(newest) > recipe.tower.steps:
         raise ValueError(f"{newest} is of a later round than {folder}, whose tower is no longer there: remove {work}")
-    check_made_of(tower_folder, folders[tower_folder.name])
+    record_settings(tower_folder, folders[tower_folder.name])
     tower = model.model.vision_tower
     weights = tower.state_dict() if start else None
     pretrained = pretrain_tower(tower_folder, tower.config, recipe.tower, recipe.workers, materials, weights).tower
     tower.load_state_dict(pretrained.state_dict())
     model.eval().to(pretrained.device)
-    check_made_of(images_folder, folders[images_folder.name])
+    record_settings(images_folder, folders[images_folder.name])
     seeds = seeds_of(rounds, number)
     images = cache_scenes(model, processor, images_folder, seeds, recipe.workers, materials)
-    check_made_of(folder, folders[folder.name])
+    record_settings(folder, folders[folder.name])
     if not start:
         whiten_projector(model.model.multi_modal_projector, images)
     train_language_model(
