@@ -41,7 +41,8 @@ PHI_2 = {
     "vocab_size": 51200,
 }
 
-# No model of these kinds is near them. Beyond, a damaged or hostile file would take the memory, or days.
+# Far above those of any model of these kinds. Larger values, from a damaged or hostile file, would exhaust the memory
+# or take days.
 LIMITS = {
     "hidden_size": 2**17,
     "image_size": 2**14,
@@ -86,24 +87,28 @@ def without_kernels(config: dict) -> dict:
     }
 
 
+class WrongValueError(ValueError):
+    """A value that no configuration may have. In a file, it is a sign of damage."""
+
+
 def check_values(name: str, config: PreTrainedConfig):
-    """Raise a ValueError for a size below 1 or beyond its limit, and for numbers that make all answers garbage."""
+    """Raise an error for a size below 1 or above its limit, and for numbers that make all answers garbage."""
     rope = getattr(config, "rope_parameters", None) or {}
     for key, value in {"layer_norm_eps": config.layer_norm_eps, "rope_theta": rope.get("rope_theta", 1.0)}.items():
         if not isinstance(value, (int, float)) or not 0 < value < math.inf:
-            raise ValueError(
-                f"{key} of {name} must be above 0 and finite, got {value!r:.100}: fetch config.json again"
-            )
+            raise WrongValueError(f"{key} of {name} must be above 0 and finite, got {value!r:.100}")
     check_activation(name, config.hidden_act)
     for key, limit in LIMITS.items():
         size = getattr(config, key, None)
         if size is not None and not (isinstance(size, int) and 1 <= size <= limit):
-            raise ValueError(f"{key} of {name} must be from 1 to {limit}, got {size!r:.100}: fetch config.json again")
+            raise WrongValueError(f"{key} of {name} must be from 1 to {limit}, got {size!r:.100}")
 
 
 def check_activation(name: str, activation):
     if not isinstance(activation, str) or activation not in ACT2FN:
-        raise ValueError(f"the activation of {name}, {activation!r:.100}, is unknown: fetch config.json again")
+        raise WrongValueError(
+            f"the activation of {name}, {activation!r:.100}, is unknown: choose from transformers.activations.ACT2FN"
+        )
 
 
 @strict
@@ -175,7 +180,7 @@ class MCLlavaConfig(PreTrainedConfig):
         # The published map names files that no longer exist. A map to our files, in whatever repository, is kept.
         auto_map = kwargs.pop("auto_map", None) or {}
         if not isinstance(auto_map, dict):
-            raise ValueError(f"auto_map must be an object, got {auto_map!r:.100}: fetch config.json again")
+            raise WrongValueError(f"auto_map must be a dict of class names, got {auto_map!r:.100}")
         if not str(auto_map.get("AutoConfig", "")).endswith(AUTO_MAP["AutoConfig"]):
             auto_map = AUTO_MAP
         self.auto_map = dict(auto_map)
@@ -195,7 +200,8 @@ class MCLlavaConfig(PreTrainedConfig):
                 config_dict[name] = without_kernels(config_dict[name])
         try:
             return super().from_dict(config_dict, **kwargs)
-        except (StrictDataclassError, AttributeError, TypeError) as error:  # a value's type, or an unknown dtype
+        # The others are of a value's type, or an unknown dtype.
+        except (WrongValueError, StrictDataclassError, AttributeError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"config.json has a wrong value ({reason}): fetch it again") from error
 

@@ -37,7 +37,7 @@ def check_processor(model, image_processor, options: dict | None = None):
 
 @dataclass
 class _KeptCrop:
-    """The last patches of a crop, float[patches, vision_hidden], and how many of them calls have asked for at most."""
+    """The last patches of a crop, float[patches, vision_hidden], and the largest number that a call has asked for."""
 
     patches: torch.Tensor
     asked: int
@@ -57,8 +57,8 @@ class FeatureCache:
 
     Args:
         max_bytes: upper bound of the size of all patches in bytes. They stay on the device that computed them.
-        all_patches: False keeps only those that were asked for: more pictures fit, but a crop of which more tokens are
-            asked for later is encoded again.
+        all_patches: whether to keep all patches of a crop or only those that were asked for. Without the others, more
+            pictures fit, but a crop is encoded again if a later call asks for more of its tokens.
 
     Attributes:
         nbytes: size of the patches in the cache, in bytes.
@@ -70,7 +70,7 @@ class FeatureCache:
     """
 
     def __init__(self, max_bytes: int = 256 * 2**20, all_patches: bool = True):
-        if not max_bytes >= 0:  # of NaN, no comparison is true
+        if not max_bytes >= 0:  # NaN, too
             raise ValueError(f"max_bytes must be at least 0, got {max_bytes}")
         self.max_bytes, self.all_patches = max_bytes, all_patches
         self.nbytes = self.hits = self.misses = 0
@@ -252,11 +252,11 @@ class FeatureCache:
 
 def _split_passes(passes: Iterable[torch.Tensor], counts: list[int]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """
-    Of each crop i, the last `counts[i]` patches in memory of their own, and a view of all patches, which would keep
-    the whole pass in memory.
+    For each crop i, a copy of its last `counts[i]` patches, and a view of all its patches, which keeps the whole pass
+    in memory.
 
-    One operator copies all crops with equal counts: after each operator, this thread may have to wait for others to
-    let go of Python.
+    One operator copies all crops with equal counts: after each operator, this thread may have to wait for Python's
+    global interpreter lock.
     """
     counts = iter(counts)
     for patches in passes:

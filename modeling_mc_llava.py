@@ -146,8 +146,8 @@ def rename_published(module: "MCLlavaPreTrainedModel", state_dict: dict, prefix:
 
 def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """
-    The `state_dict` of a module, which is left as it is: on a CPU, bitsandbytes' layers of 4 bits reorder their
-    weights when they are asked for their state, and lose the order of the scales (bitsandbytes 0.50).
+    The `state_dict` of a module, which does not change: on a CPU, bitsandbytes' 4-bit layers reorder their weights
+    when they are asked for their state, and lose the order of the scales (bitsandbytes 0.50).
     """
     has_4_bits = any(getattr(parameter, "quant_state", None) is not None for parameter in module.parameters())
     return (copy.deepcopy(module) if has_4_bits else module).state_dict()

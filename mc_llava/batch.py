@@ -142,7 +142,7 @@ class Parquet:
 
 @cache
 def picture_suffixes() -> set[str]:
-    """Of the formats that `load_image` reads, with those that need a plugin: without it, their rows say so."""
+    """The suffixes of the formats that `load_image` reads, including those that need a plugin, as an error may say."""
     known = {suffix for suffix, format in Image.registered_extensions().items() if format in FORMATS}
     return known | {".avif", ".avifs", ".heic", ".heics", ".heif", ".heifs", ".hif"}
 
@@ -158,7 +158,7 @@ def walk(top: Path) -> Iterator[Path]:
             subfolders.clear()
             continue
         entered.add(real)
-        subfolders.sort()  # so that it is always the same way that leads to a folder
+        subfolders.sort()  # so that each run enters a linked folder by the same path
         yield from (Path(folder, name) for name in files)
     yield from (Path(error.filename) for error in errors)
 
@@ -225,7 +225,7 @@ def find_images(row: dict, folder: Path) -> list[str | bytes | Path]:
 
 
 def refuse_like_image(row: dict, folder: Path):
-    """ValueError if one of a row's cells that are not read is an image, without which the answer would be another."""
+    """Raise a ValueError if a cell that is not read is an image: the answer would be given without it."""
     if other := next((name for name, cell in row.items() if is_like_image(cell, folder)), None):
         raise ValueError(f"there is no image, but {other!r:.80}, which holds one: call it image or images")
 
@@ -258,7 +258,7 @@ def find_image(cell: str | bytes | dict, folder: Path) -> str | bytes | Path:
 
 
 def stamp(path: Path) -> list[int] | None:
-    """What tells a changed file without reading it: its size and two times, of which no tool sets the second back."""
+    """The size and two times of a file, which tell changes without reading it. No tool sets the second time back."""
     try:
         found = os.stat(path)
     except (OSError, ValueError):
@@ -280,9 +280,9 @@ def digest_of(path: Path) -> str | None:
 
 def find_changed(records: Iterable[dict]) -> str:
     """
-    The first picture that is not the one that its record is about, with what to do, in words; empty if there is none.
+    A message about the first picture that has changed since its record was made, with a remedy; empty if none has.
 
-    Only those whose size or times have changed are read, so that a million pictures cost a million calls to `stat`.
+    Only files whose size or times have changed are read: a million unchanged pictures cost a million calls to `stat`.
 
     Raises:
         ValueError: if a record is malformed.
@@ -300,7 +300,7 @@ def find_changed(records: Iterable[dict]) -> str:
 
 
 def check_record(index: int, record: dict, total: int):
-    """ValueError if a record is none that a run about `total` rows can have written for the row `index`."""
+    """Raise a ValueError if a run over `total` rows can't have written this record for row `index`."""
     if index >= total:
         raise ValueError(f"it has more records than the {total} rows")
     check_asked(record)
@@ -311,7 +311,7 @@ def check_record(index: int, record: dict, total: int):
 
 
 def check_asked(record: dict):
-    """ValueError if what a record says of its row is malformed: the number, the id or the files."""
+    """Raise a ValueError if the number, the id or the files in a record are malformed."""
     if type(record.get("row")) is not int or not isinstance(record.get("id"), str):
         raise ValueError(f"a record must have a row and an id, got {str(record)[:80]}")
     files = record.get("files", [])
@@ -320,7 +320,7 @@ def check_asked(record: dict):
 
 
 def is_file_entry(entry: Any) -> bool:
-    """Whether this is a name with what `stamp` and `digest_of` give."""
+    """Whether this is a file's name, with what `stamp` and `digest_of` returned for it."""
     if not isinstance(entry, list) or len(entry) != 3:
         return False
     name, stamped, digest = entry
@@ -404,7 +404,7 @@ class Worker:
         return Ahead(self.prepare, indices, lambda row: count_bytes(row[1]))
 
     def prepare(self, index: int) -> tuple[dict, list]:
-        """The same as `read`, with the images prepared as far as that needs no model."""
+        """The same as `read`, with the part of preparing the images that needs no model."""
         record, images = self.read(index)
         try:
             return record, self.engine.prepare(images)
@@ -424,7 +424,7 @@ class Worker:
             check_unicode(question, "the question")
             found = find_images(row, self.rows.folder)
             if files := [path for path in found if isinstance(path, Path)]:
-                # Before they are read: one that is replaced meanwhile is then taken for a changed one.
+                # Before they are read, so that a file that is replaced meanwhile counts as changed.
                 record["files"] = [[str(path), stamp(path), digest_of(path)] for path in files]
             images = [load_image(image) for image in found]
         except (ValueError, OverflowError, RecursionError) as error:  # of a far date, of a line that is all brackets

@@ -504,7 +504,7 @@ def read_image(source: str) -> "Image.Image":
 
 
 def check_picture_file(path: Path, source: str):
-    """ValueError if a picture of the source can't be written there, or would replace it, before there is one."""
+    """Raise a ValueError if a picture can't be written to `path`, or would replace its source, before it is made."""
     from PIL import Image
 
     if not path.parent.is_dir() or path.is_dir():
@@ -520,7 +520,7 @@ def check_picture_file(path: Path, source: str):
 
 
 def write_picture(picture: "Image.Image", path: Path):
-    """Save a picture. ValueError if its format can't hold it: WebP has at most 16383 pixels a side."""
+    """Save a picture. Raises a ValueError if its format can't hold it: WebP has at most 16383 pixels a side."""
     try:
         picture.save(path)
     except (ValueError, OSError) as error:
@@ -545,7 +545,7 @@ def read_question() -> str:
 
 
 def describe(plan: "list[Crop]", closer: int = 0) -> str:
-    """The crops of a plan, and how many zoom adds at most."""
+    """A line about the crops of a plan, and how many zoom may add."""
     tokens = sum(crop.num_tokens for crop in plan)
     zoomed = f", up to {closer} where the question points" if closer else ""
     return f"crops: {len(plan)} (the whole image and a grid of {len(plan) - 1}){zoomed}, tokens: {tokens}"
@@ -553,7 +553,7 @@ def describe(plan: "list[Crop]", closer: int = 0) -> str:
 
 @contextmanager
 def extra(name: str):
-    """ValueError that names the extra to install if an optional package is missing."""
+    """Raise a ValueError that names the extra to install if an optional package is missing."""
     try:
         yield
     except ImportError as error:

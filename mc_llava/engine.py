@@ -95,13 +95,13 @@ class Engine:
     with whatever `load_image` reads, or with an `EncodedImages` of one image.
 
     Args:
-        max_crops, num_tokens, zoom: by default as the processor was saved. With zoom, the engine looks at images anew
-            for each question, except for those that are encoded already.
+        max_crops, num_tokens, zoom: by default as the processor was saved. With zoom, the engine looks at images again
+            for each question, except at those that are already encoded.
         batch_size: rows of a forward pass.
         max_new_tokens: upper bound of a reply's tokens.
         prefix_bytes: upper bound of the size of keys and values that are kept, see `PrefixCache`. With 0, none are
             kept: in bfloat16 or float16, rounding errors could otherwise make a reply depend on earlier ones.
-        feature_cache: by default one of its own.
+        feature_cache: by default a new `FeatureCache`.
 
     Raises:
         ValueError: if a number is out of range.
@@ -416,10 +416,10 @@ def count_bytes(images: list) -> int:
 
 def map_image_parts(conversation: list[dict], function: Callable[[dict], dict]) -> list[dict]:
     """
-    A copy of a conversation with the function's value in the place of each image part.
+    A copy of a conversation in which each image part is replaced by what the function returns for it.
 
     Raises:
-        ValueError: if an image part has no `image`. Whatever else may be wrong, the processor finds.
+        ValueError: if an image part has no `image`. The processor finds all other errors.
     """
 
     def fill(part):

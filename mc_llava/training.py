@@ -47,14 +47,14 @@ from .loading import identify, load_config, load_model, load_processor
 
 IMAGE = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system"}
-# The parts of the model that a recipe can train, by the modules they are.
+# The parts of the model that a recipe can train, and their modules.
 PARTS = {
     "tower": ("model.vision_tower",),
     "coordinates": ("model.coord_embed",),
     "projector": ("model.multi_modal_projector",),
     "language_model": ("model.language_model", "lm_head"),
 }
-# SigLIP's norm behind its last block, which the model never reads: it gets no gradient, and processes that exchange
+# SigLIP's norm after its last block, which the model doesn't use: it gets no gradient, and processes that exchange
 # gradients would wait for one.
 UNUSED_NORM = "vision_tower.post_layernorm."
 LORA_TARGETS = r".*language_model\.layers\.\d+\..*(q_proj|k_proj|v_proj|dense|fc1|fc2)"
@@ -62,7 +62,7 @@ checked = pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid", allo
 
 BROKEN_FILE = "broken.jsonl"
 RUN_FILE = "made_of.json"  # what a run's checkpoints depend on
-# Of a recipe: what a run can be resumed with other values of.
+# The values of a recipe that may be changed when a run is resumed.
 CHANGEABLE = (
     "images",
     "output",
@@ -75,7 +75,7 @@ CHANGEABLE = (
     "resume",
     "gradient_checkpointing",
 )
-ROWS_AT_ONCE = 10_000  # that wait for a thread
+ROWS_AT_ONCE = 10_000  # submitted to the threads
 DIVERGED = (
     "training has diverged. Start again in another output with a lower learning_rate or more warmup; the checkpoints "
     "before this step are kept"
@@ -320,7 +320,7 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
 
 
 def check_room(row: dict, processor: MCLlavaProcessor, room: int):
-    """ValueError if what comes before a row's first answer, but for its image, takes `room` tokens or more."""
+    """Raise a ValueError if the text before a row's first answer takes `room` tokens or more."""
     messages = row["messages"]
     first = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
     prompt = processor.apply_chat_template(messages[:first], add_generation_prompt=True)
@@ -330,7 +330,7 @@ def check_room(row: dict, processor: MCLlavaProcessor, room: int):
 
 
 def is_main_process() -> bool:
-    """Whether this is the main process of those that torchrun or accelerate launch started."""
+    """Whether this is the main process under torchrun or accelerate launch, or the only one."""
     return int(os.environ.get("RANK", 0)) == 0
 
 
@@ -344,7 +344,9 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     """
     model = Path(find_model(recipe.model))
     if model.exists() and model.resolve() == Path(recipe.output).resolve():
-        raise ValueError(f"{recipe.output} is the model to start from, which stays as it is: name another output")
+        raise ValueError(
+            f"{recipe.output} is the model to start from, which must not be overwritten: name another output"
+        )
     context = load_config(recipe.model).text_config.max_position_embeddings
     if recipe.num_tokens[1] >= context:
         raise ValueError(
@@ -380,10 +382,10 @@ class Collator:
         <|im_start|>user\\n<image>...<image>\\nWhat is it?<|im_end|>\\n<|im_start|>assistant\\nA bus.<|im_end|>\\n
         -100 ......................................................................... A bus .<|im_end|>  -100
 
-    Rows longer than the context lose their end. A batch without an image gets a row with a blank one, in which nothing
-    is learned: processes exchange gradients, and each must have those of the vision tower and the projector. The knobs
-    of a batch follow from its rows and the seed alone, so that a resumed run draws what an uninterrupted one does; a
-    row gets others in each epoch as it gets other neighbors, and a batch of one row the same.
+    Rows longer than the context are truncated. A batch without images gets an extra row with a blank one, without
+    labels: processes exchange gradients, and each must have those of the vision tower and the projector. The knobs of
+    a batch depend only on its rows and the seed, so that a resumed run draws the same ones as an uninterrupted run. A
+    row thus gets other knobs in each epoch, with other neighbors; with batches of one row, the same.
     """
 
     def __init__(self, processor: MCLlavaProcessor, recipe: Recipe, context: int):
@@ -508,7 +510,7 @@ class FinishedError(Exception):
 
 
 class StopIfFinished(TrainerCallback):
-    """Ends a run, with the weights of its checkpoint, that would resume to take one step too many, as Trainer does."""
+    """Stops a run that resumes from its last checkpoint. Trainer itself would take one step more than `max_steps`."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
@@ -517,11 +519,11 @@ class StopIfFinished(TrainerCallback):
 
 class StopIfDiverged(TrainerCallback):
     """
-    Ends training with a ValueError once the loss or the gradient that is logged is not finite, or, before a checkpoint
-    is written, `check_sound` finds a fault: earlier checkpoints stay.
+    Stops training with a ValueError if the logged loss or gradient norm is not finite, or if `check_sound` fails
+    before a checkpoint is written. Earlier checkpoints are kept.
 
     Args:
-        batch: what `check_sound` tries the model on. Without one, only the weights are looked at.
+        batch: passed to `check_sound`. By default, only the weights are checked.
     """
 
     def __init__(self, batch: dict[str, torch.Tensor] | None = None):
@@ -540,14 +542,15 @@ class StopIfDiverged(TrainerCallback):
 
 def check_sound(model: nn.Module, batch: dict[str, torch.Tensor], when: str):
     """
-    ValueError if a weight that learns is not finite, or the loss or a logit of a batch: the last step's loss knows
-    nothing of what that step did. Each of several processes must call it, as each holds a share of the weights.
+    Raise a ValueError if a trainable weight, the loss of a batch or one of its logits is not finite. The loss that was
+    logged last doesn't tell: it was computed before the weights were updated. All processes must call this, because
+    each may hold only a share of the weights.
     """
     check_learned(model, when)
     device = next(model.parameters()).device
     devices, kind = ([], "cuda") if device.type == "cpu" else ([device], device.type)
-    model.train()  # out of it, bitsandbytes rewrites weights on a CPU
-    with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):  # the next steps' dropout stays as it is
+    model.train()  # in evaluation mode, bitsandbytes rewrites weights on a CPU
+    with torch.no_grad(), torch.random.fork_rng(devices, device_type=kind):  # and leave later steps' dropout unchanged
         outputs = model(**{name: values.to(device) for name, values in batch.items()}, use_cache=False)
     logits = outputs.logits[batch["attention_mask"].bool().to(device)]
     if not (outputs.loss.isfinite() and logits.isfinite().all()):
@@ -558,14 +561,14 @@ def check_sound(model: nn.Module, batch: dict[str, torch.Tensor], when: str):
 
 
 def check_learned(model: nn.Module, when: str):
-    """`check_finite` of the weights that learn."""
+    """`check_finite` for the trainable weights."""
     check_finite({name: weight for name, weight in model.named_parameters() if weight.requires_grad}, when)
 
 
 def check_finite(weights: dict[str, torch.Tensor], when: str):
     """
-    ValueError that names a weight which is not finite, or whose square is not. Of a weight that is sharded, each
-    process sees its share.
+    Raise a ValueError that names a weight that is not finite, or whose squares have no finite sum. Each process checks
+    its share of a sharded weight.
     """
     shares = {name: getattr(weight, "to_local", lambda weight=weight: weight)() for name, weight in weights.items()}
     finite = torch.stack([share.detach().float().square().sum().isfinite().cpu() for share in shares.values()])
@@ -577,7 +580,7 @@ def check_finite(weights: dict[str, torch.Tensor], when: str):
 
 
 def set_trainable(model: nn.Module, parts: tuple[str, ...]):
-    """Let the parameters of these `PARTS` learn, in float32, and no others: bfloat16 would lose small steps."""
+    """Make the parameters of these `PARTS` trainable, in float32, and no others: bfloat16 would lose small updates."""
     prefixes = tuple(f"{module}." for part in parts for module in PARTS[part])
     for name, parameter in model.named_parameters():
         parameter.requires_grad = name.startswith(prefixes) and UNUSED_NORM not in name
@@ -621,7 +624,7 @@ def train(recipe: Recipe) -> Path:
         peft_config=lora,
         callbacks=[StopIfFinished(), StopIfDiverged(trial)],
     )
-    for name, parameter in trainer.model.named_parameters():  # of copies that peft made, too
+    for name, parameter in trainer.model.named_parameters():  # including the copies that peft made
         parameter.requires_grad = parameter.requires_grad and UNUSED_NORM not in name
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -638,7 +641,7 @@ def train(recipe: Recipe) -> Path:
 
 
 def pick_trial(rows: list[dict]) -> list[dict]:
-    """A row with an image and one without, as far as there are both: enough to pass all of the model."""
+    """A row with an image and one without, if there are both: together they use the whole model."""
     first = {row["image"] is None: row for row in reversed(rows)}
     return list(first.values())
 
@@ -647,13 +650,13 @@ def build_trainee(recipe: Recipe) -> tuple[MCLlavaForConditionalGeneration, Any]
     """The model, with gradients for the parts that learn, and the configuration of LoRA adapters or None."""
     from peft import LoraConfig
 
-    # What is quantized is so on its device, and stays there.
+    # Weights are quantized on their device and stay there.
     model = load_model(
         recipe.model, recipe.dtype, own_device() if recipe.quantize else "cpu", quantize=recipe.quantize
     )
     if "tower" not in recipe.train:
-        # Gradient checkpointing lets embeddings require gradients, those of patches, too: all steps would go back
-        # through a tower in which nothing learns.
+        # Gradient checkpointing makes all embeddings require gradients, also those of patches: each backward pass
+        # would go through a tower in which nothing is trained.
         model.model.vision_tower.embeddings.register_forward_hook(lambda module, inputs, output: output.detach())
     if recipe.lora is None:
         set_trainable(model, recipe.train)
@@ -668,7 +671,7 @@ def build_trainee(recipe: Recipe) -> tuple[MCLlavaForConditionalGeneration, Any]
 
 
 def own_device() -> str:
-    """The device of this process, of those that torchrun or accelerate launch started."""
+    """The device of this process under torchrun or accelerate launch, or by itself."""
     if not torch.accelerator.is_available():
         return "cpu"
     return f"{torch.accelerator.current_accelerator().type}:{os.environ.get('LOCAL_RANK', 0)}"
@@ -702,7 +705,7 @@ def training_arguments(recipe: Recipe):
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
-        max_length=None,  # the collator cuts rows, and never in an image
+        max_length=None,  # the collator truncates rows, never within an image
         **{checkpointing: recipe.gradient_checkpointing},
     )
 

@@ -330,12 +330,13 @@ class TestConfig:
             ({"text_config": {"layer_norm_eps": -1.0}}, "layer_norm_eps of text_config must be above 0"),
             ({"text_config": {"hidden_act": "evil"}}, "the activation of text_config, 'evil', is unknown"),
             ({"projector_hidden_act": "evil"}, "the activation of the projector, 'evil', is unknown"),
-            ({"auto_map": "x"}, "auto_map must be an object"),
+            ({"auto_map": "x"}, "auto_map must be a dict"),
         ],
     )
     def test_another_model_or_an_absurd_size(self, changes, message):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as caught:
             MCLlavaConfig(**changes)
+        assert "config.json" not in str(caught.value), "it comes from no file"
 
     @pytest.mark.parametrize(
         "content",
@@ -347,6 +348,10 @@ class TestConfig:
             {"dtype": "x"},
             {"vision_config": {"hidden_size": "x"}},
             {"text_config": {"num_hidden_layers": 1.5}},
+            {"text_config": {"hidden_size": 2**18}},
+            {"text_config": {"layer_norm_eps": -1.0}},
+            {"projector_hidden_act": "evil"},
+            {"auto_map": "x"},
             {"text_config": []},
         ],
         ids=str,
