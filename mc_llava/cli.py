@@ -282,7 +282,6 @@ def train(
     """Run a recipe: fine-tune a model on data in LLaVA's format, or make tiny."""
     with extra("train"):
         from . import training
-        from .scenes import language_model
     values = training.read_recipe(recipe, overrides or ())
     kind = values.pop("kind", "finetune")
     if kind == "finetune":
@@ -301,6 +300,8 @@ def train(
             raise ValueError("a recipe of kind tiny has no data to check: leave --check out")
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             raise ValueError("a recipe of kind tiny trains in one process: start it without torchrun or accelerate")
+        with extra("train"):
+            from .scenes import language_model
         say(f"wrote {language_model.train_tiny(training.build_recipe(language_model.TinyRecipe, values))}")
     else:
         raise ValueError(f"a recipe's kind must be finetune or tiny, got {kind!r}")
