@@ -303,22 +303,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 raise ValueError("pass either pixel_values or image features, not both")
             check_counts(kwargs.get("crop_num_tokens"), kwargs.get("image_grid_thw"))
 
-        embeds, attention_mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
-        new_ids = input_ids
-        if embeds is not None:
-            if tokens_per_image or has_pixels:
-                raise ValueError("images need input_ids, not inputs_embeds: their places are found by <image>'s id")
-            new_ids = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
-            if attention_mask is None:
-                attention_mask = torch.ones_like(new_ids)
-        elif input_ids is not None:
-            if attention_mask is None:
-                attention_mask = self._mask_padding(input_ids, generation_config, kwargs)
-            # A cache holds the images of earlier turns: only ids that are not in it have places to fill.
-            if cache is not None and attention_mask.shape == input_ids.shape:
-                new_ids = input_ids[:, check_cache(cache, input_ids) :]
-        if new_ids is not None and not new_ids.numel():
-            raise ValueError("the prompt is empty: pass at least one token in each row")
+        if (tokens_per_image or has_pixels) and kwargs.get("inputs_embeds") is not None:
+            raise ValueError("images need input_ids, not inputs_embeds: their places are found by <image>'s id")
+        new_ids, attention_mask = self._read_ids(input_ids, cache, generation_config, kwargs)
         lengths, run_ends, counts = [], [], []
         if new_ids is not None:
             lengths, run_ends, *counts = self._read_prompts(new_ids, attention_mask, kwargs)
@@ -336,6 +323,26 @@ class MCLlavaGenerationMixin(GenerationMixin):
         return GenerationRequest(
             input_ids, new_ids, attention_mask, encoded, tokens_per_image, lengths, run_ends, is_short
         )
+
+    def _read_ids(
+        self, input_ids: torch.LongTensor | None, cache: Cache | None, generation_config, kwargs: dict
+    ) -> tuple[torch.LongTensor | None, torch.Tensor | None]:
+        """`new_ids` and `attention_mask` of a `GenerationRequest`."""
+        embeds, attention_mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
+        new_ids = input_ids
+        if embeds is not None:
+            new_ids = torch.zeros(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+            if attention_mask is None:
+                attention_mask = torch.ones_like(new_ids)
+        elif input_ids is not None:
+            if attention_mask is None:
+                attention_mask = self._mask_padding(input_ids, generation_config, kwargs)
+            # A cache holds the images of earlier turns: only ids that are not in it have places to fill.
+            if cache is not None and attention_mask.shape == input_ids.shape:
+                new_ids = input_ids[:, check_cache(cache, input_ids) :]
+        if new_ids is not None and not new_ids.numel():
+            raise ValueError("the prompt is empty: pass at least one token in each row")
+        return new_ids, attention_mask
 
     def _read_prompts(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor, images: dict | None = None):
         """

@@ -383,10 +383,6 @@ class EndpointHandler:
         if prompt_length >= limit:
             raise ValueError(f"the text has {prompt_length} tokens, the context {limit}: shorten the text")
         encoded, looked_at = self._encode(prompt, self._load(conversation), knobs, limit)
-
-        def decode(ids: torch.LongTensor) -> str:
-            return self.processor.decode(ids, skip_special_tokens=True)
-
         output = self.model.generate(
             **inputs,
             image_features=[image.features for image in encoded],
@@ -395,28 +391,35 @@ class EndpointHandler:
             do_sample=False,
             num_beams=1,
             logits_processor=sampling,
-            stopping_criteria=StoppingCriteriaList([StopTexts(stops, prompt_length, decode)] if stops else []),
+            stopping_criteria=StoppingCriteriaList([StopTexts(stops, prompt_length, self._decode)] if stops else []),
             return_dict_in_generate=True,
             output_logits=True,
         )
         new_ids = output.sequences[0, prompt_length:]
+        text, is_finished = self._read_answer(new_ids, stops)
         logprobs = [logits[0].float().log_softmax(-1)[id].item() for logits, id in zip(output.logits, new_ids)]
-        text = decode(new_ids)
-        ends = [text.index(stop) for stop in stops if stop in text]
-        text = text[: min(ends)] if ends else text
-        eos = self.model.generation_config.eos_token_id  # one id, or several
-        stopped = ends or (len(new_ids) and new_ids[-1].item() in (eos if isinstance(eos, list) else [eos]))
         prompt_tokens = prompt_length - len(encoded) + sum(len(image.features) for image in encoded)
         return text.rstrip() if is_continued else text.strip(), {
             "zoom": {} if looked_at is None else {"looked_at": looked_at},
             "probability": float(torch.tensor(logprobs, dtype=torch.float32).sum().exp()),
-            "finish_reason": "stop" if stopped else "length",
+            "finish_reason": "stop" if is_finished else "length",
             "usage": {
                 "prompt_tokens": prompt_tokens,
                 "completion_tokens": len(new_ids),
                 "total_tokens": prompt_tokens + len(new_ids),
             },
         }
+
+    def _decode(self, ids: torch.LongTensor) -> str:
+        return self.processor.decode(ids, skip_special_tokens=True)
+
+    def _read_answer(self, new_ids: torch.LongTensor, stops: list[str]) -> tuple[str, bool]:
+        """The text up to the first of the stops, and whether it ended by itself rather than at a limit."""
+        text = self._decode(new_ids)
+        if ends := [text.index(stop) for stop in stops if stop in text]:
+            return text[: min(ends)], True
+        eos = self.model.generation_config.eos_token_id  # one id, or several
+        return text, bool(len(new_ids)) and new_ids[-1].item() in (eos if isinstance(eos, list) else [eos])
 
     def _encode(self, prompt: str, images: list[Image.Image], knobs: dict, limit: int) -> tuple[list, list | None]:
         """The encoded images, and where guided zoom looked, None without it."""

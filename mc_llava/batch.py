@@ -551,20 +551,8 @@ def _run(
     origin = output.with_name(output.name + ".origin")
     if output.exists() and not origin.exists():
         raise ValueError(f"{output} already exists: choose another output")
-    commit, dtype, processor = identify(job.model, job.revision), job.dtype, load_processor(job.model, job.revision)
-    if not use_ray or job.device:  # on an unknown device, each of Ray's workers chooses
-        dtype = str(resolve_dtype(job.model, dtype, job.device, job.revision)).removeprefix("torch.")
-    settings = {
-        **asdict(job),
-        **processor.image_processor.fill_knobs(job.max_crops, job.num_tokens, job.zoom),
-        "revision": commit,
-        "dtype": dtype,
-        "device": job.device if use_ray else find_device(job.device),  # Ray's workers may have others
-        "rows": len(rows),
-        "digest": rows.digest,
-        "versions": versions(),
-        "code": identify_code(*CODE),
-    }
+    processor = load_processor(job.model, job.revision)
+    settings = describe_run(job, rows, processor, use_ray)
     if output.exists():
         counted = count_finished(output, origin, settings)
         unfinished.unlink(missing_ok=True)  # left if the run was killed between its last two lines
@@ -573,13 +561,13 @@ def _run(
     records = resume(unfinished, settings, job.batch_size, partial(check_record, total=len(rows)))
     if changed := find_changed(records):
         raise ValueError(f"{changed}, or remove {unfinished} to ask all rows again")
-    if not os.path.isdir(find_model(job.model)) and commit != "unknown":
-        job = replace(job, revision=commit)  # a branch may move before a worker loads it
+    if not os.path.isdir(find_model(job.model)) and settings["revision"] != "unknown":
+        job = replace(job, revision=settings["revision"])  # a branch may move before a worker loads it
     total, done, failed = len(rows), len(records), sum("error" in record for record in records)
     starts = range(done, total, job.batch_size)
     digest = None if isinstance(rows, Parquet) else rows.digest  # of a parquet file, computed once
     if use_ray:
-        batches = answer_with_ray(replace(job, dtype=dtype), starts, workers, digest)
+        batches = answer_with_ray(replace(job, dtype=settings["dtype"]), starts, workers, digest)
     else:
         batches = map(Worker(job, digest, processor).answer_batch, starts) if starts else ()
     with tqdm(total=total, initial=done, unit="row", desc=output.name) as progress:
@@ -594,6 +582,24 @@ def _run(
 
     finish(unfinished, output, origin)
     return done, failed
+
+
+def describe_run(job: Job, rows: JsonLines | Parquet | Folder, processor: MCLlavaProcessor, use_ray: bool) -> dict:
+    """All that the records of a run depend on, for its journal: a run with other settings doesn't resume it."""
+    commit, dtype = identify(job.model, job.revision), job.dtype
+    if not use_ray or job.device:  # on an unknown device, each of Ray's workers chooses
+        dtype = str(resolve_dtype(job.model, dtype, job.device, job.revision)).removeprefix("torch.")
+    return {
+        **asdict(job),
+        **processor.image_processor.fill_knobs(job.max_crops, job.num_tokens, job.zoom),
+        "revision": commit,
+        "dtype": dtype,
+        "device": job.device if use_ray else find_device(job.device),  # Ray's workers may have others
+        "rows": len(rows),
+        "digest": rows.digest,
+        "versions": versions(),
+        "code": identify_code(*CODE),
+    }
 
 
 def finish(unfinished: Path, output: Path, origin: Path):

@@ -21,7 +21,8 @@ from .evaluation import TASK_NAMES
 if TYPE_CHECKING:
     from PIL import Image
 
-    from . import Crop, MCLlavaForConditionalGeneration
+    from . import Crop, MCLlavaForConditionalGeneration, MCLlavaImageProcessor
+    from .engine import Reply
 
 DEFAULT_MODEL = "tiny"
 
@@ -80,7 +81,6 @@ def ask(
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
     from transformers import TextStreamer
 
-    from . import count_closer
     from .crop_grid import draw_looks
     from .engine import Engine, ask_about, check_prompts
     from .loading import load_config, load_model, load_processor
@@ -92,11 +92,9 @@ def ask(
     images = [read_image(source) for source in sources]
     processor = load_processor(model)
     knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
-    plans = [processor.image_processor.plan(*image.size, **knobs) for image in images]
+    plans, _, closer = zip(*(plan_picture(processor.image_processor, image, knobs) for image in images))
     counts = [sum(crop.num_tokens for crop in plan) for plan in plans]  # zoom moves tokens, and adds none
     check_prompts(processor, load_config(model), [ask_about(images, question)], [counts])  # before weights are loaded
-    side = processor.image_processor.size["height"]
-    closer = [count_closer(*image.size, side=side, **knobs)[1] for image in images]
     for source, image, plan, more in zip(sources, images, plans, closer):
         say(f"{source}: {image.width} x {image.height} pixels, {describe(plan, more)}")
     network = load_model(model, dtype, device, quantize=quantize)
@@ -108,17 +106,9 @@ def ask(
         asked = images if knobs["zoom"] else engine.encode(images, plans)
         (reply,) = engine.answer([ask_about(asked, question)], streamer)
     if as_json:
-        answer = {
-            "answer": reply.text,
-            "model": model,
-            "dtype": str(network.dtype).removeprefix("torch."),
-            "crops": reply.crops,
-            "image_tokens": reply.image_tokens,
-            "prompt_tokens": reply.prompt_tokens,
-            "new_tokens": reply.new_tokens,
-            **({"looked_at": reply.looked_at} if knobs["zoom"] else {}),
-            "seconds": round(time.perf_counter() - start, 3),
-        }
+        seconds = round(time.perf_counter() - start, 3)
+        looked_at = {"looked_at": reply.looked_at} if knobs["zoom"] else {}
+        answer = {**describe_reply(reply, model, network), **looked_at, "seconds": seconds}
         print(json.dumps(answer, ensure_ascii=False))
     if show is not None:  # last: the disk may be full
         write_picture(draw_looks(images[0], reply.images[0]), show)
@@ -145,15 +135,14 @@ def chat(
     """
     from transformers import TextStreamer
 
-    from . import count_closer, load_image
+    from . import load_image
     from .engine import Engine
     from .loading import load_model, load_processor
 
     picture = load_image(image)  # standard input is for questions
     processor = load_processor(model)
     knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
-    plan = processor.image_processor.plan(*picture.size, **knobs)
-    closer = count_closer(*picture.size, side=processor.image_processor.size["height"], **knobs)[1]
+    plan, _, closer = plan_picture(processor.image_processor, picture, knobs)
     say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan, closer)}")
     network = load_model(model, dtype, device, quantize=quantize)
     engine = Engine(network, processor, max_new_tokens=max_new_tokens, **knobs)
@@ -224,7 +213,7 @@ def estimate(
     """Print what a question about a picture costs. Loads no weights."""
     import torch
 
-    from . import MCLlavaConfig, MCLlavaImageProcessor, count_closer
+    from . import MCLlavaConfig, MCLlavaImageProcessor
     from .estimate import estimate as estimate_cost
     from .folders import find_model
     from .loading import load_config, resolve_dtype
@@ -235,11 +224,10 @@ def estimate(
         processor, config = MCLlavaImageProcessor.from_pretrained(find_model(model)), load_config(model)
     knobs = processor.fill_knobs(max_crops, num_tokens, zoom)
     picture = read_image(image)
-    plan = processor.plan(*picture.size, **knobs)
+    plan, looks, closer = plan_picture(processor, picture, knobs)
     precision = resolve_dtype(config, dtype)
     precision = torch.float32 if precision == "auto" else precision
     tokens = sum(crop.num_tokens for crop in plan)
-    looks, closer = count_closer(*picture.size, side=processor.size["height"], **knobs)
     cost = estimate_cost(config, len(plan) + closer, tokens, text_tokens, max_new_tokens, precision, looks)
     for name, value in (
         ("crops", cost.crops),
@@ -335,21 +323,8 @@ def evaluate_tasks(
     from .evaluation.tasks import TASKS
     from .loading import load
 
-    names = [name.strip() for name in tasks.split(",") if name.strip()]
-    if len(set(names)) < len(names):
-        raise ValueError(f"--tasks names a task twice: {tasks}")
     check_revision(model, revision)
-    if not names:
-        raise ValueError(f"no task was named: pass --tasks with some of {', '.join(TASKS)}")
-    for name in names:
-        if name not in TASKS:
-            raise ValueError(f"there is no task {name!r}: choose from {', '.join(TASKS)}")
-    sources = {}
-    for entry in data:
-        name, _, source = entry.partition("=")
-        if name not in names or not source:
-            raise ValueError(f"--data must be TASK=SOURCE with one of the tasks {', '.join(names)}, got {entry!r}")
-        sources[name] = source
+    names, sources = read_tasks(tasks, data)
     for name in names:  # report unreadable data before loading the weights
         if not (output / f"{name}.json").exists():
             TASKS[name].read(sources.get(name, TASKS[name].data))
@@ -504,6 +479,28 @@ def read_image(source: str) -> "Image.Image":
     return load_image(sys.stdin.buffer.read() if source == "-" else source)
 
 
+def plan_picture(
+    processor: "MCLlavaImageProcessor", picture: "Image.Image", knobs: dict[str, int]
+) -> "tuple[list[Crop], int, int]":
+    """The crops of a picture, how often zoom may look closer at it, and at how many more crops in all."""
+    from . import count_closer
+
+    return processor.plan(*picture.size, **knobs), *count_closer(*picture.size, side=processor.size["height"], **knobs)
+
+
+def describe_reply(reply: "Reply", model: str, network: "MCLlavaForConditionalGeneration") -> dict:
+    """A reply and what it cost, for JSON."""
+    return {
+        "answer": reply.text,
+        "model": model,
+        "dtype": str(network.dtype).removeprefix("torch."),
+        "crops": reply.crops,
+        "image_tokens": reply.image_tokens,
+        "prompt_tokens": reply.prompt_tokens,
+        "new_tokens": reply.new_tokens,
+    }
+
+
 def check_picture_file(path: Path, source: str):
     """Raise a ValueError if a picture can't be written to `path`, or would replace its source, before it is made."""
     from PIL import Image
@@ -536,6 +533,25 @@ def write_picture(picture: "Image.Image", path: Path):
 def check_revision(model: str, revision: str | None):
     if revision and Path(model).is_dir():
         raise ValueError(f"the folder {model} has no revisions: leave --revision {revision} out")
+
+
+def read_tasks(tasks: str, data: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The names of the tasks to run, and the sources of those with another than usual. Raises ValueError."""
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    if not names:
+        raise ValueError(f"no task was named: pass --tasks with some of {', '.join(TASK_NAMES)}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"--tasks names a task twice: {tasks}")
+    for name in names:
+        if name not in TASK_NAMES:
+            raise ValueError(f"there is no task {name!r}: choose from {', '.join(TASK_NAMES)}")
+    sources = {}
+    for entry in data:
+        name, _, source = entry.partition("=")
+        if name not in names or not source:
+            raise ValueError(f"--data must be TASK=SOURCE with one of the tasks {', '.join(names)}, got {entry!r}")
+        sources[name] = source
+    return names, sources
 
 
 def read_question() -> str:
