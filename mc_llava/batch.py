@@ -444,6 +444,7 @@ class Worker:
                 "answer": reply.text,
                 "crops": reply.crops,
                 "tokens": reply.image_tokens,
+                "finish_reason": reply.finish_reason,
                 **({"looked_at": reply.looked_at} if reply.looked_at else {}),  # with zoom
             }
             for (record, _), reply in zip(rows, replies)

@@ -110,6 +110,7 @@ def ask(
         looked_at = {"looked_at": reply.looked_at} if knobs["zoom"] else {}
         answer = {**describe_reply(reply, model, network), **looked_at, "seconds": seconds}
         print(json.dumps(answer, ensure_ascii=False))
+    say_if_cut(reply)
     if show is not None:  # last: the disk may be full
         write_picture(draw_looks(images[0], reply.images[0]), show)
         say(f"wrote {show}")
@@ -164,6 +165,7 @@ def chat(
                 content.insert(0, {"type": "image", "image": encoded})
             asked = [*turns, {"role": "user", "content": content}]
             (reply,) = engine.answer([asked], streamer)
+            say_if_cut(reply)
         except ValueError as error:  # what was said before is not lost
             say(f"error: {error}")
             if turns:
@@ -498,7 +500,13 @@ def describe_reply(reply: "Reply", model: str, network: "MCLlavaForConditionalGe
         "image_tokens": reply.image_tokens,
         "prompt_tokens": reply.prompt_tokens,
         "new_tokens": reply.new_tokens,
+        "finish_reason": reply.finish_reason,
     }
+
+
+def say_if_cut(reply: "Reply"):
+    if reply.finish_reason == "length":
+        say(f"The answer was cut off after {reply.new_tokens} tokens, by --max-new-tokens or the end of the context.")
 
 
 def check_picture_file(path: Path, source: str):

@@ -97,7 +97,7 @@ def test_each_row_has_its_answer_or_its_error(folder, converted, whole):
         if record["row"] in ERRORS:
             assert ERRORS[record["row"]] in record["error"] and "answer" not in record
         else:
-            assert set(record) == {"row", "id", "question", "answer", "crops", "tokens"}
+            assert set(record) == {"row", "id", "question", "answer", "crops", "tokens", "finish_reason"}
     assert [record["id"] for record in whole[:7]] == ["q0", "1", "q1", "3", "q2", "q3", "6"]
     assert [(whole[i]["crops"], whole[i]["tokens"]) for i in (0, 2, 6, 10)] == [(3, 30), (1, 30), (2, 60), (0, 0)]
     for row, image in ((0, 0), (2, 1), (5, 3)):

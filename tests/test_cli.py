@@ -71,7 +71,19 @@ def test_ask_in_json_from_standard_input(converted, expected):
     assert answer.pop("prompt_tokens") > 50
     assert 0 < answer.pop("new_tokens") <= 8
     assert answer.pop("dtype") == str(choose_dtype("cpu")).removeprefix("torch.")
+    assert answer.pop("finish_reason") in ("stop", "length")
     assert answer == {"answer": expected, "model": str(converted), "crops": 1, "image_tokens": 50}
+
+
+def test_an_answer_that_was_cut_off_says_so(trial):
+    asked = ("ask", trial.pictures[0], trial.questions[0])
+    cut = run(*asked, "--max-new-tokens", 2, "--json")
+    assert json.loads(cut.stdout)["finish_reason"] == "length"
+    assert b"The answer was cut off after 2 tokens, by --max-new-tokens or the end of the context." in cut.stderr
+    chatted = run("chat", trial.pictures[0], "--max-new-tokens", 2, input=f"{trial.questions[0]}\n".encode())
+    assert b"The answer was cut off after 2 tokens" in chatted.stderr
+    whole = run(*asked, "--json")
+    assert json.loads(whole.stdout)["finish_reason"] == "stop" and b"cut off" not in whole.stderr
 
 
 def test_ask_zooms_and_shows_where(tmp_path):

@@ -231,7 +231,7 @@ class TestCommands:
         stdin = b"What is it?\n" if words[1] == "chat" else b""
         if "<" in words:
             words, stdin = words[: words.index("<")], Path(words[-1]).read_bytes()
-        fewer = ["--scenes", "8"] if words[1] == "zoom-heads" else []
+        fewer = ["--scenes", "12"] if words[1] == "zoom-heads" else []
         printed = call([*words, *fewer], monkeypatch, capsys, stdin)
         if words[1] in ("ask", "chat", "estimate"):
             assert printed.strip()
