@@ -516,7 +516,7 @@ def check_picture_file(path: Path, source: str):
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"the picture {path} can't be written: name a file in a folder that is there")
     if source != "-" and os.path.exists(source) and path.exists() and path.samefile(source):
-        raise ValueError(f"the picture {path} is the one that is read, which stays as it is: name another file")
+        raise ValueError(f"{path} is the picture to read, which must not be overwritten: name another file")
     try:  # some formats are only read, or hold no colors
         Image.new("RGB", (1, 1)).save(io.BytesIO(), Image.registered_extensions().get(path.suffix.lower()))
     except (ValueError, KeyError, OSError) as error:
