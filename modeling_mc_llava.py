@@ -148,9 +148,24 @@ def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     """
     The `state_dict` of a module, which does not change: on a CPU, bitsandbytes' 4-bit layers reorder their weights
     when they are asked for their state, and lose the order of the scales (bitsandbytes 0.50).
+
+    Their first pass on a CPU may have reordered the weights already, rounded the scales and cast the biases. The layers
+    of the copy make such a pass, so that the weights are the same before and after it.
     """
-    has_4_bits = any(getattr(parameter, "quant_state", None) is not None for parameter in module.parameters())
-    return (copy.deepcopy(module) if has_4_bits else module).state_dict()
+    if not any(map(has_4_bits, module.modules())):
+        return module.state_dict()
+    module = copy.deepcopy(module).eval()  # in training there is no such pass
+    for layer in filter(has_4_bits, module.modules()):
+        if layer.weight.device.type == "cpu":
+            dtype = torch.float32 if layer.bias is None else layer.bias.dtype
+            with torch.no_grad():
+                layer(torch.zeros(1, layer.in_features, dtype=dtype))
+    return module.state_dict()
+
+
+def has_4_bits(layer: nn.Module) -> bool:
+    """Whether this is a layer of bitsandbytes with weights of 4 bits."""
+    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
 
 
 @contextmanager

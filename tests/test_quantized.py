@@ -115,7 +115,7 @@ def test_all_that_a_users_own_configuration_quantizes_still_knows_where_crops_li
     images = {name: value for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
     small = MCLlavaForConditionalGeneration.from_pretrained(folder, quantization_config=config, dtype=dtype).eval()
     assert type(small.model.multi_modal_projector.linear_1) is not nn.Linear
-    given = []
+    given, weights_hash = [], small.hash_encoder()
     small.model.coord_embed[0].register_forward_pre_hook(lambda layer, args: given.append(args[0]))
     with torch.no_grad():
         (found,), (expected,) = (
@@ -131,6 +131,9 @@ def test_all_that_a_users_own_configuration_quantizes_still_knows_where_crops_li
     options = {"max_new_tokens": 3, "do_sample": False}
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(small.generate(**inputs, **options), small.generate(**text, image_features=encoded, **options))
+    assert encoded.weights_hash == small.hash_encoder() == weights_hash, (
+        "the first pass of the weights changes no hash"
+    )
 
 
 @pytest.mark.parametrize(
