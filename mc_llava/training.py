@@ -340,14 +340,20 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
 
     Raises:
         ValueError: if there are more than `max_broken` of them, or none to train on, `num_tokens` leaves no room in
-            the context, or `output` is the model's folder.
+            the context, `output` is the model's folder, or the model was saved in fewer bits.
     """
     model = Path(find_model(recipe.model))
     if model.exists() and model.resolve() == Path(recipe.output).resolve():
         raise ValueError(
             f"{recipe.output} is the model to start from, which must not be overwritten: name another output"
         )
-    context = load_config(recipe.model).text_config.max_position_embeddings
+    config = load_config(recipe.model)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            f"{recipe.model} was saved with quantized weights, into which nothing can be merged: start from the model "
+            "that it was made of, with quantize: nf4 to train adapters on it in 4 bits"
+        )
+    context = config.text_config.max_position_embeddings
     if recipe.num_tokens[1] >= context:
         raise ValueError(
             f"num_tokens goes up to {recipe.num_tokens[1]}, the context is {context}: leave room for text"

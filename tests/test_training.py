@@ -532,6 +532,16 @@ def test_the_model_to_start_from_is_not_overwritten(recipe, tmp_path, lora):
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
+def test_a_model_that_was_saved_with_quantized_weights_is_refused_before_it_trains(recipe, tmp_path):
+    """The adapters would be lost at the end: they can't be merged into it."""
+    shutil.copytree(recipe.model, tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="saved with quantized weights.*start from the model that it was made of"):
+        train(replace(recipe, model=str(tmp_path / "model"), lora=Lora(r=2), train=()))
+
+
 class TestAUsersOwnTrainer:
     """Whatever a Trainer saves, it loads: a resumed run goes on as if nothing had happened."""
 
