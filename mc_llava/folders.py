@@ -68,7 +68,7 @@ def list_weights(folder: Path) -> list[str]:
     else:
         raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}: convert it to safetensors")
     for name in names:
-        _check_header(folder / name)
+        check_header(folder / name)
     return names
 
 
@@ -99,7 +99,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _check_header(path: Path):
+def check_header(path: Path):
     """ValueError if a file is not one of safetensors, or is not as long as it says."""
     from safetensors import SafetensorError, safe_open  # `mc-llava crops` starts without it
 

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import random
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -40,7 +41,7 @@ from transformers import TrainerCallback
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import Crop, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_unicode, load_image
-from .folders import find_model
+from .folders import check_header, find_model
 from .journal import check_utf8, difference, hash_file, replacing, storing, to_line, to_text, write_json
 from .loading import identify, load_config, load_model, load_processor
 
@@ -492,8 +493,8 @@ def record_run(recipe: Recipe, rows: Rows):
 
 
 def last_checkpoint(output: Path) -> str | None:
-    """The newest complete checkpoint of a run, None if there is none. Trainer's state is the last file it saves."""
-    whole = [path.parent for path in output.glob("checkpoint-[0-9]*/trainer_state.json") if is_json(path)]
+    """The newest complete checkpoint of a run, None if there is none."""
+    whole = [path.parent for path in output.glob("checkpoint-[0-9]*/trainer_state.json") if is_whole(path.parent)]
     return str(max(whole, key=steps_of)) if whole else None
 
 
@@ -502,13 +503,18 @@ def steps_of(checkpoint: str | Path) -> int:
     return int(Path(checkpoint).name.split("-")[1])
 
 
-def is_json(path: Path) -> bool:
-    """Whether a file is whole, and not what a kill or a full disk left of it."""
+def is_whole(checkpoint: Path) -> bool:
+    """
+    Whether nothing was cut by a kill, a full disk or a loss of power. Trainer's state is the last file it saves, but
+    the system may have stored that one and not yet all of the others.
+    """
     try:
-        json.loads(path.read_bytes())
+        json.loads((checkpoint / "trainer_state.json").read_bytes())
+        for path in checkpoint.glob("*.safetensors"):
+            check_header(path)
     except ValueError:
         return False
-    return True
+    return all(map(zipfile.is_zipfile, checkpoint.glob("*.pt")))
 
 
 class FinishedError(Exception):

@@ -17,7 +17,7 @@ from datasets import Dataset
 from helpers import write_untrained_tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -382,6 +382,21 @@ def test_a_checkpoint_whose_last_file_is_torn_is_not_whole(tmp_path):
     for step, state in ((2, "{}"), (4, '{"log_hi')):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("share", [0, 0.9])
+def test_a_checkpoint_of_which_any_large_file_is_cut_is_not_whole(tmp_path, name, share):
+    for step in (2, 4):
+        checkpoint = tmp_path / f"checkpoint-{step}"
+        checkpoint.mkdir()
+        save_file({"weight": torch.ones(1000)}, checkpoint / "model.safetensors")
+        torch.save({"state": torch.ones(1000)}, checkpoint / "optimizer.pt")
+        (checkpoint / "trainer_state.json").write_text("{}")
+    assert last_checkpoint(tmp_path) == str(checkpoint)
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: int(share * len(content))])
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
