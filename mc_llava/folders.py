@@ -68,7 +68,7 @@ def list_weights(folder: Path) -> list[str]:
     else:
         raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}: convert it to safetensors")
     for name in names:
-        check_header(folder / name)
+        _check_header(folder / name)
     return names
 
 
@@ -99,7 +99,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def check_header(path: Path):
+def _check_header(path: Path):
     """ValueError if a file is not one of safetensors, or is not as long as it says."""
     from safetensors import SafetensorError, safe_open  # `mc-llava crops` starts without it
 
@@ -108,6 +108,15 @@ def check_header(path: Path):
             pass
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is cut, or no file of safetensors ({error}): fetch it again") from error
+
+
+def is_whole(path: Path) -> bool:
+    """Whether this is a file of safetensors, as long as it says."""
+    try:
+        _check_header(path)
+    except ValueError:
+        return False
+    return True
 
 
 def _read_processor(model: str) -> dict:

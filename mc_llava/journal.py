@@ -28,6 +28,7 @@ FULL_MESSAGES = (
     "inline_container",
     "iostream error",
 )
+RUN_AGAIN = "free some space and run the command again"
 PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy", "bitsandbytes", "optimum-quanto")
 
 
@@ -143,7 +144,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that becomes `path` when the block ends without an error: a reader never sees half of it."""
     draft = path.with_name(path.name + ".draft")
     try:
-        with storing(path, "free some space and run the command again"), open(draft, "wb") as file:
+        with storing(path, RUN_AGAIN), open(draft, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

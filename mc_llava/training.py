@@ -41,7 +41,7 @@ from transformers import TrainerCallback
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import Crop, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_unicode, load_image
-from .folders import check_header, find_model
+from .folders import find_model, is_whole
 from .journal import check_utf8, difference, hash_file, replacing, storing, to_line, to_text, write_json
 from .loading import identify, load_config, load_model, load_processor
 
@@ -494,7 +494,8 @@ def record_run(recipe: Recipe, rows: Rows):
 
 def last_checkpoint(output: Path) -> str | None:
     """The newest complete checkpoint of a run, None if there is none."""
-    whole = [path.parent for path in output.glob("checkpoint-[0-9]*/trainer_state.json") if is_whole(path.parent)]
+    found = (path.parent for path in output.glob("checkpoint-[0-9]*/trainer_state.json"))
+    whole = list(filter(is_whole_checkpoint, found))
     return str(max(whole, key=steps_of)) if whole else None
 
 
@@ -503,18 +504,17 @@ def steps_of(checkpoint: str | Path) -> int:
     return int(Path(checkpoint).name.split("-")[1])
 
 
-def is_whole(checkpoint: Path) -> bool:
+def is_whole_checkpoint(checkpoint: Path) -> bool:
     """
     Whether nothing was cut by a kill, a full disk or a loss of power. Trainer's state is the last file it saves, but
     the system may have stored that one and not yet all of the others.
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_bytes())
-        for path in checkpoint.glob("*.safetensors"):
-            check_header(path)
     except ValueError:
         return False
-    return all(map(zipfile.is_zipfile, checkpoint.glob("*.pt")))
+    weights, states = checkpoint.glob("*.safetensors"), checkpoint.glob("*.pt")
+    return all(map(is_whole, weights)) and all(map(zipfile.is_zipfile, states))
 
 
 class FinishedError(Exception):

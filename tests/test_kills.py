@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import picture, write_untrained_tiny
+from helpers import ROOT, picture, write_untrained_tiny
 from processes import Process
 from safetensors.torch import load_file
 
@@ -200,6 +200,20 @@ class TestFullDisk:
         status, said = run(train(folder, output))
         assert status == 0, said
         check_training(output, whole)
+
+    def test_of_the_stages_of_tiny(self, tmp_path):
+        recipe, output = ROOT / "examples" / "tiny.yaml", tmp_path / "tiny"
+        values = ["start", "photographs", "objects", "fonts"]
+        words = ["train", recipe, f"output={output}", "earlier=[]", *(f"{name}=null" for name in values)]
+        words += ["tower_width=32", "tower_layers=3", "width=256", "layers=3", "workers=0"]
+        words += ["num_images=2", "num_tested=1", "short_steps=0"]
+        stage = "{steps: 1, decay: 0, warmup: 0, learning_rate: 1.0e-3, batch_size: 1}"
+        words += [f"tower={stage}", f"language_model={stage}"]
+        for limit, name in ((200_000, "tower"), (4_000_000, "language_model-1")):
+            status, said = run(words, limit=limit)
+            assert status == 1 and "Traceback" not in said
+            assert f"error: cannot write {output}-work/{name} (" in said and "free some space and" in said, said
+            assert not output.exists()
 
     def test_of_a_conversion(self, tmp_path):
         target = tmp_path / "folder" / "model"

@@ -502,6 +502,28 @@ def test_folders_that_are_missing_or_do_not_fit_are_named(tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir()), "a folder of a run that was refused has to be removed before the next one"
 
 
+def test_an_output_that_can_be_no_folder_is_refused_before_hours_of_training(tmp_path):
+    stage = Stage(steps=2, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", ".", ".."):
+        recipe = language_model.TinyRecipe(str(output), stage, stage, num_images=5, short_steps=1)
+        with pytest.raises(ValueError, match="can't be the folder of a model: name another output"):
+            language_model.train_tiny(recipe)
+
+
+def test_damaged_files_of_an_earlier_run_are_named_or_made_anew(processor, model, tmp_path):
+    for content in ("", "[1]", '{"a": 1'):
+        (tmp_path / language_model.SETTINGS_FILE).write_text(content)
+        with pytest.raises(ValueError, match="recipe.json is damaged .*: remove the folder, or name another output"):
+            language_model.record_settings(tmp_path, {"a": 1})
+    encoding.cache_scenes(model, processor, tmp_path / "images", range(2), workers=0)
+    (shard,) = (tmp_path / "images").iterdir()
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    encoding.cache_scenes(model, processor, tmp_path / "images", range(2), workers=0)
+    assert shard.read_bytes() == whole
+
+
 COMMAND = """
 import torch._dynamo
 from mc_llava import cli

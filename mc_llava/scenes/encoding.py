@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 from .. import count_closer, look_closer, pays, plan_crops, plan_rounds, plan_scouts
+from ..folders import is_whole
 from ..journal import replacing
 from .drawing import draw_scene
 from .materials import Materials
@@ -180,7 +181,7 @@ def cache_scenes(
 ) -> list[CachedImage]:
     """
     The training scenes of some seeds, each under its own budget. Those that an earlier run left in `folder` are
-    reused.
+    reused, but for damaged files.
     """
     images, names = [], ("features", *CachedImage.OF_CROPS)
     folder.mkdir(parents=True, exist_ok=True)
@@ -188,7 +189,7 @@ def cache_scenes(
         part = seeds[start : start + SHARD]
         path = folder / f"scenes-{part.start}-{part.stop}.safetensors"
         scenes, budgets = zip(*(scene_and_budget(seed, materials) for seed in part))
-        if not path.exists():
+        if not is_whole(path):
             shard = encode_scenes(model, processor, scenes, budgets, workers)
             tensors = {name: torch.cat([getattr(image, name) for image in shard]) for name in names}
             tensors["crops"] = torch.tensor([len(image.coords) for image in shard])

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig, TrainingArguments
 
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
-from ..journal import write_json
+from ..journal import RUN_AGAIN, storing, write_json
 from ..training import StopIfDiverged, build_recipe, checked, last_checkpoint, set_trainable, steps_of
 from ..zoom_heads import choose_heads, find_config, write_heads
 from ..zoom_heads import measure as measure_heads
@@ -347,7 +347,8 @@ def train_language_model(
         optimizers=(MuonAndAdamW(trainee, stage.learning_rate, stage.weight_decay), None),
         callbacks=[Report(stage.save_steps, measured), StopIfDiverged()],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    with storing(output, RUN_AGAIN):
+        trainer.train(resume_from_checkpoint=last_checkpoint(output))
     trainee.give_to(model)
 
 
@@ -393,11 +394,14 @@ def record_settings(folder: Path, wanted: dict):
     Record in a stage's folder the settings that its files depend on.
 
     Raises:
-        ValueError: if its files were made with other settings.
+        ValueError: if its files were made with other settings, or the record is damaged.
     """
     path = folder / SETTINGS_FILE
     if path.exists():
-        found = json.loads(path.read_text())
+        try:
+            found = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove the folder, or name another output") from error
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise ValueError(
@@ -413,9 +417,12 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     Make `tiny`, or resume an interrupted call. Zoom's heads are measured at the end. Returns the model's folder.
 
     Raises:
-        ValueError: if the earlier call had a recipe that this one can't resume.
+        ValueError: if the earlier call had a recipe that this one can't resume, or `output` can't be a folder.
+        OSError: if the disk is full. What was made stays.
     """
     output, rounds = Path(recipe.output), recipe.rounds()
+    if output.name in ("", "..") or (output.exists() and not output.is_dir()):
+        raise ValueError(f"{recipe.output} can't be the folder of a model: name another output")
     work = output.with_name(output.name + "-work")
     for number in range(1, len(rounds) + 1):
         for name, wanted in folder_settings(rounds, number).items():
@@ -429,8 +436,9 @@ def train_tiny(recipe: TinyRecipe) -> Path:
         made = output if number == len(rounds) else work / f"round-{number}"
         if made == output or not (made / SETTINGS_FILE).exists():
             model = train_round(rounds, number, start, work, processor, materials)
-            model.to(torch.bfloat16).save_pretrained(made)
-            processor.save_pretrained(made)
+            with storing(made, RUN_AGAIN):
+                model.to(torch.bfloat16).save_pretrained(made)
+                processor.save_pretrained(made)
         if made != output:
             record_settings(made, {"round": differing(rounds[number - 1])})  # recorded last: all of the model is there
         start = str(made)

@@ -24,6 +24,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
+from ..journal import RUN_AGAIN, storing
 from ..training import StopIfDiverged, checked, last_checkpoint
 from .drawing import character_centers, draw_scene
 from .making import make_group
@@ -586,5 +587,6 @@ def pretrain_tower(
         optimizers=(MuonAndAdamW(model, stage.learning_rate, stage.weight_decay), None),
         callbacks=[Report(stage.save_steps, measured), StopIfDiverged()],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(output))
+    with storing(output, RUN_AGAIN):
+        trainer.train(resume_from_checkpoint=last_checkpoint(output))
     return model
