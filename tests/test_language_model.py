@@ -14,7 +14,7 @@ from helpers import ROOT
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, plan_scouts, scenes
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, plan_scouts, scenes, training
 from mc_llava.evaluation.tasks import NUM_SCENES
 from mc_llava.scenes import conversations, encoding, language_model
 from mc_llava.scenes.encoding import Budget
@@ -330,7 +330,7 @@ def test_each_time_around_all_images_have_their_turn_and_other_conversations():
         )
         for crops in (0, 7, 16, 32, 64)
     ]
-    stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=3)
+    stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=3, warmup=1)
 
     def rows(stage, short_steps):
         return conversations.scene_rows(images, stage, short_steps).to_list()
@@ -358,7 +358,7 @@ def test_a_batch_of_images_with_many_tokens_has_fewer(processor, model, monkeypa
 
 
 def test_the_images_of_a_batch_have_about_as_many_tokens():
-    rng, stage = random.Random(0), Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=5)
+    rng, stage = random.Random(0), Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=5, warmup=1)
     lengths = [rng.choice((30, 128, 700)) for _ in range(160)]
     order = conversations.batches_alike(list(range(160)), lengths, stage, rng)
     assert sorted(order) == list(range(160))
@@ -511,6 +511,22 @@ def test_an_output_that_can_be_no_folder_is_refused_before_hours_of_training(tmp
             language_model.train_tiny(recipe)
 
 
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        ("tower_width=100", "tower_width Input should be a multiple of 32"),
+        ("width=16", "width Input should be a multiple of 32"),
+        ("tower.steps=3700", "tower .*warmup 300 and decay 3500 take more than all of 3700 steps: lower them"),
+        ("language_model.decay=6000", "warmup 100 and decay 6000 take more than all of 6000 steps"),
+    ],
+)
+def test_sizes_and_steps_that_cannot_be_are_refused(override, reason):
+    values = training.read_recipe(ROOT / "examples" / "tiny.yaml", [override])
+    del values["kind"]
+    with pytest.raises(ValueError, match=reason):
+        training.build_recipe(language_model.TinyRecipe, values)
+
+
 def test_damaged_files_of_an_earlier_run_are_named_or_made_anew(processor, model, tmp_path):
     for content in ("", "[1]", '{"a": 1'):
         (tmp_path / language_model.SETTINGS_FILE).write_text(content)
@@ -650,7 +666,7 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     assert (tmp_path / "tiny-work" / "language_model-1" / "checkpoint-3").is_dir()
     assert len(list((tmp_path / "tiny-work" / "images-3").glob("*.safetensors"))) == 2 and cached() == shards
     # A model that is trained further begins with the weights of the other one.
-    still = {"tower": replace(stage, steps=1, learning_rate=1e-9)}
+    still = {"tower": replace(stage, steps=1, decay=0, learning_rate=1e-9)}
     still["language_model"] = replace(still["tower"], seed=1)
     started = replace(recipe, output=str(tmp_path / "other"), start=str(output), num_images=2, **still)
     other = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(started))
@@ -713,7 +729,7 @@ def test_a_round_goes_on_with_another_tower_other_scenes_and_more_layers(tmp_pat
 
 
 def test_what_differs_in_a_round_is_checked():
-    stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=2)
+    stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
     recipe = language_model.TinyRecipe("tiny", stage, stage, num_images=3, short_steps=1)
     first, last = replace(recipe, earlier=({"tower": {"steps": 3}, "short_steps": 0, "num_images": 9},)).rounds()
     assert (first.tower, first.language_model, first.short_steps) == (replace(stage, steps=3), stage, 0)

@@ -47,6 +47,7 @@ from .warm_start import copy_weights, load_start
 
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_end|>", "<|im_start|>", "<image>", "<pad>"]
+HEAD_WIDTH = 32
 VOCABULARY = 768  # at most
 MAX_CROPS = 32
 TURNS = 8  # at most, of one conversation
@@ -78,7 +79,7 @@ class TinyRecipe:
         photographs: folder of photographs for two thirds of the scenes, see `Materials`; None if all are drawn.
         objects: folder of cut-out objects, with photographs only.
         fonts: folder of fonts for scenes with photographs; None for the system's.
-        tower_width, tower_layers, width, layers: sizes of the SigLIP and of the Phi architecture.
+        tower_width, tower_layers, width, layers: sizes of the SigLIP and of the Phi architecture. Heads are 32 wide.
         workers: processes that draw.
     """
 
@@ -93,9 +94,9 @@ class TinyRecipe:
     photographs: str | None = None
     objects: str | None = None
     fonts: str | None = None
-    tower_width: PositiveInt = 128
+    tower_width: Annotated[PositiveInt, Field(multiple_of=HEAD_WIDTH)] = 128
     tower_layers: PositiveInt = 6
-    width: PositiveInt = 192
+    width: Annotated[PositiveInt, Field(multiple_of=HEAD_WIDTH)] = 192
     layers: Annotated[int, Field(gt=ANSWERING_LAYER)] = 4
     workers: NonNegativeInt = 1
 
@@ -195,7 +196,7 @@ def vision_config(width: int, layers: int) -> SiglipVisionConfig:
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
-        num_attention_heads=width // 32,
+        num_attention_heads=width // HEAD_WIDTH,
         image_size=SIDE,
         patch_size=PATCH_SIZE,
         vision_use_head=False,
@@ -210,7 +211,7 @@ def build_model(processor: MCLlavaProcessor, vision: SiglipVisionConfig, width: 
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
-        num_attention_heads=width // 32,
+        num_attention_heads=width // HEAD_WIDTH,
         hidden_act="gelu_pytorch_tanh",  # Phi's `gelu_new` as one operation
         max_position_embeddings=2048,
         partial_rotary_factor=0.5,

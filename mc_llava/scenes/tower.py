@@ -488,7 +488,12 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
 @checked
 class Stage:
-    """How long and how fast a stage of `tiny` learns: a warm-up, a constant rate, a cosine decay in the last steps."""
+    """
+    How long and how fast a stage of `tiny` learns: a warm-up, a constant rate, a cosine decay in the last steps.
+
+    Raises:
+        ValueError: if warm-up and decay overlap. The rate would never be `learning_rate`, and jump between them.
+    """
 
     steps: PositiveInt
     decay: NonNegativeInt
@@ -498,6 +503,13 @@ class Stage:
     weight_decay: NonNegativeFloat = 0.05
     save_steps: PositiveInt = 250
     seed: NonNegativeInt = 0
+
+    def __post_init__(self):
+        if self.warmup + self.decay > self.steps:
+            raise ValueError(
+                f"warmup {self.warmup} and decay {self.decay} take more than all of {self.steps} steps: lower "
+                "them, or take more steps"
+            )
 
     def options(self, output: Path) -> dict:
         """For `TrainingArguments`."""
