@@ -260,7 +260,7 @@ def collate(bench: Bench) -> dict[str, float]:
     Image.open(bench.photograph(quality=90)).resize((640, 480)).save(path)
     turns = ["What is in the picture?", "A telescope above the Earth.", "Which color is it?", "Blue."]
     messages = [{"role": role, "content": turn} for role, turn in zip(("user", "assistant") * 2, turns)]
-    rows = [{"id": str(number), "image": str(path), "messages": messages} for number in range(4)]
+    rows = [{"row": number, "id": str(number), "image": str(path), "messages": messages} for number in range(4)]
     recipe = Recipe(model=TINY, data="rows.json", images=str(bench.folder), output=str(bench.folder))
     collator = Collator(processor, recipe, 2048)
     return {"time (s)": bench.seconds(lambda: collator(rows), repeats=15)}
@@ -450,7 +450,9 @@ def measure(name: str, tree: Path, folder: str, options: argparse.Namespace) -> 
     """What a fresh process measures of a row with the code of a tree."""
     command = [sys.executable, __file__, name, "--measure-in", folder, "--device", options.device or ""]
     environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": str(options.threads)}
-    run = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True, check=True)
+    run = subprocess.run(command, env=environment, cwd=folder, stdout=subprocess.PIPE, text=True)
+    if run.returncode:  # the process has said why
+        raise SystemExit(f"{name} ended with status {run.returncode} in {tree}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
@@ -495,7 +497,9 @@ def revision(name: str) -> str:
 def check_out(commit: str, stack: ExitStack) -> Path:
     """A temporary worktree of a commit."""
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory()), "tree")
-    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", folder, commit], cwd=ROOT, check=True)
+    command = ["git", "worktree", "add", "--quiet", "--detach", folder, commit]
+    if subprocess.run(command, cwd=ROOT).returncode:
+        raise SystemExit(f"{commit} can't be checked out: pass --against a commit of this repository")
     stack.callback(subprocess.run, ["git", "worktree", "remove", "--force", folder], cwd=ROOT, check=True)
     return folder
 
@@ -538,6 +542,8 @@ def main():
     options = parser.parse_args()
     if unknown := set(options.rows) - set(ROWS):
         parser.error(f"there are no rows {', '.join(sorted(unknown))}: choose from {', '.join(ROWS)}")
+    if min(options.rounds, options.threads) < 1:
+        parser.error(f"--rounds {options.rounds} and --threads {options.threads} must be 1 or more")
     if options.table:
         write_table()
     elif options.measure_in is not None:

@@ -41,6 +41,28 @@ def test_trees_alternate_and_pairs_are_compared(monkeypatch, tmp_path):
     assert (found["ratio"]["least"], found["ratio"]["most"]) == (0.25, 0.5)
 
 
+@pytest.mark.slow
+def test_a_training_batch_is_collated(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)  # of the other tests, too
+    monkeypatch.setattr(benchmark, "PHOTOGRAPH", (640, 480))
+    assert benchmark.ROWS["collate"](benchmark.Bench(tmp_path, "cpu"))["time (s)"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["identity", "--rounds", "0"], "--rounds 0 and --threads 1 must be 1 or more"),
+        pytest.param(["identity", "--device", "nowhere"], "identity ended with status 1 in ", marks=pytest.mark.slow),
+        (["identity", "--against", "nothing"], "nothing can't be checked out: pass --against a commit"),
+    ],
+)
+def test_what_cannot_be_measured_is_no_traceback(monkeypatch, capfd, words, said):
+    monkeypatch.setattr("sys.argv", ["benchmark.py", *words, "--threads", "1"])
+    with pytest.raises(SystemExit) as ended:
+        benchmark.main()
+    assert said in f"{ended.value.code}{capfd.readouterr().err}"
+
+
 def test_the_newest_line_of_a_row_and_device_is_in_the_table(monkeypatch, tmp_path):
     page, saved = tmp_path / "costs.md", tmp_path / "benchmark.jsonl"
     page.write_text("Before.\n" + "\nold\n".join(benchmark.MARKERS) + "\nAfter.\n")
