@@ -352,7 +352,9 @@ def plain_tensors(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor
         return
     for name in tensor.__tensor_flatten__()[0]:
-        yield from plain_tensors(getattr(tensor, name))
+        part = getattr(tensor, name)
+        if isinstance(part, torch.Tensor):  # a distributed tensor also names its devices (torch 2.13)
+            yield from plain_tensors(part)
 
 
 def refuse_prefixes(model):

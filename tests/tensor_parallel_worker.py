@@ -7,6 +7,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
 
+from mc_llava import PrefixCache
+
 
 folder, inputs, output = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(
@@ -27,5 +29,10 @@ with torch.no_grad():
     logits = model.zoom(**inputs).crop_boxes if is_zooming else model(**inputs, logits_to_keep=1).logits
 logits = logits.full_tensor() if isinstance(logits, DTensor) else logits
 tokens = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+prefix_cache = PrefixCache()
+for _ in range(2):
+    kept = model.generate(**inputs, prefix_cache=prefix_cache, max_new_tokens=8, do_sample=False)
+    assert torch.equal(kept, tokens)
+assert prefix_cache.nbytes
 save_file({"logits": logits.contiguous(), "tokens": tokens}, f"{output}.{torch.distributed.get_rank()}")
 torch.distributed.destroy_process_group()
