@@ -7,6 +7,10 @@
 # A failure prints its seed: FUZZ_SEED=123 python -m pytest -m fuzz runs it again. FUZZ_COUNT is the number of inputs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+if ! [[ "${1:-10}" =~ ^[1-9][0-9]*$ ]]; then
+  echo "scripts/fuzz.sh: pass a number of minutes, 1 or more, not $1" >&2
+  exit 2
+fi
 end=$((SECONDS + ${1:-10} * 60))
 runs=0
 while [ "$SECONDS" -lt "$end" ]; do

@@ -5,8 +5,8 @@ If FOLDER doesn't exist, a random checkpoint with Phi-2's heads, an eighth of it
 written there. Prints one line of JSON for full precision and for each quantisation.
 """
 
+import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -61,4 +61,10 @@ def main(folder: str, *names: str):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(QUANTIZED)}; by default all")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - set(QUANTIZED):
+        parser.error(f"{', '.join(sorted(unknown))} must be some of {', '.join(QUANTIZED)}")
+    main(arguments.folder, *arguments.names)

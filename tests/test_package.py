@@ -199,3 +199,22 @@ class TestModelCard:
         code = f"from huggingface_hub import ModelCard; ModelCard.load({str(ROOT / 'README.md')!r}).validate()"
         environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
         subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["bash", "scripts/fuzz.sh", "0"], "pass a number of minutes, 1 or more, not 0"),
+        (["bash", "scripts/fuzz.sh", "ten"], "pass a number of minutes, 1 or more, not ten"),
+        pytest.param(
+            [sys.executable, "scripts/quantized.py", "folder", "nf5"],
+            "nf5 must be some of nf4, int8, int4",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_scripts_refuse_what_they_cannot_do(command, said):
+    result = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and said in result.stderr, result.stderr
