@@ -69,23 +69,25 @@ def resolve_dtype(
 ) -> torch.dtype | str:
     """
     The dtype in which `load_model` loads a model with the same arguments, or "auto" for an accelerator if the
-    configuration has none.
+    configuration has none. A model that was saved with quantized weights has its own: transformers converts only a
+    part of such weights to another one.
 
     Args:
         model: a folder, a Hub id, "tiny", or a configuration.
 
     Raises:
-        ValueError: if there is no such dtype or device.
+        ValueError: if there is no such dtype or device, or the model can't be loaded in it.
     """
+    config = model if isinstance(model, MCLlavaConfig) else load_config(model, revision)
+    own = config.dtype if getattr(config, "quantization_config", None) is not None else None
     if dtype == "auto":
-        chosen = choose_dtype(find_device(device))
-        if chosen == "auto":
-            config = model if isinstance(model, MCLlavaConfig) else load_config(model, revision)
-            chosen = config.dtype or chosen
-        return chosen
+        chosen = own or choose_dtype(find_device(device))
+        return (config.dtype or chosen) if chosen == "auto" else chosen
     found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    if own not in (None, found):
+        raise ValueError(f"the model was saved with quantized weights in {own}, got {found}: leave dtype out")
     return found
 
 

@@ -12,7 +12,7 @@ from make_published_checkpoint import write_published_checkpoint
 from torch import nn
 from transformers import BitsAndBytesConfig, QuantoConfig
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype, loading
 from mc_llava.engine import Engine
 from mc_llava.evaluation.running import evaluate
 from mc_llava.loading import find_device, load, load_model
@@ -79,6 +79,18 @@ class TestFourBits:
         with torch.no_grad():
             found = small(**copy.copy(inputs).to(dtype)).logits.float()
         assert torch.cosine_similarity(found, logits, dim=-1).mean() > 0.97
+
+    def test_what_was_saved_is_loaded_in_its_own_precision(self, folder, whole, tmp_path, monkeypatch):
+        _, inputs, _ = whole
+        saved = str(tmp_path / "saved")
+        load_model(str(folder), "float32", "cpu", quantize="nf4").save_pretrained(saved)
+        monkeypatch.setattr(loading, "choose_dtype", lambda device: torch.bfloat16)
+        small = load_model(saved, device="cpu")
+        expected = load_model(str(folder), "float32", "cpu", quantize="nf4")
+        options = {"max_new_tokens": 3, "do_sample": False}
+        assert torch.equal(small.generate(**inputs, **options), expected.generate(**inputs, **options))
+        with pytest.raises(ValueError, match="in torch.float32, got torch.bfloat16: leave dtype out"):
+            load_model(saved, "bfloat16", "cpu")
 
     def test_by_command(self, folder, tmp_path):
         picture(640, 400).save(tmp_path / "a.png")
