@@ -149,8 +149,8 @@ def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     The `state_dict` of a module, which does not change: on a CPU, bitsandbytes' 4-bit layers reorder their weights
     when they are asked for their state, and lose the order of the scales (bitsandbytes 0.50).
 
-    Their first pass on a CPU may have reordered the weights already, rounded the scales and cast the biases. The layers
-    of the copy make such a pass, so that the weights are the same before and after it.
+    Their first pass on a CPU may have reordered the weights already, rounded the scales and cast the biases. The
+    layers of the copy make such a pass, so that the weights are the same before and after it.
     """
     if not any(map(has_4_bits, module.modules())):
         return module.state_dict()
