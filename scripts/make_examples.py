@@ -5,8 +5,8 @@ Draw the scenes in `examples/`, from the split that `tiny` was not trained on, a
     python scripts/make_examples.py data
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from mc_llava import scenes
@@ -38,4 +38,6 @@ def main(data: Path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="the folder that fetch_materials.sh fills")
+    main(parser.parse_args().data)

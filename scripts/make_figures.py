@@ -8,6 +8,7 @@ Of the first, each column shows the crops over the photograph, what is asked abo
 sharpest of these crops, and the answer of the command at the top of the column, which this script runs.
 """
 
+import argparse
 import json
 import math
 import subprocess
@@ -106,4 +107,6 @@ def main():
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # without it, --help would write
     main()

@@ -6,6 +6,7 @@ Write the study's tables into `docs/tiny.md`, and the rows that `README.md` has 
 A table on a page is found by its head. Of tables with the same head, the first one on the page is the first one here.
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -89,4 +90,6 @@ def main():
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()  # without it, --help would write
     main()

@@ -6,9 +6,9 @@ Write a folder of cut-out objects for `mc-llava train examples/tiny.yaml`: see d
 Every rendering of an object is a file: tiger.png, tiger-2.png, ... Needs resvg-py and Pillow.
 """
 
+import argparse
 import io
 import json
-import sys
 from pathlib import Path
 
 import resvg_py  # pyright: ignore[reportMissingImports]
@@ -89,4 +89,7 @@ def main(folder: Path, packages: list[Path]):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), list(map(Path, sys.argv[2:])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("packages", type=Path, nargs="+")
+    main(**vars(parser.parse_args()))

@@ -6,7 +6,7 @@ Write the folders of photographs for `mc-llava train examples/tiny.yaml`: see do
 OUTPUT/photographs is what is trained on, OUTPUT/test/photographs what isn't.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 from PIL import Image
@@ -53,4 +53,7 @@ def main(output: Path, folders: list[Path]):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), list(map(Path, sys.argv[2:])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
+    main(**vars(parser.parse_args()))
