@@ -5,7 +5,7 @@ A line of standard input is a request and is answered with a line:
 
     {"arguments": ["-m", "mc_llava", ...], "cwd": ..., "environment": {...}, "files": [stdin, stdout, stderr],
      "largest": bytes or null}   the process is started; its id
-    {"wait": id}                 it has ended; its exit status, negative if a signal ended it
+    {"poll": id}                 its exit status, negative if a signal ended it, or null if it still runs
 
 See processes.py, which sends them.
 """
@@ -16,22 +16,28 @@ import json
 import os
 import resource
 import runpy
+import signal
 import sys
 import types
 
 
 def serve() -> dict | None:
     """The request to fulfill, in a fork; None at the end, in the server itself."""
+    running = set()
     print("ready", flush=True)
     while line := sys.stdin.readline():
         request = json.loads(line)
-        if "wait" in request:
-            _, status = os.waitpid(request["wait"], 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
+        if "poll" in request:
+            ended, status = os.waitpid(request["poll"], os.WNOHANG)
+            running.discard(ended)
+            print(json.dumps(os.waitstatus_to_exitcode(status) if ended else None), flush=True)
         elif (pid := os.fork()) == 0:
             return request
         else:
+            running.add(pid)
             print(pid, flush=True)
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
     return None
 
 

@@ -1,7 +1,7 @@
 """
 Python processes as `subprocess` starts them, but forked from one that has imported torch and transformers already,
 which spares each of them six seconds. What depends on how Python starts needs `subprocess`: which modules a command
-imports, and variables that libraries read on import.
+imports, variables that libraries read on import, and hashes of strings, which have one seed in all forks.
 """
 
 import json
@@ -11,15 +11,19 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from functools import cache
 from pathlib import Path
 
 from helpers import ROOT
 
 
+TIMEOUT = 1200  # seconds
+
+
 class Server:
     """
-    The process to fork. It ends with the process that started it.
+    The process to fork. It ends with the process that started it, and so do its forks.
 
     Args:
         environment: variables to import with, in addition to those of this process.
@@ -43,10 +47,10 @@ class Server:
         self.output.seek(0)
         return self.output.read()
 
-    def ask(self, **request) -> int:
+    def ask(self, **request) -> int | None:
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline())
+        return json.loads(self.process.stdout.readline())
 
 
 class Process:
@@ -61,7 +65,7 @@ class Process:
 
     def __init__(self, *arguments, cwd=ROOT, env=None, input: bytes = b"", largest=None, server=None):
         self.server = server or shared_server()
-        self.folder = tempfile.TemporaryDirectory()
+        self.folder, self.status = tempfile.TemporaryDirectory(), None
         files = [Path(self.folder.name, name) for name in ("stdin", "stdout", "stderr")]
         for file in files:
             file.write_bytes(input if file.name == "stdin" else b"")
@@ -73,30 +77,46 @@ class Process:
             largest=largest,
         )
 
+    def poll(self) -> int | None:
+        """Its exit status, negative if a signal ended it; None if it still runs."""
+        if self.status is None:
+            self.status = self.server.ask(poll=self.pid)
+        return self.status
+
     def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGKILL)
 
-    def is_running(self) -> bool:
-        """Whether it runs. One that has ended is there, as a zombie, until it is waited for."""
-        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-
-    def wait(self) -> subprocess.CompletedProcess:
-        """Its exit status, negative if it was killed, and its output as bytes."""
+    def wait(self, timeout: float = TIMEOUT) -> subprocess.CompletedProcess:
+        """Its exit status and its output as bytes. It is killed after so many seconds."""
+        deadline = time.monotonic() + timeout
         with self.folder:
-            status = self.server.ask(wait=self.pid)
+            try:
+                while self.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            finally:  # or when the test is interrupted
+                self.kill()
+            while self.poll() is None:
+                time.sleep(0.01)
             output, errors = (Path(self.folder.name, name).read_bytes() for name in ("stdout", "stderr"))
-        return subprocess.CompletedProcess([], status, output, errors)
+        return subprocess.CompletedProcess([], self.status, output, errors)
 
 
 def run_ranks(count: int, *arguments, env=None) -> list[subprocess.CompletedProcess]:
-    """Processes with the variables that torchrun gives to each, by which they find one another."""
+    """
+    Processes with the variables that torchrun gives to each, by which they find one another. Once one has ended, the
+    others have a minute: if it failed, they would wait for it.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
     group |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
     started = [Process(*arguments, env={**(os.environ if env is None else env), **group, **rank}) for rank in ranks]
-    return [process.wait() for process in started]
+    deadline = time.monotonic() + TIMEOUT
+    while all(process.poll() is None for process in started) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return [process.wait(60) for process in started]
 
 
 def run(*arguments, text: bool = False, **options) -> subprocess.CompletedProcess:

@@ -311,7 +311,7 @@ def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
     process = processes.Process(*command(folder, converted, output, *more), env=environment)
     deadline = time.monotonic() + 500
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):  # the settings and a batch
-        assert process.is_running() and time.monotonic() < deadline
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.kill()
     process.wait()

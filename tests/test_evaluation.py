@@ -885,7 +885,7 @@ class TestResuming:
         process = processes.Process(*self.command(converted, tmp_path / "killed"))
         deadline = time.monotonic() + 300
         while not (unfinished.exists() and unfinished.read_bytes().count(b"\n") >= 5):
-            assert process.is_running() and time.monotonic() < deadline
+            assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
         process.kill()
         process.wait()

@@ -72,7 +72,8 @@ def launch(way: str, arguments: list[str], environment: dict[str, str]):
             options = [*ACCELERATE, "--use_fsdp", "--fsdp_version", "2", *arguments]
             environment |= prepare_multi_gpu_env(launch_command_parser().parse_args(options))
         results = processes.run_ranks(2, *arguments, env=environment)
-    assert all(result.returncode == 0 for result in results), results[0].stderr[-12000:].decode()
+    for result in results:
+        assert result.returncode == 0, "\n".join(each.stderr[-6000:].decode(errors="replace") for each in results)
 
 
 def start(

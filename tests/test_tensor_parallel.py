@@ -28,8 +28,9 @@ def test_two_processes_give_what_one_gives(converted, tmp_path, knobs):
 
     save_file(dict(inputs), tmp_path / "inputs.safetensors")
     worker = ROOT / "tests" / "tensor_parallel_worker.py"
-    for result in run_ranks(2, worker, converted, tmp_path / "inputs.safetensors", tmp_path / "out"):
-        assert result.returncode == 0, result.stderr[-4000:].decode()
+    results = run_ranks(2, worker, converted, tmp_path / "inputs.safetensors", tmp_path / "out")
+    for result in results:
+        assert result.returncode == 0, "\n".join(each.stderr[-4000:].decode(errors="replace") for each in results)
     for rank in range(2):
         found = load_file(tmp_path / f"out.{rank}")
         torch.testing.assert_close(found["logits"], logits, rtol=1e-4, atol=1e-4)
