@@ -20,6 +20,8 @@ import signal
 import sys
 import types
 
+import numpy
+
 
 def serve() -> dict | None:
     """The request to fulfill, in a fork; None at the end, in the server itself."""
@@ -51,6 +53,7 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], files: l
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
+    numpy.random.seed()  # in all forks the same otherwise; `random` does that by itself
     kind, *rest = arguments
     if kind in ("-m", "-c"):
         name, *sys.argv[1:] = rest

@@ -43,6 +43,12 @@ def test_one_that_runs_too_long_is_killed():
     assert not folder.exists()
 
 
+def test_forks_draw_their_own_random_numbers():
+    code = "import numpy, random; print(numpy.random.rand(), random.random())"
+    (first, second), (third, fourth) = (run("-c", code).stdout.split() for _ in range(2))
+    assert first != third and second != fourth
+
+
 def test_ranks_do_not_wait_for_one_that_failed(monkeypatch):
     code = "import os, time; time.sleep(600 * (os.environ['RANK'] == '0')); raise SystemExit(3)"
     wait = Process.wait
