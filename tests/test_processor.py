@@ -5,11 +5,11 @@ import copy
 import io
 import os
 import pickle
+import subprocess
 import sys
 from dataclasses import dataclass
 
 import numpy as np
-import processes
 import pydantic
 import pytest
 import torch
@@ -587,8 +587,10 @@ assert rows.map(count, batched=True)["length"][:] == rows.map(count, batched=Tru
 assert [Hasher.hash(value) for value in values] == hashes
 print(*hashes)
 """
-    environment = {**os.environ, "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "HF_HOME": str(tmp_path)}
-    runs = [processes.run("-c", code, converted, env=environment, text=True) for _ in range(2)]
+    command = [sys.executable, "-c", code, converted]
+    environment = {**os.environ, "HF_HOME": str(tmp_path)}
+    seeds = [{"PYTHONHASHSEED": seed} for seed in ("1", "2")]
+    runs = [subprocess.run(command, env=environment | seed, capture_output=True, text=True) for seed in seeds]
     assert runs[0].returncode == 0, runs[0].stderr
     assert runs[0].stdout == runs[1].stdout != ""
 
