@@ -159,13 +159,13 @@ def read_weights(module: nn.Module) -> dict[str, torch.Tensor]:
         if layer.weight.device.type == "cpu":
             dtype = torch.float32 if layer.bias is None else layer.bias.dtype
             with torch.no_grad():
-                layer(torch.zeros(1, layer.in_features, dtype=dtype))
+                layer.forward(torch.zeros(1, layer.in_features, dtype=dtype))  # without users' hooks
     return module.state_dict()
 
 
 def has_4_bits(layer: nn.Module) -> bool:
-    """Whether this is a layer of bitsandbytes with weights of 4 bits."""
-    return getattr(getattr(layer, "weight", None), "quant_state", None) is not None
+    """Whether this is a layer of bitsandbytes with weights of 4 bits, and not one of PEFT's that wraps it."""
+    return getattr(layer._parameters.get("weight"), "quant_state", None) is not None
 
 
 @contextmanager

@@ -92,6 +92,20 @@ class TestFourBits:
         with pytest.raises(ValueError, match="in torch.float32, got torch.bfloat16: leave dtype out"):
             load_model(saved, "bfloat16", "cpu")
 
+    def test_the_hash_of_the_weights_calls_no_hooks_and_no_adapters(self, folder):
+        """PEFT's adapters refuse a single row while a batch of rows has an adapter for each."""
+        peft = pytest.importorskip("peft", reason='pip install "mc-llava[train]" to test adapters')
+        config = BitsAndBytesConfig(load_in_4bit=True)
+        small = MCLlavaForConditionalGeneration.from_pretrained(folder, quantization_config=config).eval()
+        adapted = peft.get_peft_model(small, peft.LoraConfig(target_modules=r".*vision_tower.*fc1")).eval()
+        layer = small.get_submodule("model.vision_tower.encoder.layers.0.mlp.fc1")
+        calls = []
+        for module in (layer, layer.base_layer):
+            module.register_forward_hook(lambda *args: calls.append(args))
+        with adapted._enable_peft_forward_hooks(adapter_names=["default", "__base__"]):
+            assert small.hash_encoder()
+        assert not calls
+
     def test_by_command(self, folder, tmp_path):
         picture(640, 400).save(tmp_path / "a.png")
         command = ["-m", "mc_llava", "ask", tmp_path / "a.png", "What is it?", "--model", folder]
