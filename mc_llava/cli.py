@@ -506,7 +506,7 @@ def describe_reply(reply: "Reply", model: str, network: "MCLlavaForConditionalGe
 
 def say_if_cut(reply: "Reply"):
     if reply.finish_reason == "length":
-        say(f"The answer was cut off after {reply.new_tokens} tokens, by --max-new-tokens or the end of the context.")
+        say(f"The answer was cut off by --max-new-tokens or the end of the context (new tokens: {reply.new_tokens}).")
 
 
 def check_picture_file(path: Path, source: str):
