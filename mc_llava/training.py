@@ -352,7 +352,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     if getattr(config, "quantization_config", None) is not None:
         raise ValueError(
             f"{recipe.model} was saved with quantized weights, into which nothing can be merged: start from the model "
-            "that it was made of, with quantize: nf4 to train adapters on it in 4 bits"
+            "it was made from, with quantize: nf4 to train adapters on it in 4 bits"
         )
     context = config.text_config.max_position_embeddings
     if recipe.num_tokens[1] >= context:

@@ -516,8 +516,8 @@ def test_an_output_that_can_be_no_folder_is_refused_before_hours_of_training(tmp
     [
         ("tower_width=100", "tower_width Input should be a multiple of 32"),
         ("width=16", "width Input should be a multiple of 32"),
-        ("tower.steps=3700", "tower .*warmup 300 and decay 3500 take more than all of 3700 steps: lower them"),
-        ("language_model.decay=6000", "warmup 100 and decay 6000 take more than all of 6000 steps"),
+        ("tower.steps=3700", "tower .*warmup 300 and decay 3500 together exceed the 3700 steps: lower them"),
+        ("language_model.decay=6000", "warmup 100 and decay 6000 together exceed the 6000 steps"),
     ],
 )
 def test_sizes_and_steps_that_cannot_be_are_refused(override, reason):

@@ -553,7 +553,7 @@ def test_a_model_that_was_saved_with_quantized_weights_is_refused_before_it_trai
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="saved with quantized weights.*start from the model that it was made of"):
+    with pytest.raises(ValueError, match="saved with quantized weights.*start from the model it was made from"):
         train(replace(recipe, model=str(tmp_path / "model"), lora=Lora(r=2), train=()))
 
 

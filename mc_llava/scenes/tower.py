@@ -492,7 +492,7 @@ class Stage:
     How long and how fast a stage of `tiny` learns: a warm-up, a constant rate, a cosine decay in the last steps.
 
     Raises:
-        ValueError: if warm-up and decay overlap. The rate would never be `learning_rate`, and jump between them.
+        ValueError: if warm-up and decay overlap. The rate would never reach `learning_rate`, and would jump.
     """
 
     steps: PositiveInt
@@ -507,8 +507,8 @@ class Stage:
     def __post_init__(self):
         if self.warmup + self.decay > self.steps:
             raise ValueError(
-                f"warmup {self.warmup} and decay {self.decay} take more than all of {self.steps} steps: lower "
-                "them, or take more steps"
+                f"warmup {self.warmup} and decay {self.decay} together exceed the {self.steps} steps: lower them, or "
+                "take more steps"
             )
 
     def options(self, output: Path) -> dict:
