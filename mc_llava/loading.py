@@ -111,12 +111,15 @@ def load_model(
 
     Raises:
         ValueError: if there is no such device, the configuration is missing, weights are missing or of another model,
-            `quantize` is unknown, or its package is missing.
+            `quantize` is unknown, its package is missing, or the model was saved with quantized weights.
     """
     path, device = find_whole_model(path), find_device(device)
     if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):  # what else may be missing, transformers says
         list_weights(Path(path))
-    chosen = resolve_dtype(path, dtype, device, revision)
+    config = load_config(path, revision)
+    chosen = resolve_dtype(config, dtype, device)
+    if quantize is not None and getattr(config, "quantization_config", None) is not None:
+        raise ValueError(f"{path} was saved with quantized weights, got quantize {quantize}: leave quantize out")
     if dtype == "auto":
         name = "the precision of its weights" if chosen == "auto" else str(chosen).removeprefix("torch.")
         print(f"computing in {name} on {device}; dtype sets another precision", file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype, loading
 from mc_llava.engine import Engine
 from mc_llava.evaluation.running import evaluate
-from mc_llava.loading import find_device, load, load_model
+from mc_llava.loading import QUANTIZED, find_device, load, load_model
 
 
 pytestmark = pytest.mark.slow
@@ -91,6 +91,9 @@ class TestFourBits:
         assert torch.equal(small.generate(**inputs, **options), expected.generate(**inputs, **options))
         with pytest.raises(ValueError, match="in torch.float32, got torch.bfloat16: leave dtype out"):
             load_model(saved, "bfloat16", "cpu")
+        for name in QUANTIZED:
+            with pytest.raises(ValueError, match="saved with quantized weights, got quantize .*: leave quantize out"):
+                load_model(saved, device="cpu", quantize=name)
 
     def test_the_hash_of_the_weights_calls_no_hooks_and_no_adapters(self, folder):
         """PEFT's adapters refuse a single row while a batch of rows has an adapter for each."""
