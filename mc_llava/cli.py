@@ -484,7 +484,7 @@ def read_image(source: str) -> "Image.Image":
 def plan_picture(
     processor: "MCLlavaImageProcessor", picture: "Image.Image", knobs: dict[str, int]
 ) -> "tuple[list[Crop], int, int]":
-    """The crops of a picture, how often zoom may look closer at it, and at how many more crops in all."""
+    """The crops of a picture, and how many rounds and further crops zoom may add."""
     from . import count_closer
 
     return processor.plan(*picture.size, **knobs), *count_closer(*picture.size, side=processor.size["height"], **knobs)
@@ -544,7 +544,7 @@ def check_revision(model: str, revision: str | None):
 
 
 def read_tasks(tasks: str, data: list[str]) -> tuple[list[str], dict[str, str]]:
-    """The names of the tasks to run, and the sources of those with another than usual. Raises ValueError."""
+    """The names of the tasks to run, and the sources that replace the usual data of some. Raises ValueError."""
     names = [name.strip() for name in tasks.split(",") if name.strip()]
     if not names:
         raise ValueError(f"no task was named: pass --tasks with some of {', '.join(TASK_NAMES)}")

@@ -111,7 +111,7 @@ def _check_header(path: Path):
 
 
 def is_whole(path: Path) -> bool:
-    """Whether this is a file of safetensors, as long as it says."""
+    """Whether this is a complete file of safetensors."""
     try:
         _check_header(path)
     except ValueError:

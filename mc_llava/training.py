@@ -341,7 +341,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
 
     Raises:
         ValueError: if there are more than `max_broken` of them, or none to train on, `num_tokens` leaves no room in
-            the context, `output` is the model's folder, or the model was saved in fewer bits.
+            the context, `output` is the model's folder, or the model was saved with quantized weights.
     """
     model = Path(find_model(recipe.model))
     if model.exists() and model.resolve() == Path(recipe.output).resolve():

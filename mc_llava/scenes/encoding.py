@@ -181,7 +181,7 @@ def cache_scenes(
 ) -> list[CachedImage]:
     """
     The training scenes of some seeds, each under its own budget. Those that an earlier run left in `folder` are
-    reused, but for damaged files.
+    reused, unless their files are damaged.
     """
     images, names = [], ("features", *CachedImage.OF_CROPS)
     folder.mkdir(parents=True, exist_ok=True)
