@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ..feature_cache_mc_llava import *  # noqa: F403
     from ..generation_mc_llava import *  # noqa: F403
     from ..hashing_mc_llava import *  # noqa: F403
+    from ..image_costs_mc_llava import *  # noqa: F403
     from ..image_loading_mc_llava import *  # noqa: F403
+    from ..image_pixels_mc_llava import *  # noqa: F403
     from ..image_processing_mc_llava import *  # noqa: F403
     from ..modeling_mc_llava import *  # noqa: F403
     from ..precision_mc_llava import *  # noqa: F403
