@@ -222,6 +222,10 @@ class MCLlavaImageProcessor(PilBackend):
         if kwargs.get("plans") is not None:
             raise ValueError("plans belong to the images of one call and can't be saved: pass them to the call")
         super().__init__(**kwargs)
+        # The names that saving writes: what was saved is the same object as before, also in a hash of all of it.
+        self.auto_map = {"AutoImageProcessor": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
+        if PROCESSOR_FILE.exists():
+            self.auto_map["AutoProcessor"] = f"{PROCESSOR_FILE.stem}.MCLlavaProcessor"
 
     @classmethod
     def from_dict(cls, image_processor_dict: dict, **kwargs):
@@ -233,14 +237,6 @@ class MCLlavaImageProcessor(PilBackend):
             )
         saved = {name: value for name, value in image_processor_dict.items() if name in known}
         return super().from_dict(saved, **kwargs)
-
-    def to_dict(self) -> dict:
-        """With the names of the code, whether it was saved before or not."""
-        saved = super().to_dict()
-        names = {"AutoImageProcessor": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
-        if PROCESSOR_FILE.exists():
-            names["AutoProcessor"] = f"{PROCESSOR_FILE.stem}.MCLlavaProcessor"
-        return {**saved, "auto_map": {**names, **saved.get("auto_map", {})}}
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
         """

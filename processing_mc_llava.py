@@ -151,6 +151,8 @@ class MCLlavaProcessor(ProcessorMixin):
         if self.image_token_id in (None, tokenizer.unk_token_id):
             raise ValueError(f"the tokenizer has no token {self.image_token}: add it, or load the model's tokenizer")
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        # What saving writes, as in `MCLlavaImageProcessor`.
+        self.auto_map = {"AutoProcessor": f"{type(self).__module__.rpartition('.')[2]}.{type(self).__name__}"}
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):

@@ -655,12 +655,17 @@ def test_a_damaged_file_of_a_processor_is_an_error_that_names_the_folder(convert
 
 class TestASavedImageProcessor:
     def test_saving_changes_no_configuration(self, converted, tmp_path):
-        """So that a cache of features still knows its images."""
+        """So that a cache of features still knows its images, and datasets, which hash all attributes, their rows."""
         processor = MCLlavaProcessor.from_pretrained(converted)
-        before = processor.image_processor.to_dict()
+        saved = processor, processor.image_processor
+
+        def look() -> list[dict]:
+            return [{name: repr(value) for name, value in vars(one).items()} for one in saved]
+
+        before, attributes = processor.image_processor.to_dict(), look()
         processor.save_pretrained(tmp_path / "both")
         processor.image_processor.save_pretrained(tmp_path / "one")
-        assert processor.image_processor.to_dict() == before
+        assert processor.image_processor.to_dict() == before and look() == attributes
         for folder in ("both", "one"):
             again = MCLlavaImageProcessor.from_pretrained(tmp_path / folder)
             assert again.to_dict() == before

@@ -584,10 +584,11 @@ values = processor, image_processor, count
 hashes = [Hasher.hash(value) for value in values]
 rows = datasets.Dataset.from_dict({"text": ["a", "b", "c"]})
 assert rows.map(count, batched=True)["length"][:] == rows.map(count, batched=True, num_proc=2)["length"][:]
+processor.save_pretrained(sys.argv[2])
 assert [Hasher.hash(value) for value in values] == hashes
 print(*hashes)
 """
-    command = [sys.executable, "-c", code, converted]
+    command = [sys.executable, "-c", code, converted, tmp_path / "saved"]
     environment = {**os.environ, "HF_HOME": str(tmp_path)}
     seeds = [{"PYTHONHASHSEED": seed} for seed in ("1", "2")]
     runs = [subprocess.run(command, env=environment | seed, capture_output=True, text=True) for seed in seeds]
