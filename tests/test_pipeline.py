@@ -4,12 +4,13 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from helpers import NEW_TOKENS, plain_reply
 from PIL import Image
 from transformers import TextIteratorStreamer, pipeline
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
+from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, load_image
 
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_old_name")]
@@ -134,3 +135,18 @@ def test_a_saved_pipeline(trial, tmp_path, is_remote):
 def test_questions_without_a_picture(pipe):
     (result,) = pipe(text="What is a galaxy?", max_new_tokens=2)
     assert len(result["generated_text"]) > len("What is a galaxy?")
+
+
+def test_a_picture_that_transformers_would_read_otherwise(pipe, trial, tmp_path):
+    """Grey of 16 bits, which its loader turns white, in messages and as docs/usage.md says."""
+    grey = np.asarray(Image.open(trial.pictures[0]).convert("L"))
+    wide = tmp_path / "wide.png"
+    Image.fromarray(grey.astype(np.uint16) * 257).save(wide)
+    expected = plain_reply(trial.folder, grey, trial.questions[0])
+    content = [{"type": "image", "path": str(wide)}, {"type": "text", "text": trial.questions[0]}]
+    options = {"max_new_tokens": NEW_TOKENS, "return_full_text": False}
+    for result in (
+        pipe(text=[{"role": "user", "content": content}], **options),
+        pipe(load_image(wide), text=trial.questions[0], **options),
+    ):
+        assert result[0]["generated_text"].strip() == expected
