@@ -624,6 +624,23 @@ class TestAUsersOwnTrainer:
         assert found[-1] > min(found)
         assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-4)
 
+    def test_predicts_logits(self, tmp_path, model, processor):
+        """Of rows with pictures and without, in several batches."""
+
+        def collate(rows):
+            inputs = processor(["a"] * len(rows), [[Image.new("RGB", (60, 60))] * row["pictures"] for row in rows])
+            return {**inputs, "labels": inputs["input_ids"]}
+
+        arguments = TrainingArguments(
+            str(tmp_path), per_device_eval_batch_size=2, report_to=[], use_cpu=True, remove_unused_columns=False
+        )
+        found = []
+        trainer = Trainer(model, arguments, collate, compute_metrics=lambda given: found.append(given) or {})
+        for counts in ([0, 0, 1, 2], [1, 1, 0]):
+            predicted = trainer.predict([{"pictures": count} for count in counts])
+            assert predicted.predictions.shape[::2] == (len(counts), model.config.text_config.vocab_size)
+            assert found.pop().predictions.shape == predicted.predictions.shape
+
 
 @pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}])
 def test_a_run_that_was_killed_behind_its_last_checkpoint_takes_no_further_step(recipe, lora):
