@@ -156,15 +156,17 @@ class MCLlavaProcessor(ProcessorMixin):
 
     @classmethod
     def _get_arguments_from_pretrained(cls, pretrained_model_name_or_path, processor_dict=None, **kwargs):
+        kwargs.pop("backend", None)  # Pillow or torchvision: ours is always Pillow
         # Published folders name transformers' SigLIP processor and code that no longer exists: load ours instead.
         image_processor = MCLlavaImageProcessor.from_pretrained(pretrained_model_name_or_path, **kwargs)
+        kwargs = {"padding_side": "left", "clean_up_tokenization_spaces": False, **kwargs}
         # Given a config, AutoTokenizer doesn't load the folder's, and so doesn't ask to trust its code.
         kwargs |= {"config": PreTrainedConfig(), "trust_remote_code": False}
-        tokenizer = AutoTokenizer.from_pretrained(
-            pretrained_model_name_or_path, padding_side="left", clean_up_tokenization_spaces=False, **kwargs
-        )
+        tokenizer = AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **kwargs)
         # Saved alone, a tokenizer would name our code, and a folder would lack it. Saving a processor writes the name.
-        tokenizer.init_kwargs.pop("auto_map", None)
+        # Knobs that a tokenizer was loaded with would win over the image processor's.
+        for name in ("auto_map", *image_processor.option_names):
+            tokenizer.init_kwargs.pop(name, None)
         return [image_processor, tokenizer]
 
     @property

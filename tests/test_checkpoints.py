@@ -630,6 +630,21 @@ class TestAutoClasses:
             files = {operation.path_in_repo for upload in uploads for operation in upload["operations"]}
             assert code | {config} <= files
 
+    def test_options_for_loading_a_processor(self, converted, tmp_path):
+        def auto(folder, **options):
+            return AutoProcessor.from_pretrained(folder, trust_remote_code=True, **options)
+
+        options = {"padding_side": "right", "clean_up_tokenization_spaces": True, "backend": "pil", "max_crops": 1}
+        processor = auto(converted, **options)
+        assert processor.tokenizer.padding_side == "right" and processor.tokenizer.clean_up_tokenization_spaces is True
+        assert auto(converted).tokenizer.padding_side == "left"
+        assert len(processor("a", PHOTOGRAPH)["crop_boxes"]) == 1
+        # What is set, and saved, afterwards counts.
+        processor.image_processor.max_crops = 2
+        assert len(processor("a", PHOTOGRAPH)["crop_boxes"]) == 3
+        processor.save_pretrained(tmp_path)
+        assert len(auto(tmp_path)("a", PHOTOGRAPH)["crop_boxes"]) == 3
+
     def test_a_tokenizer_saved_alone_names_no_code(self, converted, tmp_path):
         processor = MCLlavaProcessor.from_pretrained(converted)
         processor.tokenizer.save_pretrained(tmp_path)
