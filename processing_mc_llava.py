@@ -485,9 +485,7 @@ class MCLlavaProcessor(ProcessorMixin):
         prompts = []
         for entry, own, count in zip(texts, per_text, wanted):
             if count is None:
-                content = [{"type": "image"}] * len(own) + [{"type": "text", "text": entry}]
-                messages = [{"role": "user", "content": content}]
-                entry = self.apply_chat_template(messages, add_generation_prompt=True)
+                entry = self._write_prompt(entry, len(own))
             elif count != len(own):
                 raise ValueError(
                     f"the prompt has {count} {self.image_token} but {len(own)} images: "
@@ -495,6 +493,23 @@ class MCLlavaProcessor(ProcessorMixin):
                 )
             prompts.append(entry)
         return prompts, [image for own in per_text for image in own]
+
+    def _write_prompt(self, question: str, count: int) -> str:
+        """The prompt of a question about `count` images."""
+
+        def render(content) -> str:
+            return self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+        parts = [{"type": "image"}] * count + [{"type": "text", "text": question}]
+        prompt = render(parts)
+        if str(parts) in prompt:  # the template reads strings alone, and prints a list as Python does
+            prompt = render(question)
+        if (written := prompt.count(self.image_token)) != count:
+            raise ValueError(
+                f"the chat template writes {written} {self.image_token} for {count} images: "
+                f"take one that writes {self.image_token} for each image part, or pass raw prompts"
+            )
+        return prompt
 
     def _images_per_text(self, images, wanted: list[int | None]) -> list[list]:
         """

@@ -453,9 +453,11 @@ class TestOtherTemplates:
     def test_of_the_processor_and_by_name(self, processor):
         processor = copy.copy(processor)
         processor.chat_template = PLAIN
-        assert processor("What?")["input_ids"][0].tolist() == self.ids(
-            processor, "USER: [{'type': 'text', 'text': 'What?'}] ASSISTANT:"
-        )
+        assert processor("What?")["input_ids"][0].tolist() == self.ids(processor, "USER: What? ASSISTANT:")
+        with pytest.raises(ValueError, match="the chat template writes 0 <image> for 1 images: take one that"):
+            processor("What?", SMALL)
+        processor.chat_template = "{% for part in messages[0]['content'] %}{{ part['text'] }}{% endfor %}"
+        assert processor("What?")["input_ids"][0].tolist() == self.ids(processor, "What?")
         processor.chat_template = {"short": PLAIN}
         options = {"tokenize": True, "return_dict": True}
         out = processor.apply_chat_template(messages("What?"), chat_template="short", **options)
