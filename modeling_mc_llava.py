@@ -94,11 +94,12 @@ class MCLlavaCoordinateEmbedding(nn.Sequential):
     float[crops, vision_hidden].
 
     Casts the coordinates to the dtype of its biases, because the caller can't: PEFT wraps a trained copy, which may
-    have another dtype. Biases are never quantized, whereas the weights may be integers or packed into bytes.
+    have another dtype. Biases are never quantized, whereas the weights may be integers or packed into bytes. torch's
+    own quantized layers, whose `bias` is a method, take float32.
     """
 
     def forward(self, coords: torch.Tensor) -> torch.Tensor:
-        return super().forward(coords.to(self[0].bias.dtype))
+        return super().forward(coords.to(getattr(self[0].bias, "dtype", torch.float32)))
 
 
 class MCLlavaMultiModalProjector(nn.Module):

@@ -406,10 +406,19 @@ class Packed(torch.nn.Linear):
         return torch.nn.functional.linear(inputs, self.whole, self.bias)
 
 
-def test_coordinates_are_no_integers_where_weights_are(model, processor):
+class Called(torch.nn.Module):
+    """A layer as torch quantizes it: its weight and bias are methods."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.forward, self.weight, self.bias = layer.forward, lambda: layer.weight, lambda: layer.bias
+
+
+@pytest.mark.parametrize("kind", [Packed, Called])
+def test_coordinates_are_no_integers_where_weights_are(model, processor, kind):
     images = processor.image_processor(picture(200, 100), return_tensors="pt")
     packed = copy.deepcopy(model)
-    packed.model.coord_embed[0] = Packed(packed.model.coord_embed[0])
+    packed.model.coord_embed[0] = kind(packed.model.coord_embed[0])
     with torch.no_grad():
         expected, found = (m.get_image_features(**images, return_dict=True).pooler_output for m in (model, packed))
     assert torch.equal(found[0], expected[0])
