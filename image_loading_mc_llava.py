@@ -91,7 +91,7 @@ def _read(source: str | os.PathLike, name: str):
     except (OSError, HTTPException, ValueError) as error:
         raise ValueError(f"cannot read the image {name}: {error}") from error
     header, comma, data = text.partition(",")
-    if header.startswith("data:") and not header.endswith(";base64"):
+    if header[:5].lower() == "data:" and header[-7:].lower() != ";base64":
         raise ValueError(f"{name} is a data URI without base64: encode the image as data:image/png;base64,...")
     try:
         return io.BytesIO(base64.b64decode("".join((data if comma else text).split()), validate=True))

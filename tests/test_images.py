@@ -41,7 +41,8 @@ def test_sources(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(content)
     text = base64.b64encode(content).decode()
-    for source in (image, path, str(path), content, bytearray(content), text, f"data:image/png;base64,{text}"):
+    uris = [f"{start},{text}" for start in ("data:image/png;base64", "data:;base64", "DATA:image/png;BASE64")]
+    for source in (image, path, str(path), content, bytearray(content), text, *uris):
         assert same(source, image)
 
 
