@@ -504,12 +504,16 @@ class MCLlavaProcessor(ProcessorMixin):
         prompt = render(parts)
         if str(parts) in prompt:  # the template reads strings alone, and prints a list as Python does
             prompt = render(question)
+        self.check_places(prompt, count)
+        return prompt
+
+    def check_places(self, prompt: str, count: int):
+        """Raise a ValueError unless a prompt that a template has rendered has a place for each of `count` images."""
         if (written := prompt.count(self.image_token)) != count:
             raise ValueError(
                 f"the chat template writes {written} {self.image_token} for {count} images: "
                 f"take one that writes {self.image_token} for each image part, or pass raw prompts"
             )
-        return prompt
 
     def _images_per_text(self, images, wanted: list[int | None]) -> list[list]:
         """

@@ -399,6 +399,7 @@ def check_prompts(
             raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")
         bare = map_image_parts(conversation, lambda part: {"type": "image"})
         prompt = processor.apply_chat_template(bare, add_generation_prompt=True)
+        processor.check_places(prompt, len(images_of(conversation)))
         lengths.append(len(processor.tokenizer(prompt)["input_ids"]))
         if lengths[-1] >= limit:
             raise ValueError(f"the text has {lengths[-1]} tokens, the context {limit}: shorten the text")

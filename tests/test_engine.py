@@ -209,6 +209,13 @@ def test_what_is_refused_is_not_encoded(engine, passes):
     assert passes == []
 
 
+def test_a_chat_template_without_places_for_images(engine, passes, monkeypatch):
+    monkeypatch.setattr(engine.processor, "chat_template", "USER: {{ messages[0]['content'] }} ASSISTANT:")
+    with pytest.raises(ValueError, match="the chat template writes 0 <image> for 1 images: take one that"):
+        engine.answer([ask_about([picture(60, 60)], "a")])
+    assert not passes
+
+
 def test_images_of_other_weights_or_of_several_are_refused(engine, model, processor):
     (foreign,) = Engine(small_model(1), processor).encode([WIDE])
     with pytest.raises(ValueError, match="encoded with other weights"):
