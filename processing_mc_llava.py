@@ -24,7 +24,7 @@ from .crops_mc_llava import check_plans, refuse_unknown
 from .encoded_images_mc_llava import input_device, is_encoded
 from .feature_cache_mc_llava import check_processor
 from .image_loading_mc_llava import flatten_images
-from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs
+from .image_processing_mc_llava import MCLlavaImageProcessor, MCLlavaImageProcessorKwargs, square_side
 
 
 # The tokens that control the model. In a published tokenizer, not all of them are marked as special.
@@ -70,6 +70,10 @@ CHAT_TEMPLATE = """\
 ROLES = ("system", "user", "assistant")
 # What guided zoom compares a question with, for a model whose attention heads were never measured.
 GENERAL_QUESTION = "Write a general description of the image."
+ENGINES_CANNOT_ZOOM = (
+    "zoom needs several passes over a prompt, which serving engines don't make: pass zoom=0, or as plans the boxes "
+    "that model.zoom found"
+)
 SOURCES = ("image", "url", "path", "base64")  # where transformers looks for the picture of an image part
 
 
@@ -258,6 +262,7 @@ class MCLlavaProcessor(ProcessorMixin):
         if text is None:
             raise ValueError("text is missing: pass a question or a prompt, or call the image processor for images")
         text = self._mark_texts(text, is_prompt)
+        self._check_engine_options(text, kwargs)
         if model is None:
             if feature_cache is not None:
                 raise ValueError("feature_cache needs the model that encodes: pass model as well")
@@ -562,16 +567,29 @@ class MCLlavaProcessor(ProcessorMixin):
                     "raise max_length, shorten the text, or lower num_tokens"
                 )
 
+    def _check_engine_options(self, texts: list[str], kwargs: dict):
+        """
+        Raise a ValueError, in a serving engine's call, for options that its model would raise an error on: vLLM's
+        engine doesn't survive that. vLLM passes pictures with their `<image>` alone and asks what replaces each.
+        """
+        asks = {**kwargs, **kwargs.get("text_kwargs", {})}.get("return_text_replacement_offsets")
+        if not asks or "".join(texts).replace(self.image_token, ""):
+            return
+        saved, options = self.image_processor, {**kwargs, **kwargs.get("images_kwargs", {})}
+        if saved.asks_to_zoom(options):
+            raise ValueError(ENGINES_CANNOT_ZOOM)
+        for name in ("size", "patch_size"):
+            value, own = options.get(name), getattr(saved, name)
+            if value is not None and square_side(value) != square_side(own):
+                raise ValueError(f"{name} must be the model's, {square_side(own)}, got {value!r:.100}: leave it out")
+
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """The numbers of crops and tokens of images with sizes (height, width), for serving engines."""
         if image_sizes is None:
             return MultiModalData()
         saved, kwargs = self.image_processor, {**kwargs, **(kwargs.get("images_kwargs") or {})}
         if saved.asks_to_zoom(kwargs):
-            raise ValueError(
-                "zoom needs several passes over a prompt, which serving engines don't make: pass zoom=0, or as plans "
-                "the boxes that model.zoom found"
-            )
+            raise ValueError(ENGINES_CANNOT_ZOOM)
         options = saved.check_kwargs({name: value for name, value in kwargs.items() if name in saved.option_names})
         plans = saved.plans_of([(width, height) for height, width in image_sizes], options)
         return MultiModalData(

@@ -13,7 +13,7 @@ import numpy as np
 import pydantic
 import pytest
 import torch
-from helpers import picture, prompt
+from helpers import PATCH, SIDE, picture, prompt
 from jinja2 import TemplateError
 from tokenizers import AddedToken, normalizers
 
@@ -613,3 +613,25 @@ def test_what_a_serving_engine_asks(processor):
         out = processor(["a", "b"], [SMALL, WIDE], **knobs)
         assert data["num_image_tokens"] == (out["input_ids"] == IMAGE).sum(-1).tolist()
         assert data["num_image_patches"] == out["image_grid_thw"][:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"zoom": 1}, "zoom needs several passes"),
+        ({"images_kwargs": {"zoom": 1}}, "zoom needs several passes"),
+        ({"size": 200}, "size must be the model's, 56, got 200"),
+        ({"patch_size": 28}, "patch_size must be the model's, 14, got 28"),
+    ],
+    ids=str,
+)
+def test_requests_that_would_end_a_serving_engine(processor, options, message):
+    with pytest.raises(ValueError, match=message):
+        processor("<image>" * 2, [SMALL, WIDE], return_text_replacement_offsets=True, **options)
+
+
+def test_the_models_size_in_a_request_to_a_serving_engine(processor):
+    call = {"text": "<image>", "images": WIDE, "return_text_replacement_offsets": True}
+    size = {"height": SIDE, "width": SIDE}
+    for options in ({"zoom": 0}, {"size": size, "patch_size": PATCH}, {"size": SIDE}):
+        assert torch.equal(processor(**call, **options)["pixel_values"], processor(**call)["pixel_values"])
