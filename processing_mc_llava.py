@@ -256,13 +256,13 @@ class MCLlavaProcessor(ProcessorMixin):
                 match, an image can't be read, or truncation would cut visual tokens.
         """
         kwargs = self._check_kwargs(kwargs)
-        plans = {**kwargs, **kwargs.get("images_kwargs", {})}.get("plans")
-        if plans is not None:  # without an image nobody else would look at them
-            check_plans(plans, 0 if images is None else len(flatten_images(images)))
         if text is None:
             raise ValueError("text is missing: pass a question or a prompt, or call the image processor for images")
         text = self._mark_texts(text, is_prompt)
         self._check_engine_options(text, kwargs)
+        plans = {**kwargs, **kwargs.get("images_kwargs", {})}.get("plans")
+        if plans is not None:  # without an image nobody else would look at them
+            check_plans(plans, 0 if images is None else len(flatten_images(images)))
         if model is None:
             if feature_cache is not None:
                 raise ValueError("feature_cache needs the model that encodes: pass model as well")
@@ -571,6 +571,9 @@ class MCLlavaProcessor(ProcessorMixin):
         """
         Raise a ValueError, in a serving engine's call, for options that its model would raise an error on: vLLM's
         engine doesn't survive that. vLLM passes pictures with their `<image>` alone and asks what replaces each.
+
+        Several plans are refused, too. vLLM caches pictures one by one, under a hash of the picture and all options:
+        one that comes twice would get the first plan both times, and known ones are missing from the call.
         """
         asks = {**kwargs, **kwargs.get("text_kwargs", {})}.get("return_text_replacement_offsets")
         if not asks or "".join(texts).replace(self.image_token, ""):
@@ -582,6 +585,8 @@ class MCLlavaProcessor(ProcessorMixin):
             value, own = options.get(name), getattr(saved, name)
             if value is not None and square_side(value) != square_side(own):
                 raise ValueError(f"{name} must be the model's, {square_side(own)}, got {value!r:.100}: leave it out")
+        if len(options.get("plans") or []) > 1:
+            raise ValueError("serving engines cache pictures one by one: pass plans in a request with one image only")
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """The numbers of crops and tokens of images with sizes (height, width), for serving engines."""

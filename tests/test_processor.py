@@ -635,3 +635,13 @@ def test_the_models_size_in_a_request_to_a_serving_engine(processor):
     size = {"height": SIDE, "width": SIDE}
     for options in ({"zoom": 0}, {"size": size, "patch_size": PATCH}, {"size": SIDE}):
         assert torch.equal(processor(**call, **options)["pixel_values"], processor(**call)["pixel_values"])
+
+
+@pytest.mark.parametrize("images", [[WIDE, WIDE], [WIDE]], ids=["all", "the rest is cached"])
+def test_a_serving_engines_request_with_several_plans_is_refused(processor, images):
+    plans = [[(0, 0, 50, 60)], [(50, 0, 200, 60)]]
+    with pytest.raises(ValueError, match="pass plans in a request with one image only"):
+        processor("<image>" * len(images), images, plans=plans, return_text_replacement_offsets=True)
+    one = processor("<image>", WIDE, plans=plans[:1], return_text_replacement_offsets=True)
+    both = processor(prompt("What?", 2), [WIDE, WIDE], plans=plans, return_text_replacement_offsets=True)
+    assert [out["image_grid_thw"].tolist() for out in (one, both)] == [[[1, 1, 1]], [[1, 1, 1]] * 2]
