@@ -51,6 +51,8 @@ FIXED_OPTIONS = {
     "do_pad": False,
     "data_format": ChannelDimension.FIRST,
 }
+# Of a pixel after normalization: float16's largest. The tower makes NaN of much larger ones, which vLLM's cache keeps.
+MAX_VALUE = 65504
 # Keys of a saved configuration that are not options.
 CONFIG_KEYS = {"image_processor_type", "processor_class", "feature_extractor_type", "auto_map"}
 # The code that a folder of an image processor and a tokenizer needs to load as a processor.
@@ -348,7 +350,7 @@ class MCLlavaImageProcessor(PilBackend):
         these options. It depends on nothing else, so it is computed once and looked up for each pixel.
 
         Raises:
-            ValueError: if an option is invalid, or if the values would be NaN, infinite or all the same.
+            ValueError: if an option is invalid, or if the values would be NaN, above `MAX_VALUE` or all the same.
         """
         names = ("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std")
         options = {name: options.get(name, getattr(self, name)) for name in names}
@@ -360,7 +362,8 @@ class MCLlavaImageProcessor(PilBackend):
             table = self.normalize(table, options["image_mean"], options["image_std"])
         table = table.astype(np.float32).reshape(3, 256)
         is_unset = None in (options["do_rescale"], options["do_normalize"])
-        if is_unset or not np.isfinite(table).all() or not np.ptp(table, axis=1).all():
+        is_in_range = (np.abs(table) <= MAX_VALUE).all()  # NaN is not
+        if is_unset or not is_in_range or not np.ptp(table, axis=1).all():
             given = ", ".join(f"{name}={value}" for name, value in options.items())
             raise ValueError(f"{given} make no pixels of bytes: take the published processor's")
         return table
