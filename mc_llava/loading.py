@@ -61,6 +61,11 @@ def load_config(path: str, revision: str | None = None) -> MCLlavaConfig:
     return MCLlavaConfig.from_pretrained(find_whole_model(path), revision=revision or "main")
 
 
+def is_quantized(config: MCLlavaConfig) -> bool:
+    """Whether a model was saved with quantized weights."""
+    return getattr(config, "quantization_config", None) is not None
+
+
 def resolve_dtype(
     model: str | MCLlavaConfig,
     dtype: str | torch.dtype = "auto",
@@ -79,7 +84,7 @@ def resolve_dtype(
         ValueError: if there is no such dtype or device, or the model can't be loaded in it.
     """
     config = model if isinstance(model, MCLlavaConfig) else load_config(model, revision)
-    own = config.dtype if getattr(config, "quantization_config", None) is not None else None
+    own = config.dtype if is_quantized(config) else None
     if dtype == "auto":
         chosen = own or choose_dtype(find_device(device))
         return (config.dtype or chosen) if chosen == "auto" else chosen
@@ -118,7 +123,7 @@ def load_model(
         list_weights(Path(path))
     config = load_config(path, revision)
     chosen = resolve_dtype(config, dtype, device)
-    if quantize is not None and getattr(config, "quantization_config", None) is not None:
+    if quantize is not None and is_quantized(config):
         raise ValueError(f"{path} was saved with quantized weights, got quantize {quantize}: leave quantize out")
     if dtype == "auto":
         name = "the precision of its weights" if chosen == "auto" else str(chosen).removeprefix("torch.")

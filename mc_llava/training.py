@@ -43,7 +43,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from . import Crop, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_unicode, load_image
 from .folders import find_model, is_whole
 from .journal import check_utf8, difference, hash_file, replacing, storing, to_line, to_text, write_json
-from .loading import identify, load_config, load_model, load_processor
+from .loading import identify, is_quantized, load_config, load_model, load_processor
 
 
 IMAGE = "<image>"
@@ -349,7 +349,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
             f"{recipe.output} is the model to start from, which must not be overwritten: name another output"
         )
     config = load_config(recipe.model)
-    if getattr(config, "quantization_config", None) is not None:
+    if is_quantized(config):
         raise ValueError(
             f"{recipe.model} was saved with quantized weights, into which nothing can be merged: start from the model "
             "it was made from, with quantize: nf4 to train adapters on it in 4 bits"
