@@ -179,6 +179,14 @@ def test_knobs_are_drawn_for_each_row_and_again_the_same(recipe):
     assert fixed["crop_num_tokens"].tolist() == [5, 5, 5]
 
 
+def test_text_that_is_named_like_a_picture_stays_text(recipe, tmp_path):
+    turns = [{"from": "human", "value": "What is in a.jpg?"}, {"from": "gpt", "value": "a.jpg"}]
+    entry = {"id": "00000/000000000.jpg", "source": "a.jpg", "conversations": turns}
+    (tmp_path / "rows.json").write_text(json.dumps([entry]))
+    _, (row,), _ = collate(replace(recipe, data=str(tmp_path / "rows.json")))
+    assert row["image"] is None
+
+
 def test_text_alone_gets_a_blank_image_and_the_context_cuts_its_end(folder, recipe, tmp_path):
     turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "It says K7."}]
     path = tmp_path / "rows.jsonl"
@@ -220,6 +228,8 @@ def row(value="<image>\nWhat?", answer="That.", image="00000/000000000.jpg", **c
         (row(answer="\ud800"), "surrogates not allowed"),
         (row(value="<image>" + 2040 * "7"), "tokens, there is room for 2031"),
         (row(image=["a.jpg", "b.jpg"]), "image must be one path"),
+        (row(image=None, value="What?") | {"images": ["cut.jpg"]}, "no image, but 'images', which holds one"),
+        (row(image=None, value="What?") | {"image_path": "cut.jpg"}, "no image, but 'image_path', which holds one"),
         ("text", "no conversations"),
     ],
 )
