@@ -346,7 +346,8 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
 
     Raises:
         ValueError: if there are more than `max_broken` of them, or none to train on, `num_tokens` leaves no room in
-            the context, `output` is the model's folder, or the model was saved with quantized weights.
+            the context, the chat template doesn't mark what is learned, `output` is the model's folder, or the model
+            was saved with quantized weights.
     """
     model = Path(find_model(recipe.model))
     if model.exists() and model.resolve() == Path(recipe.output).resolve():
@@ -363,6 +364,12 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     if recipe.num_tokens[1] >= context:
         raise ValueError(
             f"num_tokens goes up to {recipe.num_tokens[1]}, the context is {context}: leave room for text"
+        )
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    if not Collator(processor, recipe, context).tokenize(said)[1].any():
+        raise ValueError(
+            f"the chat template of {recipe.model} doesn't mark what the assistant says, so nothing would be learned: "
+            "put it between {% generation %} and {% endgeneration %}"
         )
     rows = read_rows(recipe, processor, context)
     rows.report = report = Path(recipe.output, BROKEN_FILE)

@@ -179,6 +179,14 @@ def test_knobs_are_drawn_for_each_row_and_again_the_same(recipe):
     assert fixed["crop_num_tokens"].tolist() == [5, 5, 5]
 
 
+def test_a_template_that_marks_nothing_to_learn_is_refused(recipe):
+    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+    for mark in ("{%- generation -%}", "{%- endgeneration -%}"):
+        processor.chat_template = processor.chat_template.replace(mark, "")
+    with pytest.raises(ValueError, match="doesn't mark what the assistant says"):
+        check(recipe, processor)
+
+
 def test_text_that_is_named_like_a_picture_stays_text(recipe, tmp_path):
     turns = [{"from": "human", "value": "What is in a.jpg?"}, {"from": "gpt", "value": "a.jpg"}]
     entry = {"id": "00000/000000000.jpg", "source": "a.jpg", "conversations": turns}
