@@ -187,6 +187,18 @@ def test_a_template_that_marks_nothing_to_learn_is_refused(recipe):
         check(recipe, processor)
 
 
+def test_what_the_template_refuses_is_a_broken_row(recipe, tmp_path):
+    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+    refuses = "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system here') }}{%- endif -%}"
+    processor.chat_template = refuses + processor.chat_template
+    turns = [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hi."}]
+    system = [{"from": "system", "value": "Answer briefly."}]
+    (tmp_path / "rows.json").write_text(json.dumps([{"conversations": turns}, {"conversations": system + turns}]))
+    rows = check(replace(recipe, data=str(tmp_path / "rows.json"), max_broken=1), processor)
+    assert [row["row"] for row in rows.good] == [0]
+    assert [(row["row"], row["reason"]) for row in rows.broken] == [(1, "no system here")]
+
+
 def test_text_that_is_named_like_a_picture_stays_text(recipe, tmp_path):
     turns = [{"from": "human", "value": "What is in a.jpg?"}, {"from": "gpt", "value": "a.jpg"}]
     entry = {"id": "00000/000000000.jpg", "source": "a.jpg", "conversations": turns}
