@@ -224,6 +224,10 @@ def find_images(row: dict, folder: Path) -> list[str | bytes | Path]:
     return [find_image(cell, folder) for cell in (cells if isinstance(cells, list) else [cells])]
 
 
+def is_empty(question: Any) -> bool:
+    return question is None or isinstance(question, str) and not question.strip()
+
+
 def refuse_like_image(row: dict, folder: Path):
     """Raise a ValueError if a cell that is not read is an image: the answer would be given without it."""
     if other := next((name for name, cell in row.items() if is_like_image(cell, folder)), None):
@@ -417,8 +421,8 @@ class Worker:
         try:
             row = self.rows[index]
             record["id"] = str(index if row.get("id") is None else row["id"])
-            question = self.job.question if row.get("question") in (None, "") else row["question"]
-            if not isinstance(question, str) or not question:
+            question = self.job.question if is_empty(row.get("question")) else row["question"]
+            if not isinstance(question, str) or is_empty(question):
                 raise ValueError("the row has no question: give it one, or pass one for all rows")
             record["question"] = question
             check_unicode(question, "the question")
@@ -526,7 +530,7 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
     check_knob("batch_size", job.batch_size, 1)
     check_knob("max_new_tokens", job.max_new_tokens, 1)
     rows = open_rows(job.source)
-    if isinstance(rows, Folder) and not job.question:
+    if isinstance(rows, Folder) and is_empty(job.question):
         raise ValueError(f"the images in the folder {job.source} have no questions: pass --question, one for all")
     if isinstance(rows, Folder) and rows.left_out:
         names = ", ".join(rows.left_out[:5]) + (", ..." if len(rows.left_out) > 5 else "")
