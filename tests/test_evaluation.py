@@ -800,8 +800,17 @@ class TestFailures:
         parquet.write_table(no_rows, tmp_path / "empty.parquet")
         with pytest.raises(ValueError, match="the data .*empty.parquet hold no questions: pass others"):
             TASKS["textvqa"].read(str(tmp_path / "empty.parquet"))
+        (data / PLACES["textvqa"]).rename(data / "data" / "validation-00000-of-00002.parquet")
         shutil.copy(tmp_path / "empty.parquet", data / "data" / "validation-00001-of-00002.parquet")
         assert len(run("textvqa", engine, tmp_path / "results", data)["questions"]) == 1
+
+    def test_a_part_of_the_data_is_not_taken_for_all(self, engine, images, tmp_path):
+        data = write_vqa("textvqa", tmp_path / "data", images[:1], [["x"] * 10])
+        first = (data / PLACES["textvqa"]).rename(data / "data" / "validation-00000-of-00003.parquet")
+        shutil.copy(first, data / "data" / "validation-00002-of-00003.parquet")
+        with pytest.raises(ValueError, match="data lacks validation-00001-of-00003.parquet: download it again"):
+            TASKS["textvqa"].read(str(data))
+        assert len(run("textvqa", engine, tmp_path / "results", first)["questions"]) == 1
 
     def test_data_of_another_task(self, engine, images, tmp_path):
         data = write_vqa("textvqa", tmp_path, images[:1], [["x"] * 10])

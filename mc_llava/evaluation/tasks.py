@@ -106,7 +106,7 @@ def load_rows(
         The number of rows, None if unknown, and the rows.
 
     Raises:
-        ValueError: if there is no such data set, it has no rows, or it lacks a column.
+        ValueError: if there is no such data set, it has no rows, or it lacks a file or a column.
     """
     try:
         import datasets
@@ -128,6 +128,8 @@ def load_rows(
             if not files:
                 name = f"{config}/{split}" if config else f"data/{split}"
                 raise ValueError(f"the folder {source} has no {name}-*.parquet: pass a copy of the Hub's data set")
+            if path.is_dir():
+                _check_shards(files)
             sizes = {file: ParquetFile(file).metadata.num_rows for file in files}
             count, files = sum(sizes.values()), [file for file in files if sizes[file]]  # datasets reads no empty one
             if not count:
@@ -141,6 +143,20 @@ def load_rows(
     except (OSError, KeyError, HFValidationError, ArrowException) as error:
         raise ValueError(f"cannot read the data set {source} ({error}): check the path, or the network") from error
     return count, _without_decoding(rows, source, columns)
+
+
+def _check_shards(files: list[Path]):
+    """ValueError if a file is missing, as after a download that was cut off: scores would be those of a part."""
+    found = {}
+    for file in files:
+        if match := re.match(r"(.*)-(\d{5})-of-(\d{5})", file.name):
+            name, index, total = match.groups()
+            found.setdefault((file.parent, name, total), set()).add(int(index))
+    for (folder, name, total), indices in found.items():
+        if missing := sorted({*range(int(total))} - indices):
+            raise ValueError(
+                f"{folder} lacks {name}-{missing[0]:05}-of-{total}.parquet: download it again, or pass a single file"
+            )
 
 
 def _without_decoding(rows, source: str, columns: tuple[str, ...]) -> Iterator[dict]:
