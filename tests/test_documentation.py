@@ -154,7 +154,10 @@ class TestPython:
         run("-m", "mc_llava", *command[1:], *ONE_STEP, f"model={MODEL}", f"data={rows}", "images=photos", cwd=place)
         code = self.stand_in("\n".join(blocks("python", "training.md")))
         assert "max_steps=100" in code
-        run("-c", code.replace("max_steps=100", "max_steps=1, use_cpu=True"), cwd=place)
+        code += "\nlabels = next(iter(trainer.get_train_dataloader()))['labels']"
+        code += "\nprint(repr(trainer.processing_class.decode(labels[labels != -100])))"
+        printed = run("-c", code.replace("max_steps=100", "max_steps=1, use_cpu=True"), cwd=place)
+        assert printed.splitlines()[-1] == repr("A cup of coffee.<|im_end|>")
         adapted = MCLlavaForConditionalGeneration.from_pretrained(place / "runs" / "merged").state_dict()
         trained = MCLlavaForConditionalGeneration.from_pretrained(place / "runs" / "qlora").state_dict()
         for name, tensor in trained.items():
