@@ -16,6 +16,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype
+from .evaluation import TASK_NAMES
 from .folders import INDEX, WEIGHTS, find_model, list_weights
 from .journal import hash_file
 
@@ -187,13 +188,13 @@ def load_processor(path: str, revision: str | None = None) -> MCLlavaProcessor:
 def identify(path: str, revision: str | None = None) -> str:
     """
     Identifies a model for its results: the commit of a Hub id, or a digest of a folder's weights, configurations,
-    tokenizer and chat template.
+    tokenizer and chat template. Results that `mc-llava eval` wrote there don't count.
     """
     path = find_model(path)
     if not Path(path).is_dir():
         config = load_config(path, revision)
         return getattr(config, "_commit_hash", None) or "unknown"
-    files = sorted(file for suffix in LOADED for file in Path(path).glob(suffix))
+    files = sorted(file for suffix in LOADED for file in Path(path).glob(suffix) if file.stem not in TASK_NAMES)
     return known_digest(Path(path).resolve(), files)
 
 

@@ -146,6 +146,13 @@ def test_what_a_model_is_known_by(converted, tmp_path):
     assert len(known) == 4 and all(one.startswith("sha256:") for one in known)
 
 
+def test_results_in_the_models_folder_do_not_change_what_it_is_known_by(converted, tmp_path):
+    folder = shutil.copytree(converted, tmp_path / "model")
+    known = identify(str(folder))
+    (folder / "textvqa.json").write_text("{}")
+    assert identify(str(folder)) == known
+
+
 SHARD = "model-00001-of-00002.safetensors"
 
 
