@@ -32,7 +32,7 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
 
     Raises:
         ValueError: if the target is not empty, or the source lacks safetensors weights that match the model exactly.
-        OSError: if the disk is full.
+        OSError: if the disk is full, or the finished folder can't be uploaded.
     """
     target = Path(target).absolute()
     if target.exists() and not target.is_dir():
@@ -64,10 +64,20 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
     finally:  # after an interruption, too
         shutil.rmtree(unfinished)
     if push_to_hub is not None:
-        api = HfApi()
-        api.create_repo(push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=push_to_hub, folder_path=target, commit_message="MC-LLaVA for transformers 5")
+        _upload(target, push_to_hub)
     return target
+
+
+def _upload(folder: Path, repository: str):
+    api = HfApi()
+    try:
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, commit_message="MC-LLaVA for transformers 5")
+    except Exception as error:  # without a network, that of the hub's HTTP client
+        raise OSError(
+            f"{folder} is complete, but can't be uploaded to {repository} ({error}): to try again, run "
+            f"hf upload {repository} {folder}"
+        ) from error
 
 
 def _copy_weights(source: Path, target: Path):

@@ -471,6 +471,17 @@ class TestConversion:
         assert not any(".bin" in pattern or ".py" in pattern for pattern in calls[0][2]["allow_patterns"])
         assert calls[2][2]["repo_id"] == "somebody/model" and calls[2][2]["folder_path"] == target
 
+    def test_an_upload_that_fails_leaves_a_complete_folder(self, converted, tmp_path, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise failure("Connection refused")
+
+        failure = type("ConnectError", (Exception,), {})  # neither an OSError nor a ValueError
+        monkeypatch.setattr("huggingface_hub.HfApi.create_repo", refuse)
+        target = tmp_path / "target"
+        with pytest.raises(OSError, match="target is complete, but .* run hf upload somebody/model .*target"):
+            convert(str(converted), str(target), push_to_hub="somebody/model")
+        load_model(str(target))
+
 
 # As its users run it: a new process, another folder, no package of ours, no network.
 CARD_SNIPPET = """
