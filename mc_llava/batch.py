@@ -101,12 +101,13 @@ class Parquet:
         self.lock = Lock()  # of both
 
     def _check_first(self, others: list[str]):
-        """`refuse_like_image` of the first row's columns that are not read."""
+        """`refuse_like_image` of the first cell that holds something, of each column that is not read."""
         first = {}
         for name in others:
             with suppress(self.data_error, ValueError, OverflowError, KeyError, OSError):  # it may hold anything
-                batch = next(self.file.iter_batches(1, [0], [name]))
-                first[name] = batch.to_pylist()[0][name]
+                batches = self.file.iter_batches(16, columns=[name])
+                cells = (row[name] for batch in batches for row in batch.to_pylist())
+                first[name] = next((cell for cell in cells if cell not in (None, "", [])), None)
         refuse_like_image(first, self.folder)
 
     @cached_property

@@ -159,10 +159,11 @@ def test_a_picture_under_another_name_is_not_left_out(tmp_path):
     assert "error" not in records[3]
 
     for cell in (content, {"bytes": content, "path": "a.png"}, "a.png"):
-        table = pyarrow.table({"picture": [cell], "question": [question]})
-        parquet.write_table(table, tmp_path / "rows.parquet")
-        with pytest.raises(ValueError, match="no image, but 'picture', which holds one"):
-            open_rows(tmp_path / "rows.parquet")
+        for cells in ([cell], [None] * 40 + [cell]):
+            table = pyarrow.table({"picture": cells, "question": [question] * len(cells)})
+            parquet.write_table(table, tmp_path / "rows.parquet", row_group_size=8)
+            with pytest.raises(ValueError, match="no image, but 'picture', which holds one"):
+                open_rows(tmp_path / "rows.parquet")
     odd = pyarrow.array([10**18], pyarrow.timestamp("us"))  # a date beyond Python's
     parquet.write_table(pyarrow.table({"when": odd, "question": [question]}), tmp_path / "rows.parquet")
     ((record, _),) = read_rows(tmp_path / "rows.parquet")
