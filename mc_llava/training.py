@@ -244,7 +244,7 @@ def read_rows(recipe: Recipe, processor: MCLlavaProcessor, context: int) -> Rows
             row = read_row(entry, recipe.images, special_tokens)
             check_room(row, processor, context - (0 if row["image"] is None else recipe.num_tokens[1]))
             return row | {"id": name, "row": position}
-        except (ValueError, TemplateError) as error:  # a template of one's own may refuse a system's turn
+        except (ValueError, RecursionError, TemplateError) as error:  # a template may refuse a system's turn
             return {"row": position, "id": name, "reason": str(error)}
 
     rows = Rows()

@@ -250,6 +250,7 @@ def row(value="<image>\nWhat?", answer="That.", image="00000/000000000.jpg", **c
         (row(image=["a.jpg", "b.jpg"]), "image must be one path"),
         (row(image=None, value="What?") | {"images": ["cut.jpg"]}, "no image, but 'images', which holds one"),
         (row(image=None, value="What?") | {"image_path": "cut.jpg"}, "no image, but 'image_path', which holds one"),
+        (row(image=None, value="What?") | {"extra": json.loads("[" * 900 + "]" * 900)}, "recursion"),
         ("text", "no conversations"),
     ],
 )
