@@ -539,7 +539,9 @@ def write_picture(picture: "Image.Image", path: Path):
 
 
 def check_revision(model: str, revision: str | None):
-    if revision and Path(model).is_dir():
+    from .folders import find_model
+
+    if revision and Path(find_model(model)).is_dir():
         raise ValueError(f"the folder {model} has no revisions: leave --revision {revision} out")
 
 

@@ -1067,9 +1067,11 @@ class TestCommandLine:
             (("--tasks", "gqa", "--data", "vqav2=x"), "got 'vqav2=x'"),
             (("--tasks", "gqa,vqav2,gqa"), "names a task twice: gqa,vqav2,gqa"),
             (("--tasks", "gqa", "--model", ROOT, "--revision", "v1"), "has no revisions: leave --revision v1 out"),
+            (("--tasks", "gqa", "--revision", "v1"), "tiny has no revisions: leave --revision v1 out"),
         ],
     )
-    def test_what_makes_no_sense(self, arguments, message):
+    def test_what_makes_no_sense(self, arguments, message, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)  # where no folder is called tiny
         with pytest.raises(ValueError, match=message):
             self.call(*arguments)
 
