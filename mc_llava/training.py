@@ -38,7 +38,7 @@ from pydantic import (
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch import nn
 from tqdm import tqdm
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import Crop, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_unicode, load_image
@@ -348,7 +348,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     Raises:
         ValueError: if there are more than `max_broken` of them, or none to train on, `num_tokens` leaves no room in
             the context, the chat template doesn't mark what is learned, `output` is the model's folder, or the model
-            was saved with quantized weights.
+            was saved with quantized weights or with options of `generate` that can't be saved.
     """
     model = Path(find_model(recipe.model))
     if model.exists() and model.resolve() == Path(recipe.output).resolve():
@@ -361,6 +361,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
             f"{recipe.model} was saved with quantized weights, into which nothing can be merged: start from the model "
             "it was made from, with quantize: nf4 to train adapters on it in 4 bits"
         )
+    check_generation(recipe.model)
     context = config.text_config.max_position_embeddings
     if recipe.num_tokens[1] >= context:
         raise ValueError(
@@ -389,6 +390,19 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     if not rows.good:
         raise ValueError(f"{recipe.data} has no rows to train on")
     return rows
+
+
+def check_generation(model: str):
+    """Raise a ValueError if a model has options of `generate` with which transformers writes no checkpoint."""
+    try:
+        GenerationConfig.from_pretrained(find_model(model)).validate(strict=True)
+    except OSError:  # it has none
+        return
+    except ValueError as error:
+        raise ValueError(
+            f"generation_config.json of {model} can't be saved with a checkpoint, set do_sample to true there or "
+            f"remove the options that need it: {error}"
+        ) from error
 
 
 # Batches

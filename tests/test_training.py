@@ -187,6 +187,18 @@ def test_a_template_that_marks_nothing_to_learn_is_refused(recipe):
         check(recipe, processor)
 
 
+def test_options_of_generate_that_no_checkpoint_can_hold_are_refused(recipe, tmp_path):
+    """Trainer writes its tokenizer's tokens into them, and transformers then checks them when it saves them."""
+    model = shutil.copytree(recipe.model, tmp_path / "model")
+    (model / "generation_config.json").write_text('{"temperature": 0.7}')
+    with pytest.raises(ValueError, match="can't be saved with a checkpoint, set do_sample to true there"):
+        train(replace(recipe, model=str(model)))
+    (model / "generation_config.json").write_text('{"temperature": 0.7, "do_sample": true}')
+    assert (train(replace(recipe, model=str(model), max_steps=1)) / "model.safetensors").exists()
+    (model / "generation_config.json").unlink()
+    check(replace(recipe, model=str(model)), MCLlavaProcessor.from_pretrained(model))
+
+
 def test_what_the_template_refuses_is_a_broken_row(recipe, tmp_path):
     processor = MCLlavaProcessor.from_pretrained(recipe.model)
     refuses = "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system here') }}{%- endif -%}"
