@@ -549,9 +549,13 @@ class FinishedError(Exception):
 
 
 class StopIfFinished(TrainerCallback):
-    """Stops a run that resumes from its last checkpoint. Trainer itself would take one step more than `max_steps`."""
+    """
+    Stops a run that resumes from its last checkpoint. Trainer itself would take one step more than `max_steps`, and
+    would save and log as often as the run before.
+    """
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
         if state.global_step >= state.max_steps:
             raise FinishedError
 

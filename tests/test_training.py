@@ -554,6 +554,13 @@ def test_training_lowers_the_loss_and_resumes_on_the_same_curve(recipe, tmp_path
     assert losses(output) == pytest.approx(whole, rel=1e-4)
 
 
+def test_a_resumed_run_saves_and_logs_as_often_as_it_is_told(recipe):
+    train(replace(recipe, max_steps=2, log_steps=2))
+    output = train(replace(recipe, max_steps=5, save_steps=3, log_steps=1, resume=True))
+    assert {path.name for path in output.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-5"}
+    assert list(losses(output)) == [2, 3, 4, 5]
+
+
 @pytest.mark.parametrize("changed", ["data", "broken", "model", "learning_rate"])
 def test_a_run_is_not_resumed_as_another(recipe, folder, tmp_path, changed):
     """Its next rows would be others than those that are left."""
