@@ -13,6 +13,7 @@ import re
 import shutil
 import time
 import weakref
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -702,6 +703,17 @@ class TestFailures:
         write(rows, features, tmp_path / PLACES["textvqa"])
         results = run("textvqa", engine, tmp_path / "results", tmp_path)
         assert f"usually ten texts, got {answers!r}" in results["questions"][0]["failed"]
+
+    @pytest.mark.parametrize(
+        "answer, kind", [(b"yes", "binary"), (datetime(2026, 11, 30), "timestamp[us]"), (float("nan"), "float64")]
+    )
+    def test_answers_that_json_can_not_hold_are_failed_questions(self, engine, images, tmp_path, answer, kind):
+        features = {**FEATURES["textvqa"], "answers": [datasets.Value(kind)]}
+        rows = [{**row, "answers": [answer]} for row in vqa_rows("textvqa", images[:1], [["x"] * 10])]
+        write(rows, features, tmp_path / PLACES["textvqa"])
+        results = run("textvqa", engine, tmp_path / "results", tmp_path)
+        assert f"usually ten texts, got {[answer]!r}" in results["questions"][0]["failed"]
+        assert run("textvqa", engine, tmp_path / "results", tmp_path) == results
 
     def test_images_of_one_name_are_not_mixed_up(self, engine, images, tmp_path):
         rows = vqa_rows("textvqa", [*images[:2], images[0]], [["x"] * 10] * 3)

@@ -7,6 +7,7 @@ rounding decides about a picture that recurs: its features were in the cache, or
 """
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterable, Iterator
@@ -14,6 +15,7 @@ from contextlib import closing
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
@@ -163,9 +165,17 @@ def identify_question(question: Question) -> dict:
         "id": question.id,
         "part": question.part,
         "prompt": question.prompt,
-        "expected": question.expected,
+        "expected": as_json(question.expected),
         "image": image and hashlib.sha256(image).hexdigest()[:16],
     }
+
+
+def as_json(expected: Any) -> Any:
+    """As a results file gives it back; the text of what it can't hold, such as bytes, with which a question fails."""
+    try:
+        return json.loads(json.dumps(expected, allow_nan=False))  # NaN would differ from itself in a resumed run
+    except (TypeError, ValueError):
+        return repr(expected)
 
 
 def batches_ahead(engine: Engine, questions: Iterator[Question]) -> Iterator[tuple[list[Question], Ahead]]:
