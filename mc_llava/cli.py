@@ -282,7 +282,8 @@ def train(
             rows = training.check(finetune, load_processor(finetune.model))
             say(f"{len(rows.good)} rows are good; {len(rows.broken)} are broken, listed in {rows.report}")
         else:
-            output = training.train(finetune)
+            with extra("train"):
+                output = training.train(finetune)
             if training.is_main_process():
                 say(f"wrote {output}")
     elif kind == "tiny":

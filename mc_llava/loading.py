@@ -138,6 +138,8 @@ def load_model(
         options["dtype"] = torch.float32
     options |= {"quantization_config": quantization(quantize, options["dtype"]), "device_map": device}
     try:
+        import accelerate  # noqa: F401  without it, transformers raises a ValueError about device maps
+
         model, report = MCLlavaForConditionalGeneration.from_pretrained(path, **options)
     except ImportError as error:
         raise ValueError(f'a package is missing ({error}): pip install "mc-llava[quantize]"') from error

@@ -388,7 +388,8 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
         )
         raise ValueError(to_text(message))
     if not rows.good:
-        raise ValueError(f"{recipe.data} has no rows to train on")
+        reasons = f": every row is broken, see {report}" if rows.broken else ""
+        raise ValueError(f"{recipe.data} has no rows to train on{reasons}")
     return rows
 
 

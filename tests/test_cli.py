@@ -42,6 +42,13 @@ def test_tiny_is_not_made_by_several_processes(monkeypatch):
         cli.train(str(ROOT / "examples" / "tiny.yaml"))
 
 
+@pytest.mark.parametrize("package", ["datasets", "trl"])
+def test_training_without_the_packages_it_needs(package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf'the package {package} is missing: pip install "mc-llava\[train\]"'):
+        cli.train(str(ROOT / "examples" / "finetune_3b.yaml"))
+
+
 @pytest.fixture(scope="module")
 def expected(checkpoint) -> str:
     model = MCLlavaForConditionalGeneration.from_pretrained(checkpoint)

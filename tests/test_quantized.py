@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import sys
 
 import processes
 import pytest
@@ -62,6 +63,12 @@ def test_the_language_model_alone_is_quantized(folder, whole, name, agreement):
     assert not torch.equal(found, logits)
     output = small.generate(**inputs, max_new_tokens=3, do_sample=False)
     assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+
+
+def test_the_extra_to_install_is_named(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ValueError, match=r'accelerate.*pip install "mc-llava\[quantize\]"'):
+        load_model(str(folder), device="cpu", quantize="nf4")
 
 
 @pytest.mark.skipif(

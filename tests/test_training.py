@@ -524,6 +524,18 @@ def test_the_command_checks_and_trains_nothing(recipe):
     assert [file.name for file in Path(recipe.output).iterdir()] == ["broken.jsonl"]
 
 
+def test_data_without_a_good_row_say_where_the_reasons_are(recipe, tmp_path):
+    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+    path = tmp_path / "data.json"
+    for rows, reason in (
+        ([], "no rows to train on$"),
+        ([row(image="none.jpg")], "every row is broken, see .*broken.jsonl"),
+    ):
+        path.write_text(json.dumps(rows))
+        with pytest.raises(ValueError, match=reason):
+            check(replace(recipe, data=str(path), max_broken=9), processor)
+
+
 def test_what_gpt_says_first_is_left_out_and_an_answer_may_lie_in_part_behind_the_context(recipe, tmp_path):
     turns = row(value="<image>" + 2000 * "7", answer="That." * 99)["conversations"]
     path = tmp_path / "data.json"
