@@ -536,7 +536,7 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
     if isinstance(rows, Folder) and rows.left_out:
         names = ", ".join(rows.left_out[:5]) + (", ..." if len(rows.left_out) > 5 else "")
         found = f"{len(rows.left_out)} files or folders of {job.source}"
-        warnings.warn(f"{found} are left out, no pictures or not readable: {names}", stacklevel=2)
+        warnings.warn(f"{found} are left out because they are not pictures or can't be read: {names}", stacklevel=2)
     # Ray's workers start in their own folders, and a run may be resumed from another one. Each finds "tiny" itself.
     is_folder = find_model(job.model) == job.model and os.path.isdir(job.model)
     job = replace(

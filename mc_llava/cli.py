@@ -41,14 +41,16 @@ NumTokens = Annotated[int | None, typer.Option(help="The most visual tokens of a
 MaxNewTokens = Annotated[int, typer.Option(help="The most tokens of an answer.", min=1)]
 Zoom = Annotated[
     int | None,
-    typer.Option(help="Rounds of looking closer where the question points; by default as the model was saved.", min=0),
+    typer.Option(
+        help="Rounds of looking closer where the question points; by default the value saved with the model.", min=0
+    ),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps, ...; by default an accelerator if there is one.")]
 DtypeOption = Annotated[
     Dtype,
     typer.Option(
-        help="Precision of the weights; auto takes bfloat16 on a CPU that computes in it, float32 on others, and the "
-        "checkpoint's on an accelerator."
+        help="Precision of the weights; auto is bfloat16 on a CPU with native support for it, float32 on other CPUs, "
+        "and the checkpoint's precision on an accelerator."
     ),
 ]
 QuantizeOption = Annotated[Quantize | None, typer.Option(help="Store the language model's weights in fewer bits.")]
@@ -131,8 +133,8 @@ def chat(
     """
     Talk about a picture: one question per line. An empty line ends the chat.
 
-    The picture is encoded once, or with --zoom looked at again for each question. Earlier turns are remembered
-    without being computed again; /new forgets them.
+    The picture is encoded once, or with --zoom looked at again for each question.
+    Earlier turns are remembered without being computed again; /new forgets them.
     """
     from transformers import TextStreamer
 
@@ -181,7 +183,9 @@ def chat(
 def crops(
     image: Annotated[str, typer.Argument(help="A path, a URL, or - for standard input.")],
     output: Annotated[str, typer.Option("--output", "-o", help="The picture to write.")],
-    model: Annotated[str | None, typer.Option(help="Take crop size and defaults from this model, not the 3B.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Take crop size and defaults from this model instead of the 3B.")
+    ] = None,
     max_crops: MaxCrops = None,
     num_tokens: NumTokens = None,
 ):
@@ -280,7 +284,7 @@ def train(
             from .loading import load_processor
 
             rows = training.check(finetune, load_processor(finetune.model))
-            say(f"{len(rows.good)} rows are good; {len(rows.broken)} are broken, listed in {rows.report}")
+            say(f"good rows: {len(rows.good)}, broken rows: {len(rows.broken)}, listed in {rows.report}")
         else:
             with extra("train"):
                 output = training.train(finetune)
@@ -370,7 +374,11 @@ def study(
     ),
     output: Annotated[Path, typer.Option(help="The folder for the results and figures.")] = Path("docs"),
     photographs: Annotated[
-        str, typer.Option(metavar="FOLDER", help="As for the task photographs of eval; scikit-image's by default.")
+        str,
+        typer.Option(
+            metavar="FOLDER",
+            help="The folder of eval's --data photographs=FOLDER; by default scikit-image's photographs.",
+        ),
     ] = "",
 ):
     """Measure how crops, tokens and zoom affect accuracy on scenes, and print the tables of docs/tiny.md."""
@@ -401,8 +409,8 @@ def zoom_heads(
     """
     Measure which attention heads look at what a question asks about, for --zoom.
 
-    Each head is scored on drawn scenes: how often the crop that it attends to most shows the thing asked about. Heads
-    that are no better than chance are never written.
+    A head's score is how often the crop that it attends to most shows the thing
+    asked about, in drawn scenes. Heads no better than chance are never written.
     """
     from .folders import find_model
     from .loading import load_model, load_processor
@@ -446,7 +454,8 @@ def batch(
     """
     Ask about many images: reads rows with a question and images, and writes a record per row with its answer.
 
-    The record of a row that fails has its error. Run the same command again to resume an interrupted run.
+    If a row fails, its record has the error instead.
+    Run the same command again to resume an interrupted run.
     """
     from .batch import Job
     from .batch import run as run_job
@@ -575,8 +584,9 @@ def read_question() -> str:
 def describe(plan: "list[Crop]", closer: int = 0) -> str:
     """A line about the crops of a plan, and how many zoom may add."""
     tokens = sum(crop.num_tokens for crop in plan)
+    grid = f" and a grid of {len(plan) - 1}" if len(plan) > 1 else ""
     zoomed = f", up to {closer} where the question points" if closer else ""
-    return f"crops: {len(plan)} (the whole image and a grid of {len(plan) - 1}){zoomed}, tokens: {tokens}"
+    return f"crops: {len(plan)} (the whole image{grid}){zoomed}, tokens: {tokens}"
 
 
 @contextmanager

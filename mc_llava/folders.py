@@ -24,8 +24,7 @@ def find_model(name: str) -> str:
     is_id = not text.startswith((".", "/", "~")) and text.count("/") <= 1 and "\\" not in text
     if not text or not Path(text).is_dir() and (not is_id or Path(text).exists()):
         raise ValueError(
-            f"there is no folder {text:.200}, it is neither a folder nor a Hub id such as visheratin/MC-LLaVA-3b: "
-            "pass one, or tiny"
+            f"{text[:200]!r} is neither a folder nor a Hub id such as visheratin/MC-LLaVA-3b: pass one, or tiny"
         )
     return text
 

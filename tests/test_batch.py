@@ -138,7 +138,7 @@ def test_what_a_folder_leaves_out_is_told(tmp_path, converted):
     assert all("pillow-heif" in record["error"] for record, _ in read[1:])
     with pytest.warns(
         UserWarning,
-        match="3 files or folders of .* are left out, no pictures or not readable: clip.mov, gone.png, notes.txt",
+        match="3 files or folders of .* are left out because .* can't be read: clip.mov, gone.png, notes.txt",
     ):
         run(job(tmp_path, converted, source=str(tmp_path), question="What is it?"), tmp_path.parent / "out.jsonl")
 

@@ -66,7 +66,7 @@ def test_ask_streams_the_answer(checkpoint, expected):
     assert result.returncode == 0, result.stderr
     assert result.stdout.decode().strip() == expected
     messages = result.stderr.decode()
-    assert f"{COFFEE}: 600 x 400 pixels, crops: 1 (the whole image and a grid of 0), tokens: 50" in messages
+    assert f"{COFFEE}: 600 x 400 pixels, crops: 1 (the whole image), tokens: 50" in messages
     assert "Encoding crops: 1 100%" in messages
 
 

@@ -520,7 +520,7 @@ def test_the_command_checks_and_trains_nothing(recipe):
     path.write_text(json.dumps(values | {"num_tokens": [8, 16]}))
     result = processes.run("-m", "mc_llava", "train", path, "--check", text=True)
     assert result.returncode == 0, result.stderr
-    assert f"9 rows are good; 0 are broken, listed in {recipe.output}" in result.stderr
+    assert f"good rows: 9, broken rows: 0, listed in {recipe.output}" in result.stderr
     assert [file.name for file in Path(recipe.output).iterdir()] == ["broken.jsonl"]
 
 

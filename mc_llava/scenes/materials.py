@@ -204,7 +204,7 @@ def materials_of_test(folder: str) -> Materials:
     if not names or not all(path.is_file() for path in names):
         raise ValueError(
             "photographs are scikit-image's unless others are given: pip install scikit-image, or pass "
-            "--data photographs=FOLDER, with the folders photographs and objects in it"
+            "--data photographs=FOLDER, with a folder photographs in it"
         )
     return Materials(tuple(map(str, names)))
 
