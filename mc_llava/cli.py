@@ -171,7 +171,7 @@ def chat(
         except ValueError as error:  # what was said before is not lost
             say(f"error: {error}")
             if turns:
-                say("Ask something shorter, or type /new to forget the earlier turns.")
+                say("Ask something else, or type /new to forget the earlier turns.")
             continue
         answer = reply.text
         for token in processor.special_tokens:  # messages must not hold any, wherever they come from

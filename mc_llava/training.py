@@ -651,7 +651,9 @@ def train(recipe: Recipe) -> Path:
     output = Path(recipe.output)
     checkpoint = last_checkpoint(output)
     if checkpoint and not recipe.resume:
-        raise ValueError(f"{output} holds {Path(checkpoint).name}: set resume to continue, or name another output")
+        raise ValueError(
+            f"{output} holds {Path(checkpoint).name}: set resume=true to continue, or name another output"
+        )
     processor = load_processor(recipe.model)
     rows = check(recipe, processor)
     record_run(recipe, rows)
@@ -673,7 +675,7 @@ def train(recipe: Recipe) -> Path:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     prepare_sharding(trainer, model, recipe.quantize is not None)
-    with storing(output, "free some space and set resume to continue"):
+    with storing(output, "free some space and set resume=true to continue"):
         with suppress(FinishedError):
             trainer.train(resume_from_checkpoint=checkpoint)
         check_sound(trainer.model, trial, "the end")

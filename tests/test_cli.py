@@ -231,7 +231,7 @@ class TestChat:
         assert result.returncode == 0, result.stderr
         first, second = self.answers(converted, [questions[0], questions[2]])
         assert result.stdout.decode() == f"{first}\n{second}\n{first}\n"
-        assert "Ask something shorter, or type /new" in result.stderr.decode()
+        assert "Ask something else, or type /new" in result.stderr.decode()
 
     def answers(self, folder, questions) -> list[str]:
         """Of plain `generate`, with the pixels in every turn."""

@@ -552,7 +552,7 @@ def test_training_lowers_the_loss_and_resumes_on_the_same_curve(recipe, tmp_path
     assert whole[4] < 0.95 * whole[1]
     assert list(Path(output, "logs").rglob("events.out.tfevents*"))
 
-    with pytest.raises(ValueError, match="holds checkpoint-4: set resume"):
+    with pytest.raises(ValueError, match="holds checkpoint-4: set resume=true"):
         train(recipe)
     # As if the run had been stopped after step 2.
     for path in sorted(Path(output, "checkpoint-4").iterdir()):
