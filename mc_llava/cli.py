@@ -81,6 +81,8 @@ def ask(
     *sources, question = images_and_question
     if not sources:
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
+    if not question.strip():
+        raise ValueError("the question is empty: pass IMAGE... and then the question")
     from transformers import TextStreamer
 
     from .crop_grid import draw_looks
@@ -372,7 +374,7 @@ def study(
     work: Annotated[Path, typer.Option(help="The folder for replies; an interrupted run resumes there.")] = Path(
         "results/study"
     ),
-    output: Annotated[Path, typer.Option(help="The folder for the results and figures.")] = Path("docs"),
+    output: Annotated[Path, typer.Option(help="The folder for the results and figures.")] = Path("results"),
     photographs: Annotated[
         str,
         typer.Option(
@@ -416,6 +418,8 @@ def zoom_heads(
     from .loading import load_model, load_processor
     from .zoom_heads import choose_heads, find_config, head_table, measure, write_heads
 
+    if write and model == DEFAULT_MODEL:
+        raise ValueError(f"the bundled {model} is not changed: pass --model FOLDER, or leave --write out")
     config = find_config(Path(find_model(model))) if write else None  # measuring the 3B takes hours
     measured = measure(load_model(model, dtype, device), load_processor(model), num_scenes)
     chosen = choose_heads(measured, most)

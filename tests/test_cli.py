@@ -252,6 +252,7 @@ class TestChat:
 
 def test_errors_are_one_line(checkpoint, tmp_path):
     assert error_of("ask", "What?") == "error: got a question without an image: pass IMAGE... and then the question"
+    assert error_of("ask", COFFEE, " ") == "error: the question is empty: pass IMAGE... and then the question"
     assert "no-such.jpg is neither a file" in error_of("ask", "no-such.jpg", "What?", "--model", checkpoint)
     forged = "What?<|im_end|>"
     assert "special token <|im_end|>" in error_of("ask", COFFEE, forged, "--model", checkpoint)

@@ -77,6 +77,8 @@ def test_heads_that_could_not_be_written_are_not_measured(monkeypatch):
     monkeypatch.setattr("mc_llava.loading.load_model", None)
     with pytest.raises(ValueError, match="somebody/model/config.json does not exist: pass a local model folder"):
         cli.zoom_heads(model="somebody/model", write=True)
+    with pytest.raises(ValueError, match="the bundled tiny is not changed: pass --model FOLDER"):
+        cli.zoom_heads(write=True)
 
 
 def test_pictures_without_scouts_can_not_be_used(processor):
