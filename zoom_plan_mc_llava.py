@@ -12,11 +12,11 @@ from .crops_mc_llava import (
 )
 
 
-# A round covers a region with 2 x 2 crops of about half its side, or with 3 x 3 that also cover a margin of a sixth of
-# its side, into which a thing at its edge may extend, and that overlap so much that a thing at a seam lies whole in
-# one of them. All of it was chosen on development scenes, like how `split_budget` divides crops; see docs/tiny.md.
+# A round covers a region with 2 x 2 crops, or with 3 x 3 that also cover a margin of a sixth of its side, into which a
+# thing at its edge may extend. They overlap so much that a thing at a seam lies whole in one of them. All of it was
+# chosen on development scenes, like how `split_budget` divides crops; see docs/tiny.md.
 FEW, MANY = 4, 9
-OVERLAPS = {FEW: (1, 8), MANY: (2, 5)}
+OVERLAP = (2, 5)
 MARGINS = {FEW: (0, 1), MANY: (1, 6)}
 SCOUT_OVERLAP = (1, 8)
 LEAST_SCOUTS = 6  # before 3 x 3 crops are affordable
@@ -212,7 +212,7 @@ def look_closer(
     known, new = set(boxes), []
     for _, region in sorted(left)[:regions]:
         covered.add(region)
-        for box in tile(_with_margin(region, MARGINS[per_region], whole=boxes[0]), per_region, OVERLAPS[per_region]):
+        for box in tile(_with_margin(region, MARGINS[per_region], whole=boxes[0]), per_region, OVERLAP):
             if box not in known:
                 known.add(box)
                 new.append(box)

@@ -42,7 +42,7 @@ STUDIED_CROPS = (0, 2, 4, 8, 16, 32, 64, 100)
 STUDIED_TOKENS = (40, 128, 364, 728)
 # Most tokens first: with fewer, the crops' patches are found in the cache.
 GRID = tuple(Setting(crops, tokens) for crops in STUDIED_CROPS for tokens in reversed(STUDIED_TOKENS))
-ZOOMED = ((9, 40), (16, 64), (32, 128))
+ZOOMED = ((10, 32), (16, 64), (32, 128))
 SETTINGS = (*GRID, *(Setting(*knobs, zoom=1) for knobs in ZOOMED))
 FILES = {"scenes": "study", "photographs": "study_photographs"}
 KINDS_OF = {"large": 1, "photographs": len(PHOTOGRAPH_KINDS)}  # other tasks ask questions of all `KINDS`
