@@ -235,7 +235,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             self._check_context(request.lengths, request.run_ends, request.tokens_per_image)
 
         is_kept = has_prompt and prefix_cache is not None
-        looked = self._pass_on_images(request, feature_cache, is_kept, generation_config, kwargs)
+        looked = self._pass_on_images(request, feature_cache, is_kept, kwargs)
         if is_kept:
             prompts, repeats = self._load_prefixes(prefix_cache, request, generation_config, kwargs)
         if has_prompt:
@@ -368,12 +368,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         return (input_ids != pad).long()
 
     def _pass_on_images(
-        self,
-        request: GenerationRequest,
-        feature_cache: "FeatureCache | None",
-        as_features: bool,
-        generation_config,
-        kwargs: dict,
+        self, request: GenerationRequest, feature_cache: "FeatureCache | None", as_features: bool, kwargs: dict
     ):
         """
         Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the `Looks` of
@@ -393,16 +388,12 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 "feature_cache needs the pictures, which the processor returns only with zoom: pass feature_cache and "
                 "the model to the processor instead, or call it with zoom"
             )
-        # Only the language model's are wanted: those of the tower would take a second pass and much memory.
-        has_states = any(
-            self._option(name, generation_config, kwargs) for name in ("output_hidden_states", "output_attentions")
-        )
         if request.is_short:
             # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
             kwargs["inputs_embeds"] = self.model.fill_places(request.new_ids, request.encoded["image"].pooler_output)
         elif request.encoded:
             kwargs["mm_encoder_outputs"] = request.encoded
-        elif request.tokens_per_image and (as_features or has_states):
+        elif request.tokens_per_image and as_features:
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
 

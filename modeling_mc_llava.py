@@ -269,8 +269,6 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         crop_num_tokens: torch.LongTensor | None = None,
         image_grid_thw: torch.LongTensor | None = None,
         crop_boxes: torch.LongTensor | None = None,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | BaseModelOutputWithPooling:
         r"""
@@ -296,6 +294,10 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 of range.
         """
         refuse_zoom("get_image_features", kwargs)
+        # Not parameters by name: transformers' `generate` would take them from the language model, which got none.
+        output_hidden_states, output_attentions = (
+            bool(kwargs.pop(name, None)) for name in ("output_hidden_states", "output_attentions")
+        )
         check_counts(crop_num_tokens, image_grid_thw)
         counts, crops_per_image = read_integers(crop_num_tokens, image_grid_thw[:, 0])
         tokens_per_image = sum_per_image(counts, crops_per_image)
@@ -307,9 +309,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         image_features = self.multi_modal_projector(hidden_states)
         recorded = {}
         if output_hidden_states or output_attentions:
-            recorded = self._record_tower(
-                pixel_values.split(CROPS_PER_PASS), bool(output_hidden_states), bool(output_attentions)
-            )
+            recorded = self._record_tower(pixel_values.split(CROPS_PER_PASS), output_hidden_states, output_attentions)
         return BaseModelOutputWithPooling(
             last_hidden_state=hidden_states, pooler_output=list(image_features.split(tokens_per_image)), **recorded
         )

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import CountReads, picture, prompt, small_model
+from helpers import CountReads, counting_crops, picture, prompt, small_model
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
@@ -447,6 +447,23 @@ def test_the_image_token_costs_one_column(monkeypatch):
         found = SuppressToken(7)(ids, scores)
     assert counted.kernels == ["clone", "fill_"] and torch.equal(scores, before)
     assert (found[:, 7] == -torch.inf).all() and torch.equal(found[:, 8:], before[:, 8:])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_states_of_the_language_model(processor, options):
+    """transformers' `generate` takes the arguments of `get_image_features` from those of the language model."""
+    model = small_model(attn_implementation="eager")
+    asked = {"output_hidden_states": True, "output_attentions": True, "return_dict_in_generate": True}
+    for inputs in (processor(TEXTS, NESTED), processor(TEXTS[0], IMAGES[0], model), processor("Why?")):
+        with counting_crops(model) as crops:
+            output = model.generate(**inputs, **GREEDY, **options, **asked)
+        assert sum(crops) == len(inputs.get("pixel_values", ())), "the tower is run once, without its states"
+        assert [len(step) for step in output.hidden_states] == [3] * 8  # with the embeddings
+        assert [len(step) for step in output.attentions] == [2] * 8
+    inputs = processor(TEXTS, NESTED)
+    found = model.generate(**inputs, **GREEDY, **asked).hidden_states[0]
+    expected = model(**inputs, output_hidden_states=True).hidden_states
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
 
 
 def test_crops_are_cast_pass_by_pass(processor, monkeypatch):
