@@ -332,6 +332,7 @@ class MCLlavaProcessor(ProcessorMixin):
             processor_kwargs["is_prompt"] = True
             if kwargs.get("return_assistant_tokens_mask") and kwargs.get("return_tensors") in (None, "auto"):
                 # transformers returns the masks as lists, and TRL looks ids up in a set: a tensor's are never found.
+                kwargs.pop("return_tensors", None)  # or it is given twice
                 text_kwargs = processor_kwargs.get("text_kwargs") or {}
                 processor_kwargs["text_kwargs"] = {"return_tensors": None, **text_kwargs}
         output = super().apply_chat_template(

@@ -467,8 +467,8 @@ class TestOtherTemplates:
         with pytest.raises(ValueError, match="chat_template must be a template or the name of one, got 7"):
             processor.apply_chat_template(messages("What?"), chat_template=7)
 
-    @pytest.mark.parametrize("return_tensors", [None, "pt"])
-    def test_the_assistants_tokens(self, processor, return_tensors):
+    @pytest.mark.parametrize("given", [{}, {"return_tensors": None}, {"return_tensors": "pt"}])
+    def test_the_assistants_tokens(self, processor, given):
         conversation = [*messages("What?"), *messages("A cup.", role="assistant")]
         out = processor.apply_chat_template(
             conversation,
@@ -476,13 +476,13 @@ class TestOtherTemplates:
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
-            **({} if return_tensors is None else {"return_tensors": return_tensors}),
+            **given,
         )
         ids, marks = (np.asarray(out[name])[0] for name in ("input_ids", "assistant_masks"))
         assert ids.tolist() == self.ids(processor, "USER: What? BOT: A cup.")
         assert processor.decode(ids[marks == 1]).strip() == "A cup."
         # Of one kind: TRL looks for each id in a set, where it finds no tensor.
-        assert isinstance(out["input_ids"], list if return_tensors is None else torch.Tensor)
+        assert isinstance(out["input_ids"], torch.Tensor if given.get("return_tensors") else list)
 
     def test_whether_a_text_is_a_prompt_can_be_said(self, processor):
         assert processor("What?", is_prompt=True)["input_ids"][0].tolist() == self.ids(processor, "What?")
