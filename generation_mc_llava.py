@@ -261,6 +261,17 @@ class MCLlavaGenerationMixin(GenerationMixin):
                 output.zoomed_images = self._zoomed_images(looked)
         return output
 
+    def generate_batch(self, inputs, *args, **kwargs):
+        """
+        transformers' continuous batching of prompts without images.
+
+        Raises:
+            ValueError: if a prompt has `<image>` tokens: there is no way to pass images.
+        """
+        if any(self.config.image_token_id in ids for ids in inputs):
+            raise ValueError("generate_batch takes no images: remove <image>, or call generate")
+        return super().generate_batch(inputs, *args, **kwargs)
+
     def encode_prefix(self, prefix_cache: PrefixCache | None = None, **inputs) -> PrefixCache:
         """
         Compute the keys and values of prompts without answering them, for later prompts with the same beginning:

@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import torch
 from helpers import CountReads, counting_crops, picture, prompt, small_model
-from transformers import DynamicCache, GenerationConfig, TextStreamer
+from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, TextStreamer
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
-from mc_llava import CROPS_PER_PASS, Crop, MCLlavaModel, PrefixCache, SuppressToken
+from mc_llava import CACHE, CROPS_PER_PASS, Crop, MCLlavaModel, PrefixCache, SuppressToken
 
 
 pytestmark = pytest.mark.usefixtures("no_old_name")
@@ -464,6 +464,18 @@ def test_states_of_the_language_model(processor, options):
     found = model.generate(**inputs, **GREEDY, **asked).hidden_states[0]
     expected = model(**inputs, output_hidden_states=True).hidden_states
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.skipif(CACHE != "cache", reason="Phi's keys don't fit the paged cache of older transformers")
+def test_continuous_batching_of_text(model, processor):
+    config = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)  # by default it takes most of the memory
+    batch = [processor(text)["input_ids"][0].tolist() for text in ("Why?", "Where is it?")]
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": -1, "continuous_batching_config": config}
+    outputs = model.generate_batch(batch, **options).values()
+    alone = [new_tokens(model, {"input_ids": torch.tensor([ids])})[0] for ids in batch]
+    assert [output.generated_tokens for output in outputs] == alone
+    with pytest.raises(ValueError, match="generate_batch takes no images: remove <image>, or call generate"):
+        model.generate_batch([processor("Why?", IMAGES[0])["input_ids"][0].tolist()], **options)
 
 
 def test_crops_are_cast_pass_by_pass(processor, monkeypatch):
