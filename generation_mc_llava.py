@@ -244,7 +244,8 @@ class MCLlavaGenerationMixin(GenerationMixin):
         output = super().generate(
             request.input_ids,
             generation_config,
-            LogitsProcessorList([*(logits_processor or []), SuppressToken(self.config.image_token_id)]),
+            # First: a caller's filter, such as top-k of 1, would otherwise keep <image> alone, and no token be left.
+            LogitsProcessorList([SuppressToken(self.config.image_token_id), *(logits_processor or [])]),
             stopping_criteria,
             **kwargs,
         )

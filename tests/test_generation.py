@@ -6,7 +6,14 @@ from functools import partial
 import pytest
 import torch
 from helpers import CountReads, counting_crops, picture, prompt, small_model
-from transformers import ContinuousBatchingConfig, DynamicCache, GenerationConfig, TextStreamer
+from transformers import (
+    ContinuousBatchingConfig,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    TextStreamer,
+    TopKLogitsWarper,
+)
 from transformers.generation import utils as generation_utils
 from transformers.generation.streamers import BaseStreamer
 
@@ -476,6 +483,17 @@ def test_continuous_batching_of_text(model, processor):
     assert [output.generated_tokens for output in outputs] == alone
     with pytest.raises(ValueError, match="generate_batch takes no images: remove <image>, or call generate"):
         model.generate_batch([processor("Why?", IMAGES[0])["input_ids"][0].tolist()], **options)
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_filters_of_the_caller_keep_another_token_than_image(processor, do_sample):
+    model = small_model()
+    inputs = processor("Why?")
+    expected = new_tokens(model, inputs)
+    with torch.no_grad():
+        model.lm_head.bias[model.config.image_token_id] = 100
+    filters = LogitsProcessorList([TopKLogitsWarper(1)])
+    assert new_tokens(model, inputs, logits_processor=filters, do_sample=do_sample) == expected
 
 
 def test_crops_are_cast_pass_by_pass(processor, monkeypatch):
