@@ -375,6 +375,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         """
         pad, ends = (self._option(name, generation_config, kwargs or {}) for name in ("pad_token_id", "eos_token_id"))
         pad = self.config.pad_token_id if pad is None else pad
+        ends = ends.tolist() if hasattr(ends, "tolist") else ends  # of a tensor, as transformers takes it
         if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
             return torch.ones_like(input_ids, dtype=torch.long)
         return (input_ids != pad).long()

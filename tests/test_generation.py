@@ -192,7 +192,7 @@ def test_the_pad_token_stands_in_for_a_missing_mask(model, processor):
 TURN_END = 50295
 
 
-@pytest.mark.parametrize("ends", [TURN_END, [50256, TURN_END]], ids=str)
+@pytest.mark.parametrize("ends", [TURN_END, [50256, TURN_END], torch.tensor([50256, TURN_END])], ids=str)
 def test_no_mask_is_made_of_the_end_of_a_turn(model, processor, ends):
     """A pad token that ends turns, as many tokenizers have: the ends within a conversation are no padding."""
     ids = processor(prompt("Hello", 0) + "Hi.<|im_end|>\n" + prompt("What is it?", 0))["input_ids"]
