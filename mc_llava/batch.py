@@ -105,8 +105,8 @@ class Parquet:
         first = {}
         for name in others:
             with suppress(self.data_error, ValueError, OverflowError, KeyError, OSError):  # it may hold anything
-                batches = self.file.iter_batches(16, columns=[name])
-                cells = (row[name] for batch in batches for row in batch.to_pylist())
+                batches = self.file.iter_batches(256, columns=[name])
+                cells = (cell.as_py() for batch in batches for cell in batch.column(0))
                 first[name] = next((cell for cell in cells if cell not in (None, "", [])), None)
         refuse_like_image(first, self.folder)
 
@@ -229,10 +229,15 @@ def is_empty(question: Any) -> bool:
     return question is None or isinstance(question, str) and not question.strip()
 
 
-def refuse_like_image(row: dict, folder: Path):
-    """Raise a ValueError if a cell that is not read is an image: the answer would be given without it."""
+def refuse_like_image(row: dict, folder: Path, names: str = "image or images"):
+    """
+    Raise a ValueError if a cell that is not read is an image: the answer would be given, or learned, without it.
+
+    Args:
+        names: under which an image would be read.
+    """
     if other := next((name for name, cell in row.items() if is_like_image(cell, folder)), None):
-        raise ValueError(f"there is no image, but {other!r:.80}, which holds one: call it image or images")
+        raise ValueError(f"there is no image, but {other!r:.80}, which holds one: call it {names}")
 
 
 def is_like_image(cell: Any, folder: Path) -> bool:

@@ -42,7 +42,7 @@ from transformers import GenerationConfig, TrainerCallback
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from . import Crop, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_unicode, load_image
-from .batch import is_like_image
+from .batch import refuse_like_image
 from .folders import find_model, is_whole
 from .journal import check_utf8, difference, hash_file, replacing, storing, to_line, to_text, write_json
 from .loading import identify, is_quantized, load_config, load_model, load_processor
@@ -314,9 +314,8 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
     image = entry.get("image")
     if not isinstance(image, str | None):
         raise ValueError(f"image must be one path, got {str(image)[:80]}")
-    others = {} if image is not None else {name: cell for name, cell in entry.items() if name not in ROW}
-    if other := next((name for name, cell in others.items() if is_like_image(cell, Path(images))), None):
-        raise ValueError(f"there is no image, but {other!r:.80}, which holds one: call it image")
+    if image is None:
+        refuse_like_image({name: cell for name, cell in entry.items() if name not in ROW}, Path(images), "image")
     if places != (0 if image is None else 1):
         raise ValueError(f"the turns have {places} {IMAGE} for {0 if image is None else 1} images")
     if image is not None:
