@@ -44,7 +44,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from . import Crop, MCLlavaForConditionalGeneration, MCLlavaProcessor, check_unicode, load_image
 from .batch import refuse_like_image
 from .folders import find_model, is_whole
-from .journal import check_utf8, difference, hash_file, replacing, storing, to_line, to_text, write_json
+from .journal import check_utf8, difference, hash_file, lock, replacing, storing, to_line, to_text, write_json
 from .loading import identify, is_quantized, load_config, load_model, load_processor
 
 
@@ -641,13 +641,22 @@ def train(recipe: Recipe) -> Path:
 
     Raises:
         ValueError: if the data has too many broken rows, `num_tokens` leaves no room in the context, `output` has
-            checkpoints and `resume` is not set or they are of another run, or training diverges.
+            checkpoints and `resume` is not set or they are of another run, another run writes there, or training
+            diverges.
         OSError: if a file can't be written. What was written before stays: see `resume`.
     """
+    output = Path(recipe.output)
+    if not is_main_process():
+        return _train(recipe, output)
+    output.mkdir(parents=True, exist_ok=True)
+    with lock(output.absolute()):
+        return _train(recipe, output)
+
+
+def _train(recipe: Recipe, output: Path) -> Path:
     from datasets import Dataset
     from trl import SFTTrainer
 
-    output = Path(recipe.output)
     checkpoint = last_checkpoint(output)
     if checkpoint and not recipe.resume:
         raise ValueError(

@@ -14,6 +14,7 @@ import processes
 import pytest
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from helpers import write_untrained_tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
@@ -564,6 +565,14 @@ def test_training_lowers_the_loss_and_resumes_on_the_same_curve(recipe, tmp_path
     Path(output, "checkpoint-4", "trainer_state.json").unlink()
     train(replace(recipe, resume=True))
     assert losses(output) == pytest.approx(whole, rel=1e-4)
+
+
+def test_two_runs_do_not_write_into_one_output(recipe):
+    output = Path(recipe.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{output}.lock"), pytest.raises(ValueError, match=f"another run writes {output}: wait"):
+        train(recipe)
+    assert not list(output.iterdir())
 
 
 def test_a_resumed_run_saves_and_logs_as_often_as_it_is_told(recipe):
