@@ -23,6 +23,7 @@ import uuid
 import torch
 from PIL import Image
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
     LogitsProcessor,
@@ -103,7 +104,7 @@ PREFIX_BYTES = 2**30  # of keys and values
 class EndpointHandler:
     """
     Loads a model folder and answers requests, on an accelerator if there is one. `choose_dtype` chooses the precision,
-    which is printed.
+    which is printed; a model that was saved with quantized weights has its own.
 
     Args:
         path: the model folder.
@@ -114,6 +115,8 @@ class EndpointHandler:
         device = "cpu" if accelerator is None else accelerator.type
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         dtype = get_class_from_dynamic_module("precision_mc_llava.choose_dtype", path)(device)
+        if getattr(AutoConfig.from_pretrained(path, trust_remote_code=True), "quantization_config", None):
+            dtype = "auto"
         options = {"trust_remote_code": True, "dtype": dtype, "use_safetensors": True}
         self.model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device).eval()
         print(f"computing in {str(self.model.dtype).removeprefix('torch.')} on {device}", file=sys.stderr, flush=True)

@@ -8,12 +8,13 @@ import sys
 import processes
 import pytest
 import torch
-from helpers import picture
+from helpers import load_handler, picture
 from make_published_checkpoint import write_published_checkpoint
 from torch import nn
 from transformers import BitsAndBytesConfig, QuantoConfig
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype, loading
+from mc_llava.convert import convert
 from mc_llava.engine import Engine
 from mc_llava.evaluation.running import evaluate
 from mc_llava.loading import QUANTIZED, find_device, load, load_model
@@ -101,6 +102,17 @@ class TestFourBits:
         for name in QUANTIZED:
             with pytest.raises(ValueError, match="saved with quantized weights, got quantize .*: leave quantize out"):
                 load_model(saved, device="cpu", quantize=name)
+
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # this CPU would choose one of them
+    def test_the_handler_answers_in_the_precision_that_was_saved(self, folder, tmp_path, dtype):
+        convert(str(folder), tmp_path / "saved")
+        for weights in (tmp_path / "saved").glob("*.safetensors*"):
+            weights.unlink()
+        load_model(str(folder), dtype, "cpu", quantize="nf4").save_pretrained(tmp_path / "saved")
+        handler = load_handler(tmp_path / "saved").EndpointHandler(str(tmp_path / "saved"))
+        assert handler.model.dtype == getattr(torch, dtype)
+        request = {"inputs": {"image": picture(64, 48), "question": "What?"}}
+        assert handler({**request, "parameters": {"max_new_tokens": 1, "max_crops": 2}})
 
     def test_the_hash_of_the_weights_calls_no_hooks_and_no_adapters(self, folder):
         """PEFT's adapters refuse a single row while a batch of rows has an adapter for each."""
