@@ -16,13 +16,16 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype
-from .evaluation import TASK_NAMES
 from .folders import INDEX, WEIGHTS, find_model, list_weights
 from .journal import hash_file
 
 
 PACKAGE = Path(__file__).parent
-LOADED = ("*.safetensors", "*.json", "*.jinja", "*.txt")  # from a folder
+# What answers depend on, of the files in a model's folder.
+LOADED = (
+    *("*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json", "*.jinja", "chat_template.json"),
+)
 QUANTIZED = ("nf4", "int8", "int4")
 # The image's way into the language model and the answer's way out: few of the weights, and all answers pass them.
 NOT_QUANTIZED = ["model.vision_tower", "model.coord_embed", "model.multi_modal_projector", "lm_head"]
@@ -190,13 +193,13 @@ def load_processor(path: str, revision: str | None = None) -> MCLlavaProcessor:
 def identify(path: str, revision: str | None = None) -> str:
     """
     Identifies a model for its results: the commit of a Hub id, or a digest of a folder's weights, configurations,
-    tokenizer and chat template. Results that `mc-llava eval` wrote there don't count.
+    tokenizer and chat template. Other files, such as results, don't count.
     """
     path = find_model(path)
     if not Path(path).is_dir():
         config = load_config(path, revision)
         return getattr(config, "_commit_hash", None) or "unknown"
-    files = sorted(file for suffix in LOADED for file in Path(path).glob(suffix) if file.stem not in TASK_NAMES)
+    files = sorted(file for pattern in LOADED for file in Path(path).glob(pattern))
     return known_digest(Path(path).resolve(), files)
 
 

@@ -147,10 +147,11 @@ def test_what_a_model_is_known_by(converted, tmp_path):
     assert len(known) == 4 and all(one.startswith("sha256:") for one in known)
 
 
-def test_results_in_the_models_folder_do_not_change_what_it_is_known_by(converted, tmp_path):
+def test_other_files_in_the_models_folder_do_not_change_what_it_is_known_by(converted, tmp_path):
     folder = shutil.copytree(converted, tmp_path / "model")
     known = identify(str(folder))
-    (folder / "textvqa.json").write_text("{}")
+    for name in ("textvqa.json", "made_of.json", "notes.txt"):
+        (folder / name).write_text("{}")
     assert identify(str(folder)) == known
 
 
@@ -199,7 +200,7 @@ class TestIdentity:
             os.utime(folder / "other", ns=(times.st_atime_ns, times.st_mtime_ns))
             os.replace(folder / "other", path)
         elif change == "added":
-            folder.joinpath("added.json").write_text("{}")
+            folder.joinpath("added_tokens.json").write_text("{}")
         else:
             folder.joinpath("generation_config.json").unlink()
         read.clear()
