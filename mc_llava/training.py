@@ -346,8 +346,9 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
 
     Raises:
         ValueError: if there are more than `max_broken` of them, or none to train on, `num_tokens` leaves no room in
-            the context, the chat template doesn't mark what is learned, `output` is the model's folder, or the model
-            was saved with quantized weights or with options of `generate` that can't be saved.
+            the context, the chat template doesn't mark what is learned or has no place for a picture, the tokenizer
+            doesn't pad, `output` is the model's folder, or the model was saved with quantized weights or with options
+            of `generate` that can't be saved.
     """
     model = Path(find_model(recipe.model))
     if model.exists() and model.resolve() == Path(recipe.output).resolve():
@@ -366,8 +367,11 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
         raise ValueError(
             f"num_tokens goes up to {recipe.num_tokens[1]}, the context is {context}: leave room for text"
         )
+    if processor.tokenizer.pad_token_id is None:
+        raise ValueError(f"the tokenizer of {recipe.model} has no pad_token: name one in its tokenizer_config.json")
     said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
-    if not Collator(processor, recipe, context).tokenize(said)[1].any():
+    collator = Collator(processor, recipe, context)
+    if not collator.tokenize(said)[1].any():
         raise ValueError(
             f"the chat template of {recipe.model} doesn't mark what the assistant says, so nothing would be learned: "
             "put it between {% generation %} and {% endgeneration %}"
@@ -389,6 +393,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     if not rows.good:
         reasons = f": every row is broken, see {report}" if rows.broken else ""
         raise ValueError(f"{recipe.data} has no rows to train on{reasons}")
+    collator(pick_trial(rows.good))  # a template may have no place for a picture
     return rows
 
 
@@ -461,9 +466,10 @@ class Collator:
             messages = [*messages[:first], {"role": "user", "content": parts}, *messages[first + 1 :]]
         ids, spoken = self.tokenize(messages)
         is_image = ids == self.processor.image_token_id
-        if int(is_image.sum()) != (plan is not None):
+        if (written := int(is_image.sum())) != (plan is not None):
             raise ValueError(
-                f"a row has {int(is_image.sum())} {IMAGE} for {int(plan is not None)} images: {messages!r:.200}"
+                f"the chat template writes {written} {IMAGE} for {int(plan is not None)} images: take one that writes "
+                f"{IMAGE} for each image part ({messages!r:.200})"
             )
         counts = torch.ones_like(ids).masked_fill(is_image, sum(crop.num_tokens for crop in plan or []))
         ids, spoken = (each.repeat_interleave(counts)[: self.context] for each in (ids, spoken))

@@ -601,6 +601,13 @@ class TestVstar:
             with pytest.raises(ValueError, match=r"cannot read .*test_questions.jsonl .*: download V\*-bench again"):
                 TASKS["vstar"].read(str(tmp_path))
 
+    def test_pictures_that_are_missing_with_their_annotations(self, data, tmp_path):
+        """The rest would be scored as if it were the benchmark."""
+        folder = shutil.copytree(data, tmp_path / "data")
+        shutil.rmtree(folder / "relative_position")
+        with pytest.raises(ValueError, match=r"lacks 2 of the pictures in test_questions.jsonl, the first is relative"):
+            TASKS["vstar"].read(str(folder))
+
     def test_a_missing_picture_is_a_failed_question(self, data, engine, tmp_path):
         """As a link of the Hub's cache to a file that was deleted."""
         shutil.copytree(data, tmp_path / "data")
@@ -1042,6 +1049,13 @@ class TestCompare:
         b = write_results(tmp_path / "b.json", "textvqa", records[1:])
         text = compare(a, b)
         assert "questions: 2 in both, 3 in A, 2 in B" in text and "changed: 0 of 2" in text
+
+    def test_other_pictures_are_told(self, tmp_path):
+        records = [record_of(f"q{i}", "ocr", 1.0) for i in range(3)]
+        a = write_results(tmp_path / "a.json", "scenes", records)
+        b = write_results(tmp_path / "b.json", "scenes", [{**records[0], "image": "other"}, *records[1:]])
+        assert "images: 1 of 3 questions have another image in B" in compare(a, b)
+        assert "images:" not in compare(a, a)
 
     def test_what_can_not_be_compared(self, tmp_path):
         a = write_results(tmp_path / "a.json", "scenes", [record_of("q", "ocr", 1)])

@@ -188,6 +188,20 @@ def test_a_template_that_marks_nothing_to_learn_is_refused(recipe):
         check(recipe, processor)
 
 
+def test_what_would_fail_after_the_model_was_loaded_is_refused_by_the_check(recipe):
+    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+    processor.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{% generation %}{{ message.content }}<|im_end|>"
+        "{% endgeneration %}\n{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="the chat template writes 0 <image> for 1 images: take one that writes"):
+        check(recipe, processor)
+    processor = MCLlavaProcessor.from_pretrained(recipe.model)
+    processor.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match=f"the tokenizer of {recipe.model} has no pad_token: name one"):
+        check(recipe, processor)
+
+
 def test_options_of_generate_that_no_checkpoint_can_hold_are_refused(recipe, tmp_path):
     """Trainer writes its tokenizer's tokens into them, and transformers then checks them when it saves them."""
     model = shutil.copytree(recipe.model, tmp_path / "model")

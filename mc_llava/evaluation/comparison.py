@@ -34,6 +34,8 @@ def compare(first: str | os.PathLike, second: str | os.PathLike) -> str:
             lines.append(f"{name}: {one} -> {other}")
     if len(common) < max(len(in_a), len(in_b)):
         lines.append(f"questions: {len(common)} in both, {len(in_a)} in A, {len(in_b)} in B")
+    if others := sum(in_a[id].get("image") != in_b[id].get("image") for id in common):
+        lines.append(f"images: {others} of {len(common)} questions have another image in B")
 
     rows = [("part", "metric", "A", "B", "B - A", "95 % interval", "better", "worse", "p", "n")]
     for part in dict.fromkeys(row["part"] for row in a["scores"]):

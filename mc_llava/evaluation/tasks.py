@@ -271,6 +271,11 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
                 choice = _vstar_choice(json.loads(path.read_text(encoding="utf-8-sig")))
             text, label = published.get(id) or _ask_for_letter(choice, id)
             questions.append(Question(id, _with_letter_instruction(text), images[0], label, part, choice))
+    if missing := sorted(published.keys() - {question.id for question in questions}):
+        raise ValueError(
+            f"{source} lacks {len(missing)} of the pictures in {lettered.name}, the first is {missing[0]}: download "
+            "V*-bench again"
+        )
     return len(questions), questions
 
 
