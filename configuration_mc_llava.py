@@ -136,8 +136,8 @@ class MCLlavaConfig(PreTrainedConfig):
 
     Raises:
         ValueError: if `projector_tokens_num`, another key of the published configuration, is not 1 (no other projector
-            was ever published), if a sub-configuration is of another model than SigLIP or Phi, or if one of its sizes
-            is below 1 or above `LIMITS`, or a number makes no sense.
+            was ever published), if the word embeddings are to be tied, if a sub-configuration is of another model than
+            SigLIP or Phi, or if one of its sizes is below 1 or above `LIMITS`, or a number makes no sense.
 
     ```python
     >>> MCLlavaConfig().text_config.hidden_size
@@ -171,6 +171,8 @@ class MCLlavaConfig(PreTrainedConfig):
         projector_tokens_num = kwargs.pop("projector_tokens_num", 1)
         if projector_tokens_num != 1:
             raise ValueError(f"projector_tokens_num must be 1, got {projector_tokens_num}: use a checkpoint with 1.")
+        if self.tie_word_embeddings:
+            raise ValueError("tie_word_embeddings must be False, Phi's output layer has its own weights: leave it out")
         for entry in self.zoom_heads or ():
             limits = {"layer": self.text_config.num_hidden_layers, "head": self.text_config.num_attention_heads}
             for name, limit in limits.items():

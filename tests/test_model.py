@@ -281,9 +281,11 @@ class TestConfig:
             k: v for k, v in config.to_dict().items() if k not in ignored
         }
 
-    def test_another_projector_is_refused(self):
+    def test_another_model_is_refused(self):
         with pytest.raises(ValueError, match="projector_tokens_num must be 1, got 2"):
             MCLlavaConfig(projector_tokens_num=2)
+        with pytest.raises(ValueError, match="tie_word_embeddings must be False"):
+            MCLlavaConfig(tie_word_embeddings=True)
 
     def test_the_callers_parts_stay_as_they_are(self):
         vision_config = SiglipVisionConfig()
