@@ -6,13 +6,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForImageTextToText
+from transformers.distributed import DistributedConfig
 
 from mc_llava import PrefixCache
 
 
 folder, inputs, output = sys.argv[1:]
 model = AutoModelForImageTextToText.from_pretrained(
-    folder, trust_remote_code=True, dtype=torch.float32, tp_plan="auto"
+    folder, trust_remote_code=True, dtype=torch.float32, distributed_config=DistributedConfig(tp_plan="auto")
 )
 text = model.config.text_config
 for weight, rows in (
