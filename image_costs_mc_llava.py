@@ -27,6 +27,9 @@ MAX_PIECES = 2**18  # of a PNG or a JPEG, and of what a GIF has before its pixel
 MAX_EXIFS = 64  # segments of a JPEG; Pillow copies those before for each
 MAX_PLACES = 8  # of an AVIF that look like EXIF
 AVIF_BRANDS = (b"avif", b"avis", b"mif1", b"msf1")
+AVIF_FOLDERS = {b"meta": 4, b"iprp": 0, b"moov": 0, b"trak": 0, b"mdia": 0, b"minf": 0, b"stbl": 0}  # bytes to skip
+AVIF_LISTS = (b"iloc", b"iinf", b"iref", b"ipma", b"grpl", b"stco", b"co64", b"stsc", b"stsz", b"stts", b"stss")
+MAX_LIST_BYTES = 2**18  # of an AVIF's lists of parts and frames, some of which the decoder searches for each entry
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+")  # Pillow takes wrong ones, too
 VALUE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), 1)) | {16: 8}  # of each type of a TIFF's values
 BYTE_KINDS = (1, 2, 7)  # which Pillow leaves as they are
@@ -56,10 +59,11 @@ def check_dimensions(width: int, height: int, name: str):
 def check_header(file, name: str):
     """
     Check what `Image.open` would spend on an ICO, of which it decodes a picture, on a PNG, whose text it inflates, on
-    a GIF, whose comments it joins, and on the tags of a TIFF, or of the EXIF in a JPEG or an AVIF. Other formats pass.
+    a GIF, whose comments it joins, on the lists of an AVIF, and on the tags of a TIFF, or of the EXIF in a JPEG or an
+    AVIF. Other formats pass.
 
     Raises:
-        ValueError: if there are too many icons, texts, comments or tags, or an icon is larger than icons are.
+        ValueError: if there are too many icons, texts, comments, parts or tags, or an icon is larger than icons are.
     """
     file.seek(0)
     head = file.read(8)
@@ -75,6 +79,8 @@ def check_header(file, name: str):
     elif head[:4] in TIFF_SIGNATURES:
         check_tags(file, name)
     elif head[4:] == b"ftyp" and file.read(4) in AVIF_BRANDS:
+        _check_avif(file, name)
+        file.seek(12)
         signatures = re.finditer(b"|".join(map(re.escape, TIFF_SIGNATURES)), file.read())
         for number, found in enumerate(signatures, 1):
             if number > MAX_PLACES:
@@ -148,6 +154,36 @@ def _gif_blocks(file) -> Iterator[bytes]:
         while label and (length := file.read(1)) not in (b"", b"\0"):
             file.seek(length[0], io.SEEK_CUR)
             yield label
+
+
+def _check_avif(file, name: str):
+    total = sum(length for kind, length in _avif_boxes(file, name) if kind in AVIF_LISTS)
+    if total > MAX_LIST_BYTES:
+        raise ValueError(
+            f"{name} is an AVIF with lists of {total} bytes, {MAX_LIST_BYTES} are allowed: save it as PNG"
+        )
+
+
+def _avif_boxes(file, name: str) -> Iterator[tuple[bytes, int]]:
+    """The kind and the length of each box of an AVIF, and of the boxes in `AVIF_FOLDERS`."""
+    pieces, spans = 0, [(0, file.seek(0, io.SEEK_END))]
+    for start, end in spans:  # which grow
+        while end - start >= 8:
+            file.seek(start)
+            head = file.read(16)
+            length, kind, size = int.from_bytes(head[:4], "big"), head[4:8], 8
+            if length == 1:
+                length, size = int.from_bytes(head[8:], "big"), 16
+            length = end - start if length == 0 else length  # up to the end
+            if not size <= length <= end - start:  # the decoder refuses it
+                break
+            pieces += 1
+            if pieces > MAX_PIECES:
+                raise ValueError(f"{name} is an AVIF of more than {MAX_PIECES} boxes: save it as PNG")
+            yield kind, length
+            if kind in AVIF_FOLDERS:
+                spans.append((start + size + AVIF_FOLDERS[kind], start + length))
+            start += length
 
 
 def _check_segments(file, name: str):

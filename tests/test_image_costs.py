@@ -53,6 +53,10 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
+def box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(content), kind) + content
+
+
 def icon_of(content: bytes, count: int = 1) -> bytes:
     entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(content), 6 + 16 * count)
     return struct.pack("<HHH", 0, 1, count) + entry * count + content
@@ -267,6 +271,25 @@ COSTLY = {
         ),
         "TIFF of 150 JPEG scans",
     ),
+    # The decoder searches all earlier ones for each.
+    "AVIF of parts": (
+        lambda: (
+            box(b"ftyp", b"avif\0\0\0\0")
+            + box(b"meta", bytes(4) + box(b"iloc", b"\2\0\0\0\0\0" + struct.pack(">I", 90_000) + bytes(900_000)))
+        ),
+        "lists of 900018 bytes, 262144 are allowed",
+    ),
+    "AVIF of frames": (
+        lambda: (
+            box(b"ftyp", b"avis\0\0\0\0")
+            + box(b"moov", box(b"trak", box(b"mdia", box(b"minf", box(b"stbl", box(b"stsc", bytes(480_000)))))))
+        ),
+        "lists of 480008 bytes",
+    ),
+    "AVIF of a million bytes of boxes": (
+        lambda: box(b"ftyp", b"avif\0\0\0\0") + box(b"free", b"") * 2**18,
+        "more than 262144 boxes",
+    ),
     "many icons": (lambda: icon_of(encode(Image.new("1", (16, 16)), "PNG"), 9000), "9000 icons, 256 are allowed"),
 }
 
@@ -281,7 +304,8 @@ def test_what_no_encoder_writes_is_refused_before_it_is_decoded(name):
         load_image(content)
     assert time.process_time() - start < 1
     if not any(
-        word in name for word in ("icon", "channels", "texts", "EXIF", "comment", "tags", "million", "empty", "length")
+        word in name
+        for word in ("icon", "channels", "texts", "EXIF", "comment", "tags", "million", "empty", "length", "AVIF")
     ):
         with pytest.raises(ValueError, match=message):
             load_image(Image.open(io.BytesIO(content)))
