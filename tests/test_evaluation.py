@@ -559,6 +559,14 @@ class TestVstar:
         assert results["failed"] == ["1", "2", "3", "4"]
         assert "the label 'C' is none of the options" in results["questions"][2]["failed"]
 
+    def test_the_time_for_options_does_not_grow_with_the_square_of_their_spaces(self):
+        text = "What color? (A)\n red" + " " * 200_000 + "or so (B) blue \nAnswer: (C)(D)  "
+        start = time.process_time()
+        question = tasks._vstar_row({"text": text, "label": "B", "question_id": 1, "image": None, "category": "OCR"})
+        assert time.process_time() - start < 1
+        first, *others = question.choice.options
+        assert (first.split(), others, question.choice.right) == (["red", "or", "so"], ["blue", "", ""], 1)
+
     def test_rows_of_other_types_are_failed_questions(self, engine, images, tmp_path):
         number = datasets.Value("int64")
         features = {"image": datasets.Image(), "text": number, "category": TEXT, "label": number, "question_id": TEXT}
@@ -586,7 +594,14 @@ class TestVstar:
         (question,) = TASKS["vstar"].read(str(tmp_path))[1]
         assert question.image == annotation.with_suffix(".png")
         lettered = tmp_path / "test_questions.jsonl"
-        for broken in ('{"question": "What?", "options": []}', '{"question": "What?", "options": 5}', "[]", "{", "{}"):
+        for broken in (
+            '{"question": "What?", "options": []}',
+            '{"question": "What?", "options": 5}',
+            "[]",
+            "{",
+            "{}",
+            "[" * 9**5,
+        ):
             annotation.write_text(broken)
             with pytest.raises(ValueError, match=r"cannot read .*sign\[1\].json .*: download V\*-bench again"):
                 TASKS["vstar"].read(str(tmp_path))

@@ -284,7 +284,7 @@ def _naming(path: Path) -> Iterator[None]:
     """ValueError that names the file of V*-bench from which something is missing."""
     try:
         yield
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"cannot read {path} ({error!r}): download V*-bench again") from error
 
 
@@ -310,7 +310,9 @@ def is_text(value: Any) -> bool:
 def _vstar_row(row: dict) -> Question:
     text = row["text"] if is_text(row["text"]) else ""
     label = str(row["label"] or "").strip().upper()
-    options = dict(re.findall(r"\(([A-Z])\)\s*(.*?)\s*(?=\([A-Z]\)|\n|$)", text))
+    # Spaces at the end are removed here: a pattern would look for their end from each of them.
+    options = re.findall(r"\(([A-Z])\)\s*((?:(?!\([A-Z]\)).)*)", text)
+    options = {letter: option.rstrip() for letter, option in options}
     choice = None
     if label in options:
         choice = Choice(text.split("(A)")[0].strip(), tuple(options.values()), list(options).index(label))
