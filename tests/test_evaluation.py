@@ -634,6 +634,14 @@ class TestVstar:
         assert "cannot read the image" in next(row["failed"] for row in results["questions"] if "failed" in row)
         assert run("vstar", engine, tmp_path / "results", tmp_path / "data") == results
 
+    def test_a_pipe_in_place_of_a_picture_is_a_failed_question(self, data, engine, tmp_path):
+        shutil.copytree(data, tmp_path / "data")
+        (pipe,) = (tmp_path / "data" / "OCR").glob("*.JPG")
+        pipe.unlink()
+        os.mkfifo(pipe)
+        results = run("vstar", engine, tmp_path / "results", tmp_path / "data")
+        assert "it is not a regular file" in next(row["failed"] for row in results["questions"] if "failed" in row)
+
     def test_a_tie_is_wrong(self):
         assert running.is_best([-1.0, -1.0], 0) == running.is_best([float("nan")] * 2, 0) == 0
         assert running.is_best([-1.0, -2.0], 0) == 1

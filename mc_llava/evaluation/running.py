@@ -156,7 +156,7 @@ def identify_question(question: Question) -> dict:
     image = question.image
     if isinstance(image, Path):
         try:
-            image = image.read_bytes()
+            image = image.read_bytes() if image.is_file() else None  # a pipe or a device might never end
         except OSError:  # which fails the question, too
             image = None
     elif isinstance(image, Image.Image):
