@@ -965,6 +965,20 @@ class TestResuming:
         with pytest.raises(ValueError, match="scenes.partial.jsonl is damaged"):
             run("scenes", engine, tmp_path, limit=2)
 
+    @pytest.mark.parametrize(
+        "change",
+        [{"scores": None}, {"scores": {"accuracy": "x"}}, {"scores": {"accuracy": float("nan")}}, {"crops": "x"}],
+    )
+    def test_a_damaged_record_is_refused_before_anything_is_asked(self, engine, tmp_path, change):
+        run("scenes", engine, tmp_path, limit=2)
+        results = json.loads((tmp_path / "scenes.json").read_text())
+        (tmp_path / "scenes.json").unlink()
+        first, second = results["questions"]
+        lines = [json.dumps(entry) for entry in (results["settings"], first, second | change)]
+        (tmp_path / "scenes.partial.jsonl").write_text("\n".join(lines) + "\n")
+        with pytest.raises(ValueError, match="scenes.partial.jsonl is damaged .record 1 has no scores"):
+            run("scenes", engine, tmp_path, limit=2)
+
     def test_other_settings_are_refused(self, engine, tmp_path):
         run("scenes", engine, tmp_path, limit=2)
         before = (tmp_path / "scenes.json").read_bytes()
@@ -1085,9 +1099,11 @@ class TestCompare:
         b = write_results(tmp_path / "b.json", "gqa", [record_of("q", "all", 1)])
         c = write_results(tmp_path / "c.json", "scenes", [record_of("other", "ocr", 1)])
         (tmp_path / "d.json").write_text("[]")
+        (tmp_path / "f.json").write_text("[" * 9**5)
         known = json.loads(a.read_text())
         damaged = {**known, "settings": {"task": "nope"}}, {**known, "settings": {}}, {**known, "questions": [{}]}
-        damaged += ({**known, "questions": [{**known["questions"][0], "scores": {}}]},)
+        for score in ({}, {"accuracy": 10**400}, {"accuracy": float("nan")}, {"accuracy": 2}):
+            damaged += ({**known, "questions": [{**known["questions"][0], "scores": score}]},)
         for number, content in enumerate(damaged):
             (tmp_path / f"damaged{number}.json").write_text(json.dumps(content))
             with pytest.raises(ValueError, match="holds no results"):
@@ -1097,6 +1113,7 @@ class TestCompare:
             (c, "no question in common"),
             (tmp_path / "d.json", "holds no results"),
             (tmp_path / "e.json", "cannot read the results"),
+            (tmp_path / "f.json", "cannot read the results"),
         ):
             with pytest.raises(ValueError, match=message):
                 compare(a, other)

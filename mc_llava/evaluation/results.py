@@ -1,6 +1,7 @@
 """The contents of a results file: records of questions, their scores, and a table of the scores."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -11,24 +12,32 @@ from .tasks import TASKS, Task
 def read_results(path: str | os.PathLike) -> dict:
     try:
         results = json.loads(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read the results {path} ({error}): pass a file that mc-llava eval wrote") from error
     try:
         names = metric_names(TASKS[results["settings"]["task"]])
-        whole = all({*names} <= {*record["scores"]} for record in results["questions"]) and "scores" in results
-        whole = whole and all({"id", "part", "prompt", "expected"} <= {*record} for record in results["questions"])
-        whole = whole and all(
-            isinstance(record["id"], str)
-            and not {"reply", "failed"}.isdisjoint(record)
-            and all(isinstance(score, (int, float)) for score in record["scores"].values())
-            for record in results["questions"]
-        )
+        whole = all(is_record(record, names) for record in results["questions"])
         whole = whole and all("part" in row for row in results["scores"])
     except (KeyError, TypeError, AttributeError):
         whole = False
     if not whole:
         raise ValueError(f"{path} holds no results: pass a file that mc-llava eval wrote")
     return results
+
+
+def is_record(record: dict, names: list[str]) -> bool:
+    """Whether a run can have written this for a question with scores of these names."""
+    scores, costs = record.get("scores"), [record.get(name, 0) for name in ("crops", "tokens", "seconds")]
+    return (
+        {"id", "part", "prompt", "expected"} <= {*record}
+        and isinstance(record["id"], str)
+        and isinstance(record["part"], str)
+        and not {"reply", "failed"}.isdisjoint(record)
+        and isinstance(scores, dict)
+        and {*names} <= {*scores}
+        and all(isinstance(score, (int, float)) and 0 <= score <= 1 for score in scores.values())
+        and all(isinstance(cost, (int, float)) and 0 <= cost < math.inf for cost in costs)
+    )
 
 
 def metric_names(task: Task) -> list[str]:
@@ -63,7 +72,7 @@ def summarize(task: Task, records: list[dict]) -> dict:
         "failed": [record["id"] for record in records if "failed" in record],
         "crops": sum(record.get("crops", 0) for record in records),
         "tokens": sum(record.get("tokens", 0) for record in records),
-        "seconds": round(sum(record["seconds"] for record in records), 2),
+        "seconds": round(sum(record.get("seconds", 0) for record in records), 2),
     }
 
 

@@ -25,7 +25,7 @@ from ..ahead import Ahead
 from ..engine import GREEDY, Engine, answer_all, ask_about, count_bytes
 from ..journal import append, check_settings, lock, resume, versions, write_json
 from ..loading import identify_code
-from .results import metric_names, read_results, summarize
+from .results import is_record, metric_names, read_results, summarize
 from .tasks import TASKS, Question, Task
 
 
@@ -118,7 +118,12 @@ def _evaluate(task: Task, engine: Engine, output: Path, settings: dict) -> dict:
         return results
 
     count, questions = task.read(settings["data"])
-    records = resume(unfinished, settings, engine.batch_size)
+
+    def check(index: int, record: dict):
+        if not is_record(record, metric_names(task)):
+            raise ValueError(f"record {index} has no scores, or malformed ones")
+
+    records = resume(unfinished, settings, engine.batch_size, check)
     questions = islice(questions, limit)
     total = count if limit is None or (count is not None and count < limit) else limit
     with tqdm(total=total, initial=len(records), unit="question", desc=task_name) as progress:
