@@ -134,7 +134,11 @@ class Parquet:
                 if getattr(error, "errno", None) is not None:  # the disk's, not the data's
                     raise
                 raise ValueError(f"cannot read row group {group} of {self.path}: {error}") from error
-        start = self.ends[group] - len(self.table)
+        start = self.ends[group - 1] if group else 0
+        if (rows := len(self.table)) != self.ends[group] - start:  # or rows would be taken for others
+            raise ValueError(
+                f"row group {group} of {self.path} has {rows} rows, its footer says otherwise: save it again"
+            )
         try:
             return self.table.slice(index - start, 1).to_pylist()[0]
         except KeyError as error:  # of a time zone

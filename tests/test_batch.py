@@ -267,6 +267,13 @@ def test_parquet_with_broken_data(tmp_path):
     assert "cannot read row group 0 of" in records[99]["error"] and "cut.parquet" in records[99]["error"]
     assert "error" not in records[100]
 
+    parquet.write_table(table, path)
+    whole, count = path.read_bytes(), b"\x16\x90\x03"  # of 200 rows: in the footer, in the column and in its group
+    place = whole.rindex(count)
+    path.write_bytes(whole[:place] + b"\x16\x9a\x03" + whole[place + 3 :])
+    records = [record for record, _ in read_rows(path)]
+    assert all("row group 0 of" in record["error"] and "200 rows" in record["error"] for record in records)
+
     size = int.from_bytes(whole[-8:-4], "little")
     for position in range(len(whole) - 8 - size, len(whole) - 8, 7):
         path.write_bytes(whole[:position] + b"\xff" * 5 + whole[position + 5 :])
