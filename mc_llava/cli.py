@@ -7,6 +7,7 @@ Each command imports what it needs when it runs: help texts, errors about option
 import io
 import json
 import os
+import reprlib
 import sys
 import time
 from contextlib import contextmanager
@@ -301,7 +302,8 @@ def train(
             from .scenes import language_model
         say(f"wrote {language_model.train_tiny(training.build_recipe(language_model.TinyRecipe, values))}")
     else:
-        raise ValueError(f"a recipe's kind must be finetune or tiny, got {kind!r}")
+        # What refers to itself again and again may be a terabyte when it is written out.
+        raise ValueError(f"a recipe's kind must be finetune or tiny, got {reprlib.repr(kind)[:80]}")
 
 
 @app.command(name="eval")

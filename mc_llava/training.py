@@ -175,7 +175,7 @@ def read_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read the recipe {path}: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"the recipe {path} must be a mapping of names to values, got {type(values).__name__}")
@@ -189,8 +189,8 @@ def read_recipe(path: str | os.PathLike, overrides: list[str] | tuple[str, ...] 
             raise ValueError(f"an override must read name=value, or part.name=value inside a mapping: {override!r}")
         try:
             inner[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"the value of the override {override!r} is not YAML: {error}") from error
+        except (ValueError, RecursionError, yaml.YAMLError) as error:
+            raise ValueError(f"the value of the override {override!r:.200} is not YAML: {error}") from error
     return values
 
 

@@ -825,6 +825,7 @@ def test_a_recipe_is_read_with_overrides(tmp_path):
         (["lora={rank: 4}"], "lora.rank Unexpected keyword argument"),
         (["dtype=int8"], "dtype Input should be 'float32' or 'bfloat16'"),
         (["batch_size"], "must read name=value"),
+        (["batch_size=" + "[" * 2000], "is not YAML"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(tmp_path, overrides, message):
@@ -832,6 +833,17 @@ def test_a_recipe_that_cannot_be_is_refused(tmp_path, overrides, message):
     path.write_text("model: a\ndata: b\nimages: c\noutput: d\n")
     with pytest.raises(ValueError, match=message):
         build_recipe(Recipe, read_recipe(path, overrides))
+
+
+def test_a_recipe_that_is_nested_or_refers_to_itself_is_refused(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model: " + "[" * 2000)
+    with pytest.raises(ValueError, match="cannot read the recipe"):
+        read_recipe(path)
+    lines = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 10)}]" for level in range(1, 12)]
+    path.write_text("\n".join(["a0: &a0 x", *lines, "kind: *a11"]))  # 10^11 letters, if it were printed
+    with pytest.raises(ValueError, match="kind must be finetune or tiny, got"):
+        cli.train(str(path))
 
 
 def test_a_file_that_is_no_json_is_refused(recipe, tmp_path):
