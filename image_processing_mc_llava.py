@@ -3,6 +3,7 @@
 import math
 import operator
 import shutil
+import sys
 from itertools import accumulate
 from numbers import Real
 from pathlib import Path
@@ -96,7 +97,8 @@ def _concatenate(pictures: list) -> np.ndarray | torch.Tensor:
 
 
 def is_number(value) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    # A longer integer is infinite as a float.
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def check_numbers(options: dict):

@@ -738,6 +738,7 @@ class TestASavedImageProcessor:
             ({"image_mean": [True] * 3}, "image_mean must be a finite number"),
             ({"rescale_factor": math.nan}, "rescale_factor must be a finite number above 0"),
             ({"rescale_factor": 0}, "rescale_factor must be a finite number above 0"),
+            ({"rescale_factor": 10**400}, "rescale_factor must be a finite number above 0"),
             ({"resample": 99}, "resample must be one of Pillow's 0 .nearest."),
             ({"resample": 3.0}, "resample must be one of Pillow's 0 .nearest."),
             ({"do_normalize": "no"}, "do_normalize must be true or false"),
