@@ -142,11 +142,15 @@ def open_image(file, name: str) -> Image.Image:
     Open an image and read only its header. `load_image` accepts the result.
 
     Raises:
-        ValueError: if the file is in none of `FORMATS`, exceeds `MAX_IMAGE_SIDE` or `Image.MAX_IMAGE_PIXELS`, or is an
-            icon with a larger picture inside than icons have: Pillow decodes icons when they are opened.
+        ValueError: if the file can't be read, is in none of `FORMATS`, exceeds `MAX_IMAGE_SIDE` or
+            `Image.MAX_IMAGE_PIXELS`, or is an icon with a larger picture inside than icons have: Pillow decodes icons
+            when they are opened.
     """
     Image.init()
-    check_header(file, name)
+    try:
+        check_header(file, name)
+    except OSError as error:  # of a disk, or of what a system shows as files
+        raise ValueError(f"cannot read the image {name}: {error}") from error
     try:
         image = _open(file)
     except Image.DecompressionBombError as error:

@@ -286,7 +286,8 @@ def digest_of(path: Path) -> str | None:
     try:
         if not path.is_file():  # a pipe would never end
             return None
-        hash_file(digest, path)
+        if path.stat().st_size:  # much in /proc is empty, and doesn't end either
+            hash_file(digest, path)
     except (OSError, ValueError):
         return None
     return digest.hexdigest()

@@ -372,6 +372,8 @@ def test_only_a_regular_file_has_a_digest(tmp_path):
         patch.setattr(batch, "hash_file", lambda digest, path: read.append(path))
         os.mkfifo(tmp_path / "pipe")
         assert batch.digest_of(tmp_path / "pipe") is None
+        if (endless := Path("/proc/self/pagemap")).exists():
+            assert batch.digest_of(endless) == hashlib.sha256().hexdigest()
     assert not read
 
 

@@ -565,6 +565,13 @@ def test_a_pipe_a_device_and_a_folder_are_not_read(tmp_path):
         signal.alarm(0)
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="there is no /proc")
+def test_a_file_whose_bytes_can_not_be_read():
+    """As on a disk that is broken; its first page is never there."""
+    with pytest.raises(ValueError, match="cannot read the image /proc/self/mem: .*Input/output error"):
+        load_image("/proc/self/mem")
+
+
 @pytest.mark.parametrize(
     ("image", "message"),
     [
