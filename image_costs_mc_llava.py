@@ -16,6 +16,8 @@ from PIL import ExifTags, Image
 MAX_IMAGE_SIDE = 20_000  # pixels; Pillow's own Image.MAX_IMAGE_PIXELS bounds the area
 MAX_SCANS = 100  # of a JPEG; encoders write at most about 20
 MAX_SCAN_PIXELS = 2 * 10**9  # scans of a JPEG times its pixels
+ARITHMETIC = (0xC9, 0xCA)  # markers of JPEGs with arithmetic coding
+ARITHMETIC_COST = 5  # of one of their scans, in other scans
 MAX_ICON_SIDE = 1024  # of an ICO; the format itself ends at 256
 MAX_ICONS = 256
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -282,14 +284,18 @@ def _check_jpeg(image: Image.Image, file):
     allowed = min(MAX_SCANS, MAX_SCAN_PIXELS // (image.width * image.height))
     file.seek(image.tile[0][2])  # of the frame in an MPO
     if _count_scans(file, allowed + 1) > allowed:
-        raise ValueError(f"it is a JPEG of more than {allowed} scans, which are allowed at its size")
+        raise ValueError(
+            f"it is a JPEG of more than {allowed} scans, which are allowed at its size; one with arithmetic coding "
+            f"counts as {ARITHMETIC_COST}"
+        )
 
 
 def _count_scans(file, enough: int) -> int:
-    """The scans up to the end of a JPEG, as libjpeg finds them, but no more than `enough`."""
-    scans = 0
+    """The scans up to the end of a JPEG, as libjpeg finds them and by their cost, but no more than `enough`."""
+    scans, cost = 0, 1
     for number, (marker, _) in enumerate(_jpeg_segments(file)):
-        scans += marker == 0xDA
+        cost = ARITHMETIC_COST if marker in ARITHMETIC else cost
+        scans += cost * (marker == 0xDA)
         if scans >= enough or number > MAX_PIECES:
             return enough
     return scans
@@ -331,12 +337,12 @@ def _check_tiff(image: Image.Image, file):
         part, offsets, lengths = width * min(tags.get(278, height), height), tags.get(273, ()), tags.get(279, ())
     if tags.get(259) not in (6, 7):  # no JPEG inside
         return
-    starts = _find(b"\xff\xda", file)
+    starts, cost = _find(b"\xff\xda", file), ARITHMETIC_COST if _find(rb"\xff[\xc9\xca]", file) else 1
     scans = [
         bisect.bisect_left(starts, offset + length) - bisect.bisect_left(starts, offset)
         for offset, length in zip(offsets, lengths)
     ] or [len(starts)]
-    if max(scans) > MAX_SCANS or sum(scans) * part > MAX_SCAN_PIXELS:
+    if max(scans) * cost > MAX_SCANS or sum(scans) * part * cost > MAX_SCAN_PIXELS:
         raise ValueError(f"it is a TIFF of {sum(scans)} JPEG scans, too many for its size")
 
 

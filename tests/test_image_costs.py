@@ -49,6 +49,23 @@ def jpeg_of_scans(image: Image.Image, count: int, format: str = "JPEG", **option
     return b"".join([start, *parts[:2], *[header + scans[1]] * (count - len(parts)), *parts[2:], b"\xff\xd9"])
 
 
+def arithmetic_jpeg(side: int, count: int) -> bytes:
+    """A grey progressive JPEG with arithmetic coding, of so many scans."""
+
+    def segment(marker: int, content: bytes) -> bytes:
+        return struct.pack(">BBH", 255, marker, len(content) + 2) + content
+
+    scans = [(0, 0), *[(1, 63)] * (count - 1)]
+    return b"".join(
+        [
+            b"\xff\xd8" + segment(0xDB, b"\0" + b"\1" * 64),
+            segment(0xCA, struct.pack(">BHHBBBB", 8, side, side, 1, 1, 0x11, 0)),
+            *[segment(0xDA, bytes([1, 1, 0, low, high, 0])) + bytes(range(9, 99)) for low, high in scans],
+            b"\xff\xd9",
+        ]
+    )
+
+
 def chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
@@ -271,6 +288,19 @@ COSTLY = {
         ),
         "TIFF of 150 JPEG scans",
     ),
+    # 21 scans took 10 seconds.
+    "large JPEG with arithmetic coding": (
+        lambda: arithmetic_jpeg(9400, 5),
+        "more than 22 scans, .* arithmetic coding counts as 5",
+    ),
+    "JPEG with arithmetic coding": (lambda: arithmetic_jpeg(640, 21), "more than 100 scans"),
+    "TIFF of JPEG with arithmetic coding": (
+        lambda: tiff_of(
+            {**GREY_TIFF, 259: 7, 256: 64, 257: 64, 278: 64, 273: 1000, 279: len(content := arithmetic_jpeg(64, 21))},
+            content,
+        ),
+        "TIFF of 21 JPEG scans",
+    ),
     # The decoder searches all earlier ones for each.
     "AVIF of parts": (
         lambda: (
@@ -358,6 +388,7 @@ ORDINARY = {
     "progressive JPEG": lambda: encode(picture(640, 480), "JPEG", progressive=True),
     "progressive CMYK": lambda: encode(picture(640, 480).convert("CMYK"), "JPEG", progressive=True),
     "JPEG of 60 scans": lambda: jpeg_of_scans(picture(640, 480), 60),
+    "JPEG with arithmetic coding": lambda: arithmetic_jpeg(640, 20),
     "JPEG with a preview of 90 scans": lambda: encode(
         picture(64, 48), "JPEG", comment=jpeg_of_scans(picture(16, 16), 90)
     ),
