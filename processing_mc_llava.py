@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from jinja2.meta import find_undeclared_variables
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils.chat_template_utils import _compile_jinja_template
@@ -114,6 +114,16 @@ def to_plain(value):
 def is_given(value) -> bool:
     """Whether an optional value is there: OpenAI's clients send None and empty lists for what was left out."""
     return value is not None and not (isinstance(value, (str, list, tuple, dict, bool)) and not value)
+
+
+def refuse_options(names, known: set[str]):
+    """`refuse_unknown`, which says of an option of `generate` where it belongs: a pipeline passes all options here."""
+    if misplaced := sorted((set(names) - known) & set(vars(GenerationConfig()))):
+        raise ValueError(
+            f"the processor has no {', '.join(misplaced)}: pass options of generate to generate, or to a pipeline as "
+            "generate_kwargs={...}"
+        )
+    refuse_unknown(names, known)
 
 
 def _without_none(fields: dict) -> dict:
@@ -359,7 +369,7 @@ class MCLlavaProcessor(ProcessorMixin):
         own = ("images", "model", "feature_cache")  # arguments of a call that are no options
         self._check_kwargs({name: value for name, value in processor_kwargs.items() if name not in own})
         names, rendered = set(inspect.signature(super().apply_chat_template).parameters), template_names(template)
-        refuse_unknown(set(kwargs) - rendered, names | self._known_kwargs())
+        refuse_options(set(kwargs) - rendered, names | self._known_kwargs())
         for name in {"tools", "documents"} - rendered:
             if is_given(kwargs.get(name)):
                 raise ValueError(
@@ -442,7 +452,7 @@ class MCLlavaProcessor(ProcessorMixin):
         for name in ("text_kwargs", "images_kwargs"):
             if not isinstance(kwargs.get(name, {}), dict):
                 raise ValueError(f"{name} must be a dict of options, got {kwargs[name]!r:.100}")
-        refuse_unknown(kwargs, self._known_kwargs())
+        refuse_options(kwargs, self._known_kwargs())
         refuse_unknown(kwargs.get("text_kwargs", {}), self.text_option_names)
         image_options = {name: kwargs.pop(name) for name in list(kwargs) if name in self.image_processor.option_names}
         kwargs |= self.image_processor.check_kwargs(image_options)
