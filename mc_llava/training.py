@@ -689,6 +689,7 @@ def _train(recipe: Recipe, output: Path) -> Path:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     prepare_sharding(trainer, model, recipe.quantize is not None)
+    trainer.create_model_card = lambda **_: None  # TRL's would show how to ask a model "None" about text alone
     with storing(output, "free some space and set resume=true to continue"):
         with suppress(FinishedError):
             trainer.train(resume_from_checkpoint=checkpoint)
@@ -760,7 +761,7 @@ def training_arguments(recipe: Recipe):
         logging_steps=recipe.log_steps,
         logging_nan_inf_filter=False,  # which would log the loss of an earlier step instead
         report_to=["tensorboard"],
-        dataloader_num_workers=recipe.workers,
+        dataloader_num_workers=min(recipe.workers, os.cpu_count() or 1),  # torch warns of more, and they gain nothing
         seed=recipe.seed,
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,

@@ -37,6 +37,7 @@ from mc_llava.training import (
     read_entries,
     read_recipe,
     train,
+    training_arguments,
 )
 
 
@@ -742,6 +743,12 @@ def test_a_run_that_was_killed_behind_its_last_checkpoint_takes_no_further_step(
     assert list(losses(output)) == [1, 2, 3, 4, 5, 6]
 
 
+def test_no_more_workers_than_processors(recipe):
+    """The recipes in examples/ are for servers: on a laptop, torch would warn of their workers."""
+    assert training_arguments(replace(recipe, workers=10_000)).dataloader_num_workers == os.cpu_count()
+    assert training_arguments(replace(recipe, workers=0)).dataloader_num_workers == 0
+
+
 @pytest.mark.parametrize("parts", [("coordinates", "projector"), ("tower",), ("language_model",)])
 def test_only_the_named_parts_change(recipe, parts):
     output = train(replace(recipe, train=parts, max_steps=3))
@@ -770,6 +777,7 @@ def test_lora_changes_the_language_models_matrices_and_the_named_parts(recipe):
     assert changed == expected
     adapter = load_file(Path(output, "adapter", "adapter_model.safetensors"))
     assert any("lora_A" in name for name in adapter)
+    assert not (output / "README.md").exists()  # TRL's tells of a model "None"
 
 
 @pytest.mark.parametrize(
