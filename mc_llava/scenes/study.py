@@ -303,5 +303,5 @@ def draw_figures(study: dict, output: Path, name: str):
         axes.set_xlabel(f"{knob} at {other} = {fixed}")
         axes.set_ylabel("right answers, % (dotted: without the picture)")
         axes.set_ylim(0, 100)
-        axes.legend(loc="upper left")
+        figure.legend(loc="outside upper center", ncols=4)  # inside, it would hide points
         figure.savefig(output / f"{name}_{'crops' if knob == 'max_crops' else 'tokens'}.png", dpi=110)

@@ -89,7 +89,7 @@ def draw_figure(study: dict, output: Path):
                 rows = [row for row in study["settings"] if row["size"] == size and bool(row["zoom"]) == zoomed]
                 rows.sort(key=lambda row: row["gflops"])
                 scores, spread = scores_and_bars(rows, kind)
-                label = f"{'OCR' if kind == 'ocr' else 'all kinds'}, {'zoom' if zoomed else 'uniform'}"
+                label = f"{'OCR' if kind == 'ocr' else 'all kinds'}, {'zoom' if zoomed else 'grid'}"
                 flops = [row["gflops"] for row in rows]
                 axes.errorbar(flops, scores, spread, fmt=style, color=color, capsize=3, label=label)
         axes.set_title(f"signs of 1/{size} of the height")
