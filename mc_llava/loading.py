@@ -131,7 +131,8 @@ def load_model(
         raise ValueError(f"{path} was saved with quantized weights, got quantize {quantize}: leave quantize out")
     if dtype == "auto":
         name = "the precision of its weights" if chosen == "auto" else str(chosen).removeprefix("torch.")
-        print(f"computing in {name} on {device}; dtype sets another precision", file=sys.stderr, flush=True)
+        remedy = "for another precision, set dtype, or --dtype on the command line"
+        print(f"computing in {name} on {device}; {remedy}", file=sys.stderr, flush=True)
     options = {"dtype": chosen, "use_safetensors": True, "revision": revision or "main", "output_loading_info": True}
     if quantize is None:
         model, report = MCLlavaForConditionalGeneration.from_pretrained(path, **options)
