@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from jinja2 import Environment
+from jinja2.ext import Extension
 from jinja2.meta import find_undeclared_variables
+from jinja2.nodes import Scope
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
-from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from .configuration_mc_llava import add_to_package
 from .crops_mc_llava import check_plans, refuse_unknown
@@ -91,11 +93,22 @@ def check_unicode(text: str, name: str = "the text"):
         raise ValueError(f"{name} can't be encoded as UTF-8 ({error}): pass decoded text") from None
 
 
+class GenerationTag(Extension):
+    """`{% generation %}`, which transformers adds to Jinja, for templates that are parsed and not rendered."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
+
+
 @lru_cache
 def template_names(chat_template: str) -> frozenset[str]:
     """The variables that a template reads and does not define. One that it may assign first is among them."""
-    environment = _compile_jinja_template(chat_template).environment
-    return frozenset(find_undeclared_variables(environment.parse(chat_template)))
+    environment = Environment(extensions=[GenerationTag, "jinja2.ext.loopcontrols"])  # as transformers' has
+    names = find_undeclared_variables(environment.parse(chat_template))
+    return frozenset(names - {"raise_exception", "strftime_now"})  # functions that transformers defines
 
 
 def to_plain(value):

@@ -1,5 +1,6 @@
 """What is loaded when: help texts, wrong options and `crops` must not wait for torch."""
 
+import ast
 import json
 import os
 import subprocess
@@ -55,6 +56,15 @@ def test_what_is_light_is_loaded_alone():
     # The model gets tensors: it reads no files, URLs or color profiles.
     left_out = ("feature_cache", "image_costs", "image_loading", "image_pixels", "image_processing", "processing")
     assert sorted(set(FILES) - set(found)) == [f"mc_llava.{file}_mc_llava" for file in left_out]
+
+
+@pytest.mark.parametrize("file", mc_llava.ROOT_FILES)
+def test_no_private_name_of_transformers_is_imported(file):
+    """It may be gone in the next release, and the whole model would no longer load."""
+    nodes = ast.walk(ast.parse((ROOT / f"{file}.py").read_text()))
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    names = {name.name for node in imports if (node.module or "").startswith("transformers") for name in node.names}
+    assert [name for name in names if name.startswith("_")] == []
 
 
 def test_every_name_that_a_root_file_exports_is_there():

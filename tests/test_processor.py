@@ -519,6 +519,10 @@ class TestOtherTemplates:
         assert processor.apply_chat_template(messages("a"), template, **options) == "zoom 1 calm"
         assigned = "{% if not tools is defined %}{% set tools = none %}{% endif %}{{ tools[0]['name'] }}"
         assert processor.apply_chat_template(messages("a"), assigned, tools=options["tools"]) == "zoom"
+        marked = "{% generation %}{{ mood }}{% if true %}{{ strftime_now('') }}{% endif %}{% endgeneration %}"
+        assert processor.apply_chat_template(messages("a"), marked, mood="calm") == "calm"
+        with pytest.raises(ValueError, match="unknown options strftime_now"):
+            processor.apply_chat_template(messages("a"), marked, strftime_now=1)
         macro = "{% macro greet(name) %}{{ greeting ~ name }}{% endmacro %}{{ greet(whom) }}{# {{ comment }} #}"
         assert processor.apply_chat_template(messages("a"), macro, greeting="hi ", whom="you") == "hi you"
         for name in ("greet", "name", "comment"):
