@@ -242,13 +242,13 @@ def estimate(
         ("crops", cost.crops),
         ("image tokens", cost.image_tokens),
         ("prompt tokens", cost.prompt_tokens),
-        ("vision tower", f"{cost.tower_flops / 1e9:,.1f} GFLOP"),
-        *([("looks", f"{cost.look_flops / 1e9:,.1f} GFLOP")] if looks else []),
-        ("prefill", f"{cost.prefill_flops / 1e9:,.1f} GFLOP"),
-        ("each new token", f"{cost.flops_per_new_token / 1e9:,.1f} GFLOP"),
-        ("weights", f"{cost.weight_bytes / 1e9:,.2f} GB"),
-        ("activations", f"{cost.activation_bytes / 1e9:,.2f} GB"),
-        ("keys and values", f"{cost.cache_bytes / 1e9:,.2f} GB"),
+        ("vision tower", in_units(cost.tower_flops, "FLOP", 1)),
+        *([("looks", in_units(cost.look_flops, "FLOP", 1))] if looks else []),
+        ("prefill", in_units(cost.prefill_flops, "FLOP", 1)),
+        ("each new token", in_units(cost.flops_per_new_token, "FLOP", 1)),
+        ("weights", in_units(cost.weight_bytes, "B", 2)),
+        ("activations", in_units(cost.activation_bytes, "B", 2)),
+        ("keys and values", in_units(cost.cache_bytes, "B", 2)),
     ):
         print(f"{name:16}{value:>12}")
 
@@ -593,6 +593,12 @@ def describe(plan: "list[Crop]", closer: int = 0) -> str:
     grid = f" and a grid of {len(plan) - 1}" if len(plan) > 1 else ""
     zoomed = f", up to {closer} where the question points" if closer else ""
     return f"crops: {len(plan)} (the whole image{grid}){zoomed}, tokens: {tokens}"
+
+
+def in_units(value: float, unit: str, digits: int) -> str:
+    """A number with the prefix giga, or mega where a small model's would be rounded to nearly nothing."""
+    prefix, scale = ("G", 1e9) if value >= 1e8 else ("M", 1e6)
+    return f"{value / scale:,.{digits}f} {prefix}{unit}"
 
 
 @contextmanager

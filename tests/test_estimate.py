@@ -116,6 +116,13 @@ def test_what_does_not_fit_is_refused():
             estimate(MCLlavaConfig(), crops=1, image_tokens=728, **options)
 
 
+def test_small_costs_are_not_rounded_to_nothing(capsys):
+    cli.estimate(HUBBLE, model="tiny", dtype="bfloat16")
+    text = capsys.readouterr().out
+    for line in ("each new token     6.3 MFLOP", "weights              8.55 MB"):
+        assert line in text, text
+
+
 @pytest.mark.slow
 def test_the_command(converted):
     result = run("estimate", HUBBLE, "--max-crops", 4, "--num-tokens", 300, "--dtype", "float16")
