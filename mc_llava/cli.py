@@ -169,7 +169,8 @@ def chat(
             if not turns:
                 content.insert(0, {"type": "image", "image": encoded})
             asked = [*turns, {"role": "user", "content": content}]
-            (reply,) = engine.answer([asked], streamer)
+            with crop_progress(engine.model, len(plan) + closer):  # of zoom, which looks only now
+                (reply,) = engine.answer([asked], streamer)
             say_if_cut(reply)
         except ValueError as error:  # what was said before is not lost
             say(f"error: {error}")
@@ -634,16 +635,22 @@ def crop_progress(model: "MCLlavaForConditionalGeneration", crops: int):
             )
         bar.update(len(output))
         if bar.n >= bar.total:
-            bar.close()  # before the answer begins to stream
+            finish()
+
+    def finish(*_):
+        if bar is not None and not bar.disable:
+            bar.total = bar.n  # zoom may have found less to look at, or crops that were known
+            bar.set_description_str(f"Encoding crops: {bar.n // len(layers)}")
+            bar.close()
 
     hooks = [layer.register_forward_hook(advance) for layer in layers]
+    hooks.append(model.lm_head.register_forward_pre_hook(finish))  # before the answer begins to stream
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        if bar is not None:  # zoom may have found less to look at
-            bar.close()
+        finish()
 
 
 def main():

@@ -10,7 +10,7 @@ import numpy as np
 import processes
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, picture
 from PIL import Image, ImageChops
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype, cli
@@ -196,6 +196,16 @@ def test_tiny_answers_without_a_model_named(trial):
 def num_encoded(result) -> int:
     """How many bars of encoding came to their end; a bar may be drawn at 100 % more than once."""
     return len(re.findall(r"Encoding crops: \d+ 100%[^\r\n]*\n", result.stderr.decode()))
+
+
+@pytest.mark.parametrize("expected", [3, 10])
+def test_the_bar_ends_before_the_answer_begins(model, processor, expected, capsys):
+    """Also where zoom found less to look at than it might have: the answer stood behind an unfinished bar."""
+    inputs = processor("What?", picture(40, 30), plans=[[(0, 0, 40, 30), (0, 0, 20, 20), (20, 0, 40, 20)]])
+    with cli.crop_progress(model, expected), torch.inference_mode():
+        model(**inputs)
+        assert re.search(r"Encoding crops: 3 100%[^\r\n]*\n$", capsys.readouterr().err)
+    assert capsys.readouterr().err == ""
 
 
 class TestChat:
