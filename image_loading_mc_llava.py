@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+import time
 import urllib.request
 from http.client import HTTPException
 from urllib.parse import quote, urlsplit, urlunsplit
@@ -17,6 +18,7 @@ from .image_pixels_mc_llava import array_to_rgb, image_to_rgb
 
 MAX_DOWNLOAD_BYTES = 64 * 2**20
 DOWNLOAD_TIMEOUT = 30  # seconds without a byte
+MAX_DOWNLOAD_SECONDS = 300
 # Formats that Pillow may decode. Its other plugins are rare, and one of them runs a PostScript interpreter. HEIF needs
 # a plugin such as pillow-heif.
 FORMATS = ("AVIF", "BMP", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TGA", "TIFF", "WEBP")
@@ -100,11 +102,15 @@ def _read(source: str | os.PathLike, name: str):
 
 
 def _download(url: str) -> io.BytesIO:
-    request = urllib.request.Request(url, headers={"User-Agent": "mc-llava"})
+    request, content = urllib.request.Request(url, headers={"User-Agent": "mc-llava"}), bytearray()
+    end = time.monotonic() + MAX_DOWNLOAD_SECONDS
     with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as response:
-        content = response.read(MAX_DOWNLOAD_BYTES + 1)
-    if len(content) > MAX_DOWNLOAD_BYTES:
-        raise ValueError(f"it holds more than {MAX_DOWNLOAD_BYTES} bytes: download and resize it first")
+        while part := response.read1(2**20):  # as much as has come
+            content += part
+            if len(content) > MAX_DOWNLOAD_BYTES:
+                raise ValueError(f"it holds more than {MAX_DOWNLOAD_BYTES} bytes: download and resize it first")
+            if time.monotonic() > end:
+                raise ValueError(f"it has not come within {MAX_DOWNLOAD_SECONDS} seconds: download it first")
     return io.BytesIO(content)
 
 
@@ -157,8 +163,8 @@ def open_image(file, name: str) -> Image.Image:
         raise ValueError(f"{name} is too large: {error} Resize it first") from None
     except MemoryError:
         raise
-    except Exception:  # Pillow's plugins raise many kinds of errors for a broken header
-        raise ValueError(f"{name} is not an image that can be read: {_explain(file)}") from None
+    except Exception as error:  # Pillow's plugins raise many kinds of errors for a broken header
+        raise ValueError(f"{name} is not an image that can be read: {_explain(file, error)}") from None
     check_dimensions(*image.size, name)
     return image
 
@@ -177,8 +183,10 @@ def _open(file) -> Image.Image:
         return Image.open(io.BytesIO(hidden), formats=formats)
 
 
-def _explain(file) -> str:
+def _explain(file, error: Exception) -> str:
     """What to do about a file that no decoder took."""
+    if "MAX_TEXT_CHUNK" in str(error):
+        return "its color profile or a text in it is too large, save it without"
     try:
         file.seek(0)
         head = file.read(12)

@@ -1,6 +1,7 @@
 """Images as they come: files, arrays and tensors of every kind, and broken ones."""
 
 import base64
+import contextlib
 import copy
 import io
 import itertools
@@ -10,6 +11,7 @@ import signal
 import struct
 import sys
 import threading
+import time
 import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -477,13 +479,24 @@ def test_a_shape_that_could_be_either_way():
     assert load_image(np.zeros((1, 1, 3), dtype=np.uint8)).size == (1, 1)
 
 
+def test_a_png_with_a_huge_color_profile_is_told_what_to_leave_out():
+    """Pillow inflates no more than a megabyte of it."""
+    with pytest.raises(ValueError, match="its color profile or a text in it is too large, save it without"):
+        load_image(encode(picture(7, 5), icc_profile=bytes(2 * 10**6)))
+
+
 def test_a_url_is_read_up_to_a_limit(monkeypatch):
     image = picture(7, 5)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
-            self.send_response(200 if self.path == "/image.png" else 404)
+            self.send_response(404 if self.path == "/other.png" else 200)
             self.end_headers()
+            if self.path == "/slow.png":  # a byte from time to time, without an end
+                with contextlib.suppress(OSError):
+                    while True:
+                        self.wfile.write(b"a")
+                        time.sleep(0.05)
             self.wfile.write(encode(image))
 
         def log_message(self, *args):
@@ -496,6 +509,9 @@ def test_a_url_is_read_up_to_a_limit(monkeypatch):
         assert same(f"{url}/image.png".replace("http", "HTTP"), image)
         with pytest.raises(ValueError, match="404"):
             load_image(f"{url}/other.png")
+        monkeypatch.setattr(image_loading_mc_llava, "MAX_DOWNLOAD_SECONDS", 0.3)
+        with pytest.raises(ValueError, match="has not come within 0.3 seconds: download it first"):
+            load_image(f"{url}/slow.png")
         monkeypatch.setattr(image_loading_mc_llava, "MAX_DOWNLOAD_BYTES", 10)
         with pytest.raises(ValueError, match="more than 10 bytes"):
             load_image(f"{url}/image.png")
