@@ -1,6 +1,7 @@
 """`mc-llava batch` on each kind of input, killed and resumed, and on a Ray cluster of two workers."""
 
 import codecs
+import errno
 import hashlib
 import importlib.util
 import json
@@ -284,6 +285,20 @@ def test_parquet_with_broken_data(tmp_path):
 
 
 @with_pyarrow
+def test_a_failing_disk_ends_the_run_and_fails_no_row(tmp_path, monkeypatch):
+    import pyarrow
+    from pyarrow import parquet
+
+    def fail(*args, **kwargs):
+        raise OSError(errno.EIO, "Input/output error")
+
+    parquet.write_table(pyarrow.table({"question": ["a?"]}), tmp_path / "rows.parquet")
+    monkeypatch.setattr(parquet.ParquetFile, "read_row_group", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        read_rows(tmp_path / "rows.parquet")
+
+
+@with_pyarrow
 def test_parquet_with_the_images_inside(folder, converted, whole, tmp_path):
     import pyarrow
     from pyarrow import parquet
@@ -399,6 +414,16 @@ def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypat
     with pytest.raises(ValueError, match="already exists: choose another output"):
         run(job(folder, converted), output)
     assert output.read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"), [([0, 1, 2], "12 of 15 rows were not answered"), ([3, 4, 5], "row 3 came where 0 was due")]
+)
+def test_rows_that_ray_loses_are_missed(folder, converted, whole, tmp_path, monkeypatch, rows, message):
+    monkeypatch.setattr(batch, "answer_with_ray", lambda *_: [[whole[row] for row in rows]])
+    with pytest.raises(RuntimeError, match=message):
+        run(job(folder, converted), tmp_path / "out.jsonl", use_ray=True)
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def copy_pictures(folder, to):

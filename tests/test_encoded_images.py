@@ -491,6 +491,9 @@ class TestFeatureCache:
         assert passes == [1] * 4 and len(cache) == 4
         cache.encode(model, processor.image_processor, IMAGES[:1], max_crops=0, num_tokens=6)
         assert passes == [1] * 5, "it had been cut down to fewer"
+        cache.encode(model, processor.image_processor, [picture(40, 30, seed=99)], **asked)
+        cache.encode(model, processor.image_processor, IMAGES[:1], max_crops=0, num_tokens=6)
+        assert passes == [1] * 6, "it has been cut down to as many as were asked for last"
         for seed in range(20):
             cache.encode(model, processor.image_processor, [picture(40, 30, seed=100 + seed)], **asked)
             assert cache.nbytes <= cache.max_bytes

@@ -1,5 +1,7 @@
 """The engine: conversations in, replies out, with what was encoded for them."""
 
+import threading
+
 import pytest
 import torch
 from helpers import PATCH, SIDE, counting_crops, picture, small_config, small_model
@@ -248,13 +250,13 @@ def test_pieces_are_the_answer(engine):
 
 
 def test_who_stops_listening_stops_the_generation(engine, model, monkeypatch):
-    steps = []
+    steps, threads = [], threading.active_count()
     hook = model.lm_head.register_forward_hook(lambda *_: steps.append(1))
     pieces = engine.stream(ask_about([SMALL], "What is it?"), max_new_tokens=60, eos_token_id=None, **GREEDY)
     next(pieces)
     pieces.close()
     hook.remove()
-    assert len(steps) < 60
+    assert len(steps) < 60 and threading.active_count() == threads
 
 
 def test_errors_reach_who_listens(engine):

@@ -26,7 +26,7 @@ from PIL import Image
 
 from mc_llava import MCLlavaForConditionalGeneration, cli, loading, scenes
 from mc_llava.ahead import Ahead
-from mc_llava.engine import Engine, ask_about
+from mc_llava.engine import GREEDY, Engine, ask_about
 from mc_llava.evaluation import running, tasks
 from mc_llava.evaluation.comparison import compare
 from mc_llava.evaluation.metrics import wilson_interval
@@ -277,6 +277,14 @@ def write_vqa(task: str, folder: Path, images: list[dict], answers: list[list[st
 
 def run(task: str, engine: Engine, output: Path, data=None, **options) -> dict:
     return evaluate(task, engine, output, model="model", revision="revision", data=data, **options)
+
+
+def test_where_zoom_looked_is_recorded(engine, images, tmp_path):
+    zooming = Engine(engine.model, engine.processor, 20, 30, max_new_tokens=NEW_TOKENS, zoom=1)
+    write_vqa("textvqa", tmp_path, images[:1], [["x"] * 10])
+    (record,) = run("textvqa", zooming, tmp_path / "results", tmp_path)["questions"]
+    (reply,) = zooming.answer([ask_about([images[0]["bytes"]], record["prompt"])], **GREEDY)
+    assert record["looked_at"] == reply.looked_at != []
 
 
 def scores_of(results: dict, part: str = "overall") -> dict[str, float]:

@@ -242,6 +242,14 @@ class TestShapes:
             ({"messages": [{"role": "user", "content": "What?"}], "stream": True}, "can't stream"),
             ({"messages": [{"role": "owner", "content": "What?"}]}, "role must be one of"),
             ({"messages": [{"role": "user", "content": [{"type": "image", "path": "/etc/passwd"}]}]}, "unknown path"),
+            (
+                {
+                    "messages": [
+                        {"role": "user", "content": [{"type": "image_url", "image_url": "IMAGE", "path": "/"}]}
+                    ]
+                },
+                "unknown path",
+            ),
             ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a text with a string or an image"),
             (
                 {"inputs": "What?", "image": "http://example.com/a.png"},
@@ -267,6 +275,10 @@ class TestShapes:
         if name in ("max_new_tokens", "top_k"):
             with pytest.raises(ValueError, match=f"{name} must be an integer from"):
                 handler({**request, name: 2.5})
+
+    def test_a_number_too_long_to_print(self, handler):
+        with pytest.raises(ValueError, match="n must be 1 here, got a number of 16610 bits: leave it out"):
+            handler({"messages": [{"role": "user", "content": "What?"}], "n": 10**5000})
 
     def test_too_much_is_refused_before_it_is_encoded(self, handler, trial, module, monkeypatch):
         image = {"type": "image", "base64": encoded(trial)}
@@ -351,11 +363,11 @@ class TestOpenAIsOptions:
     def test_defaults_change_nothing(self, handler, trial, place):
         options = {
             **{"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "seed": None, "stop": None},
-            **{"logprobs": False, "top_logprobs": None, "tools": [], "tool_choice": "none", "functions": []},
-            **{"function_call": "none", "response_format": {"type": "text"}, "modalities": ["text"], "stream": False},
+            **{"logprobs": False, "top_logprobs": 0, "tools": [], "tool_choice": "auto", "functions": [], "id": "a"},
+            **{"function_call": "auto", "response_format": {"type": "text"}, "modalities": ["text"], "stream": False},
             **{"parallel_tool_calls": True, "store": False, "service_tier": "auto", "metadata": {"a": "b"}},
-            **{"stream_options": None, "user": "me", "safety_identifier": "me", "prompt_cache_key": "a"},
-            **{"reasoning_effort": None, "verbosity": "medium", "prediction": None, "audio": None},
+            **{"stream_options": {}, "user": "me", "safety_identifier": "me", "prompt_cache_key": "a"},
+            **{"reasoning_effort": "none", "verbosity": "medium", "prediction": None, "audio": None},
         }
         request = ask(trial, **options) if place == "top" else {**ask(trial), "parameters": options}
         assert choice(handler(request)) == choice(handler(ask(trial)))
@@ -383,7 +395,14 @@ class TestOpenAIsOptions:
         "fields",
         [
             {"annotations": [], "refusal": None, "audio": None, "function_call": None, "tool_calls": None},
-            {"annotations": None, "tool_calls": [], "refusal": "", "name": "", "reasoning_content": ""},
+            {
+                "annotations": None,
+                "tool_calls": [],
+                "refusal": "",
+                "name": "",
+                "reasoning_content": "",
+                "reasoning": "",
+            },
         ],
         ids=str,
     )

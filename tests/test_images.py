@@ -617,6 +617,16 @@ def test_broken_images(image, message):
         load_image(image)
 
 
+@pytest.mark.parametrize("name", ["_open", "image_to_rgb"])
+def test_too_little_memory_is_not_a_broken_picture(monkeypatch, name):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(image_loading_mc_llava, name, fail)
+    with pytest.raises(MemoryError):
+        load_image(encode(picture(9, 9)))
+
+
 def test_a_decompression_bomb(monkeypatch):
     content = encode(Image.new("1", (2000, 2000)))
     # Pillow itself warns of the first and refuses the second.
@@ -863,6 +873,10 @@ class TestImageProcessor:
         if "size" not in options:
             with pytest.raises(ValueError, match=message):
                 MCLlavaImageProcessor(**options)
+
+    def test_an_option_of_a_wrong_type(self):
+        with pytest.raises(ValueError, match="an option has a wrong value: .*'input_data_format'"):
+            self.processor(picture(9, 9), input_data_format=5)
 
     def test_no_images(self):
         with pytest.raises(ValueError, match="empty list"):

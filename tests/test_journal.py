@@ -1,11 +1,15 @@
 """Journals, files that are written whole or not at all, and the digest of the code that made them."""
 
+import errno
 import hashlib
 import json
+import os
+import re
 import shutil
 
 import pytest
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from mc_llava import batch, journal, loading
 from mc_llava.evaluation import running
@@ -44,6 +48,15 @@ def test_a_run_with_other_settings_does_not_resume(tmp_path, changed):
     assert journal.resume(path, SETTINGS | changed, 2) == []
 
 
+def test_what_was_written_is_on_the_disk(tmp_path, monkeypatch):
+    """All of it has left Python's buffers when it is synchronized."""
+    synchronized = []
+    monkeypatch.setattr(os, "fsync", lambda file: synchronized.append(os.fstat(file).st_size))
+    journal.append(tmp_path / "out.partial", RECORDS)
+    journal.write_json(tmp_path / "out.json", RECORDS)
+    assert synchronized == [(tmp_path / name).stat().st_size for name in ("out.partial", "out.json")]
+
+
 def test_a_damaged_journal_is_named(tmp_path):
     path = tmp_path / "out.partial"
     path.write_bytes(b"{}\n" + b"\0" * 20 + b"\n")
@@ -76,6 +89,26 @@ def test_a_file_is_replaced_by_all_of_the_next_or_stays(tmp_path):
         assert path.read_text() == "[\n 1\n]\n"
         raise ZeroDivisionError
     assert path.read_text() == "[\n 1\n]\n" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left"), RuntimeError("[enforce fail at inline_container.cc:672]")]
+    + [SafetensorError("Error while serializing: I/O error: File too large (os error 27)")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_full_disk_is_named_with_its_remedy(error):
+    with (
+        pytest.raises(OSError, match=r"cannot write out \(.*\): free some space"),
+        journal.storing("out", "free some space"),
+    ):
+        raise error
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), RuntimeError("CUDA error")], ids=str)
+def test_another_failure_is_not_taken_for_a_full_disk(error):
+    with pytest.raises(type(error), match=f"^{re.escape(str(error))}$"), journal.storing("out", "free some space"):
+        raise error
 
 
 def test_a_file_is_hashed_block_by_block(tmp_path):

@@ -573,6 +573,11 @@ class TestAddedTokens:
             with pytest.raises(ValueError, match=r"must not hold the special token <\|tool\|>"):
                 ask()
 
+    def test_what_the_tokenizer_does_not_take_for_a_token_is_text(self, own):
+        own.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+        assert own.tokenizer.convert_tokens_to_ids("<|im_end|>") not in own.tokenizer("<|IM_END|>")["input_ids"]
+        assert "a <|IM_END|> b" in own.apply_chat_template(messages("a <|IM_END|> b"))
+
 
 @pytest.mark.slow
 def test_datasets_hash_and_send_the_processor_of_a_folder(converted, tmp_path):

@@ -331,6 +331,11 @@ def test_data_that_is_not_in_utf_8_is_refused(tmp_path, encoding):
             read_entries(str(tmp_path / "rows.json"))
 
 
+def test_data_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot read .*rows.json as JSON or JSON lines: .*No such file"):
+        read_entries(str(tmp_path / "rows.json"))
+
+
 @pytest.mark.parametrize("name", ["epochs", "warmup", "learning_rate", "weight_decay"])
 def test_numbers_that_are_not_finite_are_refused_before_rows_are_read(recipe, name):
     for number in ("inf", "nan"):
