@@ -27,7 +27,7 @@ SAMPLE = 4096  # values of each weight that are compared, spread evenly
 ROOM = 128  # tokens that a `RoomyLayer` can grow by before it is copied
 # Whose forward hooks leave keys and values alone: they record outputs, gather weights or ask for gradients.
 HARMLESS_HOOKS = ("torch.", "transformers.", "accelerate.", "peft.peft_model", "peft.mixed_model", "peft.utils.")
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass

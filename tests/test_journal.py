@@ -93,9 +93,15 @@ def test_a_file_is_replaced_by_all_of_the_next_or_stays(tmp_path):
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.ENOSPC, "No space left"), RuntimeError("[enforce fail at inline_container.cc:672]")]
-    + [SafetensorError("Error while serializing: I/O error: File too large (os error 27)")],
-    ids=lambda error: type(error).__name__,
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+        RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        RuntimeError("basic_ios::clear: iostream error"),
+    ],
+    ids=str,
 )
 def test_a_full_disk_is_named_with_its_remedy(error):
     with (

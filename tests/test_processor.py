@@ -633,6 +633,7 @@ def test_what_a_serving_engine_asks(processor):
         ({"images_kwargs": {"zoom": 1}}, "zoom needs several passes"),
         ({"size": 200}, "size must be the model's, 56, got 200"),
         ({"patch_size": 28}, "patch_size must be the model's, 14, got 28"),
+        ({"images_kwargs": {"patch_size": 28}}, "patch_size must be the model's, 14, got 28"),
     ],
     ids=str,
 )

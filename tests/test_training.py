@@ -30,12 +30,14 @@ from mc_llava.training import (
     Collator,
     Lora,
     Recipe,
+    Rows,
     StopIfDiverged,
     build_recipe,
     check,
     last_checkpoint,
     read_entries,
     read_recipe,
+    record_run,
     train,
     training_arguments,
 )
@@ -626,6 +628,15 @@ def test_a_run_is_not_resumed_as_another(recipe, folder, tmp_path, changed):
     assert list(losses(Path(begun.output))) == [1, 2]
 
 
+def test_what_a_run_was_made_of_is_damaged(recipe):
+    state = Path(recipe.output, "checkpoint-1", "trainer_state.json")
+    state.parent.mkdir(parents=True)
+    state.write_text("{}")
+    Path(recipe.output, "made_of.json").write_text("{")
+    with pytest.raises(ValueError, match="made_of.json is damaged .*: name another output"):
+        record_run(recipe, Rows())
+
+
 @pytest.mark.parametrize("lora", [None, Lora(r=2)])
 def test_the_model_to_start_from_is_not_overwritten(recipe, tmp_path, lora):
     """Adapters would be merged into it again when the run is resumed."""
@@ -839,6 +850,8 @@ def test_a_recipe_is_read_with_overrides(tmp_path):
         (["dtype=int8"], "dtype Input should be 'float32' or 'bfloat16'"),
         (["batch_size"], "must read name=value"),
         (["batch_size=" + "[" * 2000], "is not YAML"),
+        (["lora.rank=4"], "lora.rank Unexpected keyword argument"),
+        (["model.name=4"], "must read name=value, or part.name=value inside a mapping: 'model.name=4'"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(tmp_path, overrides, message):
@@ -857,6 +870,24 @@ def test_a_recipe_that_is_nested_or_refers_to_itself_is_refused(tmp_path):
     path.write_text("\n".join(["a0: &a0 x", *lines, "kind: *a11"]))  # 10^11 letters, if it were printed
     with pytest.raises(ValueError, match="kind must be finetune or tiny, got"):
         cli.train(str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot read the recipe .*recipe.yaml: .*No such file"),
+        (b"model: [", "cannot read the recipe .*recipe.yaml"),
+        (b"model: caf\xe9", "cannot read the recipe .*recipe.yaml: .*utf-8"),
+        (b"- model", "recipe.yaml must be a mapping of names to values, got list"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_recipe(path)
 
 
 def test_a_file_that_is_no_json_is_refused(recipe, tmp_path):
