@@ -21,8 +21,9 @@ from filelock import FileLock
 from helpers import picture, plain_reply
 from PIL import Image
 
-from mc_llava import batch, cli
+from mc_llava import MCLlavaProcessor, batch, cli
 from mc_llava.batch import Job, open_rows, run
+from mc_llava.loading import identify
 
 
 KNOBS = {"max_crops": 2, "num_tokens": 30}
@@ -414,6 +415,17 @@ def test_what_is_there_is_not_overwritten(folder, converted, tmp_path, monkeypat
     with pytest.raises(ValueError, match="already exists: choose another output"):
         run(job(folder, converted), output)
     assert output.read_text() == "mine"
+
+
+def test_a_run_is_known_by_what_was_chosen_for_it(folder, converted, tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text('{"question": "What is a galaxy?"}\n')
+    asked = job(folder, converted, source=str(tmp_path / "rows.jsonl"), dtype="auto", device=None, max_crops=None)
+    run(asked, tmp_path / "out.jsonl")
+    settings = json.loads((tmp_path / "out.jsonl.origin").read_text())
+    assert f"computing in {settings['dtype']} on {settings['device']}" in capsys.readouterr().err
+    saved = MCLlavaProcessor.from_pretrained(converted).image_processor
+    assert (settings["max_crops"], settings["num_tokens"], settings["zoom"]) == (saved.max_crops, 30, saved.zoom)
+    assert settings["revision"] == identify(str(converted)) and settings["rows"] == 1
 
 
 @pytest.mark.parametrize(

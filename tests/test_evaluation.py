@@ -8,6 +8,7 @@ when it is asked without the evaluation's code.
 import contextlib
 import io
 import json
+import operator
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import time
 import weakref
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -996,6 +998,36 @@ class TestResuming:
         with pytest.raises(ValueError, match="has limit 2, this run 3"):
             run("scenes", engine, tmp_path, limit=3)
         assert (tmp_path / "scenes.json").read_bytes() == before
+
+    @pytest.mark.parametrize(
+        ("setting", "where", "name", "value"),
+        [
+            ("batch_size", "", "batch_size", 4),
+            ("max_new_tokens", "", "max_new_tokens", 5),
+            ("generation", "model.generation_config", "repetition_penalty", 1.5),
+            (
+                "quantization",
+                "model.config",
+                "quantization_config",
+                SimpleNamespace(to_dict=lambda: {"weights": "int8"}),
+            ),
+            ("versions", None, "versions", lambda: {"torch": "3.0"}),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_each_setting_counts(self, engine, tmp_path, monkeypatch, setting, where, name, value):
+        run("scenes", engine, tmp_path, limit=1)
+        place = running if where is None else operator.attrgetter(where)(engine) if where else engine
+        monkeypatch.setattr(place, name, value, raising=False)
+        with pytest.raises(ValueError, match=f"scenes.json has {setting} .*, this run .*: choose another output"):
+            run("scenes", engine, tmp_path, limit=1)
+
+    @pytest.mark.parametrize("name", ["model", "revision"])
+    def test_another_model_is_refused(self, engine, tmp_path, name):
+        run("scenes", engine, tmp_path, limit=1)
+        asked = {"model": "model", "revision": "revision"} | {name: "another"}
+        with pytest.raises(ValueError, match=f"scenes.json has {name} '{name}', this run 'another'"):
+            evaluate("scenes", engine, tmp_path, **asked, limit=1)
 
     @pytest.mark.parametrize("finished", [False, True])
     def test_other_code_is_refused(self, engine, tmp_path, monkeypatch, finished):

@@ -250,6 +250,10 @@ class TestShapes:
                 },
                 "unknown path",
             ),
+            (
+                {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"path": "/"}}]}]},
+                "unknown path",
+            ),
             ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a text with a string or an image"),
             (
                 {"inputs": "What?", "image": "http://example.com/a.png"},
