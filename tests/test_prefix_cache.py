@@ -13,9 +13,9 @@ from torch.nn.utils import prune
 from transformers import TextIteratorStreamer
 from transformers.cache_utils import DynamicLayer
 
-from mc_llava import MCLlavaForConditionalGeneration, PrefixCache
+from mc_llava import MCLlavaForConditionalGeneration, PrefixCache, prefix_cache_mc_llava
 from mc_llava.engine import GREEDY, Engine, ask_about
-from mc_llava.prefix_cache_mc_llava import ROOM, RoomyLayer, can_keep_prefixes
+from mc_llava.prefix_cache_mc_llava import ROOM, RoomyLayer, Segment, can_keep_prefixes
 
 
 IMAGES = [picture(200, 120), picture(150, 180, seed=1), picture(50, 40, seed=2)]
@@ -383,12 +383,22 @@ def test_prompts_are_computed_once_whatever_generation_was_saved(model, processo
     assert model.encode_prefix(**inputs).nbytes == inputs["input_ids"].shape[1] * TOKEN_BYTES
 
 
-@pytest.mark.parametrize("max_bytes", [float("inf"), 1e9, 12.5 * TOKEN_BYTES])
+@pytest.mark.parametrize("max_bytes", [float("inf"), 1e9, 12.5 * TOKEN_BYTES, 12 * TOKEN_BYTES])
 def test_a_bound_may_be_a_float(model, processor, max_bytes):
     kept = PrefixCache(max_bytes)
     inputs = processor("What is it?", IMAGES[0], **KNOBS)
     assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
     assert kept.reused == min(inputs["input_ids"].shape[1] - 1, max_bytes // TOKEN_BYTES)
+    assert len(kept._segments) == 1, "what is known is not kept again"
+
+
+def test_rows_that_begin_after_what_the_others_know(model, processor):
+    kept = model.encode_prefix(**processor("!"))
+    inputs = processor(["Is there anything else in this long row? Is there?", "What?"])
+    assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
+    padding = (inputs["attention_mask"] == 0).sum()
+    known = len(processor.tokenizer("<|im_start|>user\n")["input_ids"])
+    assert kept.reused == known < padding, "the first row's, of which the other one has padding"
 
 
 def test_what_is_used_least_recently_is_dropped(model, processor):
@@ -473,6 +483,22 @@ def test_offloaded_weights(model, processor, monkeypatch):
     with pytest.raises(ValueError, match="weights are offloaded.*: leave prefix_cache out"):
         model.generate(**processor("Hello"), prefix_cache=PrefixCache())
     assert not can_keep_prefixes(model)
+
+
+def test_what_two_threads_keep_at_once_is_dropped_one_by_one(model, processor, monkeypatch):
+    kept, inputs = PrefixCache(), processor("What is it?")
+
+    def lag(*args) -> Segment:
+        monkeypatch.undo()
+        model.encode_prefix(kept, **inputs)  # in another thread
+        return Segment(*args)
+
+    monkeypatch.setattr(prefix_cache_mc_llava, "Segment", lag)
+    model.encode_prefix(kept, **inputs)
+    assert len(kept._segments) == 2
+    kept.max_bytes = kept.nbytes // 2
+    model.encode_prefix(kept, **processor("?"))
+    assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs) and kept.nbytes <= kept.max_bytes
 
 
 def test_threads_and_streams(model, processor):
