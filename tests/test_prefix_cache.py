@@ -427,6 +427,8 @@ def test_what_is_used_last_stays(model, processor):
     reused = kept.reused
     ask(model, first, prefix_cache=kept)
     assert kept.reused == reused + 4, "the other picture's prompt took its place, but for the tokens that they share"
+    tensors = [part for segment in kept._segments.values() for layer in segment.layers for part in layer]
+    assert kept.nbytes == sum(part.untyped_storage().nbytes() for part in tensors), "no part keeps a whole in memory"
     kept.clear()
     assert kept.nbytes == 0 and not kept._tokens
 
