@@ -529,6 +529,12 @@ class TestFeatureCache:
         with pytest.raises(ValueError, match="zip"):
             FeatureCache().look_up(keys, [5, 5], lambda missing: [torch.zeros(crops, 1 + PATCHES, ROW // 4)])
 
+    @pytest.mark.parametrize("counts", [[5, 3], [3, 5]], ids=str)
+    def test_a_crop_that_comes_twice_gives_each_number_of_tokens(self, counts):
+        key, patches = (("picture",), (0, 0, 8, 8)), torch.randn(1, 1 + PATCHES, ROW // 4)
+        found = FeatureCache().look_up([key, key], counts, lambda missing: [patches])
+        assert all(torch.equal(one, patches[0, -count:]) for one, count in zip(found, counts))
+
     def test_a_slower_thread_leaves_longer_patches(self, model, processor, passes):
         cache, asked = FeatureCache(all_patches=False), {"max_crops": 0}
 
