@@ -96,6 +96,19 @@ def test_the_second_question_computes_only_what_is_new(model, processor, compute
     assert computed[0] == 1, "the last token gives the first logits"
 
 
+def test_a_conversation_that_goes_on_with_what_was_answered(model, processor):
+    """The last token of an answer has no keys and values yet: the next turn must compute it."""
+    kept, inputs = PrefixCache(), processor("What is it?", IMAGES[0], **KNOBS)
+    for text in (" And?", " Why?", " So?"):
+        found, expected = (model.generate(**inputs, **OPTIONS, prefix_cache=cache) for cache in (kept, None))
+        assert torch.equal(found, expected)
+        new = processor.tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = torch.cat((expected, new), 1)
+        inputs = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        known = sum(len(segment.names) for segment in kept._segments.values())
+        assert known == expected.shape[1] - 1 and kept.nbytes == known * TOKEN_BYTES
+
+
 def test_prompts_that_are_not_answered(model, processor, computed):
     first, second = (processor(question, IMAGES[0], **KNOBS) for question in ("What is it?", "Where is the dog?"))
     kept = model.encode_prefix(**first)

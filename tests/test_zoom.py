@@ -395,6 +395,11 @@ class TestRefused:
         with pytest.raises(ValueError, match="leave model out, or pass zoom=0"):
             processor(TEXTS[1], IMAGES[0], zooming, **KNOBS)
 
+    def test_features_without_a_question(self, zooming, processor):
+        for encode in (FeatureCache(2**20).encode, FeatureCache(2**20).prepare):
+            with pytest.raises(ValueError, match="zoom needs the question, .*: pass zoom=0, or plans"):
+                encode(zooming, processor, IMAGES[:1], **KNOBS)
+
     def test_plans(self, processor):
         with pytest.raises(ValueError, match="leave zoom out"):
             processor(TEXTS[1], IMAGES[0], zoom=1, plans=[[(0, 0, 50, 50)]])
