@@ -57,11 +57,14 @@ def one_cache(cache, past_key_values):
     The cache, passed under either of its names, or None.
 
     Raises:
-        ValueError: if it was passed under both names.
+        ValueError: if it was passed under both names, or is a tuple, as in old releases of transformers.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names for the same argument: pass only one")
-    return past_key_values if cache is None else cache
+    found = past_key_values if cache is None else cache
+    if isinstance(found, (tuple, list)):
+        raise ValueError(f"a cache can't be a {type(found).__name__}: pass a DynamicCache or another Cache")
+    return found
 
 
 def is_set(name: str, value) -> bool:

@@ -71,6 +71,15 @@ def test_both_at_once_are_refused(model, kept):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_tuple_of_old_releases_is_refused(model, kept, name):
+    cache, ids = kept
+    old = {name: tuple((layer.keys, layer.values) for layer in cache.layers)}
+    for call in (model.generate, model, model.model):
+        with pytest.raises(ValueError, match="a cache can't be a tuple: pass a DynamicCache"):
+            call(ids, **old)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_all_of_the_processors_output_and_a_cache_are_refused(model, processor, kept, name):
     cache, ids = kept
     pixels = {field: processor(prompt("What?"), IMAGE)[field] for field in IMAGE_FIELDS}
