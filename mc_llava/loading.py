@@ -23,8 +23,16 @@ from .journal import hash_file
 PACKAGE = Path(__file__).parent
 # What answers depend on, of the files in a model's folder.
 LOADED = (
-    *("*.safetensors", "*.index.json", "*config.json", "tokenizer.json", "vocab.json", "merges.txt"),
-    *("added_tokens.json", "special_tokens_map.json", "*.jinja", "chat_template.json"),
+    "*.safetensors",
+    "*.index.json",
+    "*config.json",
+    "*.jinja",
+    "chat_template.json",
+    "tokenizer.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
 )
 QUANTIZED = ("nf4", "int8", "int4")
 # The image's way into the language model and the answer's way out: few of the weights, and all answers pass them.

@@ -213,6 +213,7 @@ class Rows:
     good: list[dict] = field(default_factory=list)
     broken: list[dict] = field(default_factory=list)  # {"row": position in the file, "id", "reason"}
     report: Path | None = None  # where `check` named the broken ones
+    trial: dict[str, torch.Tensor] | None = None  # a batch that `check` made of some, see `pick_trial`
 
 
 def read_rows(recipe: Recipe, processor: MCLlavaProcessor, context: int) -> Rows:
@@ -393,7 +394,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     if not rows.good:
         reasons = f": every row is broken, see {report}" if rows.broken else ""
         raise ValueError(f"{recipe.data} has no rows to train on{reasons}")
-    collator(pick_trial(rows.good))  # a template may have no place for a picture
+    rows.trial = collator(pick_trial(rows.good))  # refuses a template without a place for a picture
     return rows
 
 
@@ -651,15 +652,18 @@ def train(recipe: Recipe) -> Path:
             diverges.
         OSError: if a file can't be written. What was written before stays: see `resume`.
     """
-    output = Path(recipe.output)
+    import datasets  # noqa: F401  what is missing is told before anything is fetched or written
+    import trl  # noqa: F401
+
+    output, processor = Path(recipe.output), load_processor(recipe.model)
     if not is_main_process():
-        return _train(recipe, output)
+        return _train(recipe, processor, output)
     output.mkdir(parents=True, exist_ok=True)
     with lock(output.absolute()):
-        return _train(recipe, output)
+        return _train(recipe, processor, output)
 
 
-def _train(recipe: Recipe, output: Path) -> Path:
+def _train(recipe: Recipe, processor: MCLlavaProcessor, output: Path) -> Path:
     from datasets import Dataset
     from trl import SFTTrainer
 
@@ -668,13 +672,11 @@ def _train(recipe: Recipe, output: Path) -> Path:
         raise ValueError(
             f"{output} holds {Path(checkpoint).name}: set resume=true to continue, or name another output"
         )
-    processor = load_processor(recipe.model)
     rows = check(recipe, processor)
     record_run(recipe, rows)
 
     model, lora = build_trainee(recipe)
     collator = Collator(processor, recipe, model.config.text_config.max_position_embeddings)
-    trial = collator(pick_trial(rows.good))
     trainer = SFTTrainer(
         model,
         training_arguments(recipe),
@@ -682,7 +684,7 @@ def _train(recipe: Recipe, output: Path) -> Path:
         train_dataset=Dataset.from_list(rows.good),
         processing_class=processor,
         peft_config=lora,
-        callbacks=[StopIfFinished(), StopIfDiverged(trial)],
+        callbacks=[StopIfFinished(), StopIfDiverged(rows.trial)],
     )
     for name, parameter in trainer.model.named_parameters():  # including the copies that peft made
         parameter.requires_grad = parameter.requires_grad and UNUSED_NORM not in name
@@ -693,7 +695,7 @@ def _train(recipe: Recipe, output: Path) -> Path:
     with storing(output, "free some space and set resume=true to continue"):
         with suppress(FinishedError):
             trainer.train(resume_from_checkpoint=checkpoint)
-        check_sound(trainer.model, trial, "the end")
+        check_sound(trainer.model, rows.trial, "the end")
         weights = trainer.accelerator.get_state_dict(trainer.model)  # all processes give theirs
         if trainer.is_world_process_zero():
             save_whole(recipe, trainer, weights, processor)

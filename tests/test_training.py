@@ -628,6 +628,12 @@ def test_a_run_is_not_resumed_as_another(recipe, folder, tmp_path, changed):
     assert list(losses(Path(begun.output))) == [1, 2]
 
 
+def test_a_model_that_is_not_there_leaves_nothing_behind(recipe, tmp_path):
+    with pytest.raises(ValueError, match="neither a folder nor a Hub id"):
+        train(replace(recipe, model=str(tmp_path / "nowhere"), output=str(tmp_path / "runs" / "mine")))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_what_a_run_was_made_of_is_damaged(recipe):
     state = Path(recipe.output, "checkpoint-1", "trainer_state.json")
     state.parent.mkdir(parents=True)
