@@ -104,7 +104,7 @@ class Demo:
         self.thread = ThreadPoolExecutor(1)  # of `_with_picture`
 
     def _measure_speed(self) -> float:
-        """FLOPs per second, as `estimate` counts them, measured with one question about a grey picture."""
+        """FLOPs per second, as `estimate` counts them, measured with one question about a gray picture."""
         grey = Image.new("RGB", (64, 64), "grey")
         conversation, options = ask_about([grey], "What is it?"), {"max_new_tokens": 1, "prefix_cache": None}
         self.engine.answer([conversation], **options)  # warms up

@@ -84,7 +84,7 @@ class Bench:
         """The most memory that a call takes beyond what this process holds, in bytes (Linux)."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # or the call would use what earlier ones have left
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = self._status("VmRSS")
         function()
         return self._status("VmHWM") - before

@@ -1,5 +1,5 @@
 """
-Write the study's tables into `docs/tiny.md`, and the rows that `README.md` has of them, from the results in `docs/`:
+Write the study's tables into `docs/tiny.md`, and the README's selection of their rows, from the results in `docs/`:
 
     python scripts/make_tables.py
 
@@ -17,7 +17,7 @@ from mc_llava.scenes import study, zoom_study
 
 ROOT = Path(__file__).parent.parent
 TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
-KNOBS = 3  # columns that tell a row from the others
+KNOBS = 3  # columns that identify a row
 
 
 RESULTS = (*study.FILES.values(), "study_zoom")
@@ -42,7 +42,7 @@ def rows_of(old: list[str], new: list[str]) -> list[str]:
     The new lines with the knobs of the old ones.
 
     Raises:
-        ValueError: if there is none for an old one.
+        ValueError: if an old line has no new one.
     """
 
     def knobs(line: str) -> str:
@@ -54,13 +54,13 @@ def rows_of(old: list[str], new: list[str]) -> list[str]:
     return [found[knobs(line)] for line in old]
 
 
-# Page -> the lines that a table gets, from its old lines and the new ones.
+# Page -> a function of a table's old and new lines that returns the lines to write.
 PAGES: dict[str, Callable[[list[str], list[str]], list[str]]] = {"docs/tiny.md": all_rows, "README.md": rows_of}
 
 
 def renewed(page: str, text: str) -> str:
     """
-    The text of a page of `PAGES` with its tables made anew.
+    The text of a page of `PAGES` with its tables updated.
 
     Raises:
         ValueError: if `docs/tiny.md` lacks a table, the README all of them, or the study a row of the README.

@@ -2,7 +2,7 @@
 Measure size, speed and agreement of quantized weights: `python scripts/quantized.py FOLDER [nf4] [int8] [int4]`.
 
 If FOLDER doesn't exist, a random checkpoint with Phi-2's heads, an eighth of its weights and a small vision tower is
-written there. Prints one line of JSON for full precision and for each quantisation.
+written there. Prints one line of JSON for full precision and for each quantization.
 """
 
 import argparse

@@ -5,7 +5,7 @@ import tempfile
 # Before the libraries read it: a test that reached for the Hub would pass only where there is a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 _assets = tempfile.TemporaryDirectory()  # removed at the end
-os.environ["HF_ASSETS_CACHE"] = _assets.name  # what is kept of model folders, which would stay in the user's cache
+os.environ["HF_ASSETS_CACHE"] = _assets.name  # digests of model folders stay out of the user's cache
 os.environ["TORCHDYNAMO_DISABLE"] = "1"  # compiling takes longer than the few steps that tests train
 
 from pathlib import Path
@@ -33,7 +33,7 @@ def converted(checkpoint, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trial(tmp_path_factory) -> Trial:
-    """What everything that users meet is asked about: the first question about each drawn example."""
+    """The first question about each drawn example, which is asked through everything that users meet."""
     first = {example["image"]: example for example in reversed(EXAMPLES)}
     examples = [first[name] for name in sorted(first)]
     return Trial(
@@ -65,5 +65,5 @@ def no_old_name(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def pillow_as_it_is(monkeypatch):
-    """lmms-eval, once imported, has Pillow fill the missing part of cut images with grey everywhere."""
+    """Once imported, lmms-eval makes Pillow fill the missing part of truncated images with gray, everywhere."""
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", False)

@@ -1,8 +1,8 @@
 """
 Runs damaged pictures and strange arrays through `load_image`: python tests/fuzz_worker.py SEED COUNT [FIRST]
 
-Each input depends on the seed and its number only, so that FIRST repeats a single one. It runs in its own process,
-because a decoder that crashes or never ends should fail a test and not end the tests.
+Each input depends only on the seed and its number, so FIRST repeats a single one. This runs in its own process,
+because a decoder that crashes or never ends should fail a test, not end the test run.
 """
 
 import copy
@@ -28,9 +28,9 @@ from mc_llava import load_image
 
 MAX_PIXELS = 2**22  # that headers may ask for
 MAX_SECONDS = 2  # of one input
-MAX_BYTES = 400 * 2**20  # of memory that all inputs together take
+MAX_BYTES = 400 * 2**20  # of memory, for all inputs together
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-# Of a display, of grey, and of a printer whose tables are missing.
+# Of a display, of gray, and of a printer whose tables are missing.
 PROFILES = [SRGB, SRGB.replace(b"rXYZ", b"gXYZ"), *(SRGB[:16] + space + SRGB[20:] for space in (b"GRAY", b"CMYK"))]
 NUMBERS = [0, 1, 2, 7, 8, 16, 127, 128, 255, 256, 1000, 4096, 32767, 32768, 65535, 2**24, 2**31 - 1, 2**31, 2**32 - 1]
 MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "HSV", "I", "I;16", "I;16B", "F"]
@@ -160,7 +160,7 @@ def damage(chance: random.Random, content: bytes, others: list[tuple[str, bytes]
 
 
 def mend_checksums(png: bytearray) -> bytearray:
-    """Otherwise Pillow would read none of the damaged chunks."""
+    """Otherwise Pillow would skip the damaged chunks."""
     position = 8
     while position + 12 <= len(png):
         end = position + 8 + int.from_bytes(png[position : position + 4], "big")
@@ -187,7 +187,7 @@ def draw_array(chance: random.Random) -> np.ndarray:
 
 
 def draw_image(chance: random.Random, corpus: list[tuple[str, bytes]]) -> Image.Image:
-    """An image in memory with damaged notes about its pixels."""
+    """An image in memory whose metadata is damaged."""
     image = draw(chance, chance.choice(MODES))
     notes = {
         "transparency": chance.choice([0, 3, 255, -1, 10**9, b"\0\x80", bytes(256), (1, 2, 3), (1,), "x", None, 0.5]),
@@ -200,7 +200,7 @@ def draw_image(chance: random.Random, corpus: list[tuple[str, bytes]]) -> Image.
 
 
 def check(source, chance: random.Random) -> bool:
-    """Whether it is a picture. Raises AssertionError, or what `load_image` must not raise."""
+    """Whether it is loaded as a picture. Raises AssertionError, or an error that `load_image` must not raise."""
     try:
         picture = load_image(source)
     except ValueError as error:
@@ -212,7 +212,7 @@ def check(source, chance: random.Random) -> bool:
     if isinstance(source, bytes):
         with Image.open(io.BytesIO(source)) as opened:
             assert sorted(picture.size) == sorted(opened.size), (picture.size, opened.size)
-            # Pillow's copies forget what a file declares about wide grey, and the transparency of a palette of RGBA.
+            # Pillow's copies forget what a file declares about 16-bit gray, and the transparency of a palette of RGBA.
             whole = opened.mode[0] != "I" and getattr(opened.palette, "mode", "RGB") == "RGB"
             way = chance.choice([None, copy.deepcopy, copy.copy]) if whole else None
             assert load_image(way(opened) if way else opened).tobytes() == picture.tobytes(), (

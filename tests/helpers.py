@@ -22,7 +22,7 @@ NEW_TOKENS = 24  # enough for any answer about a scene
 
 
 class Trial(NamedTuple):
-    """`tiny` in a folder made by `convert`, pictures with a question to each, and what is right to answer."""
+    """`tiny` in a folder made by `convert`, pictures with a question about each, and the right answers."""
 
     folder: Path
     pictures: list[Path]
@@ -51,7 +51,7 @@ def load_handler(folder: Path):
 
 
 def write_untrained_tiny(folder: Path, layers: int, seed: int = 0):
-    """A random model of `tiny`'s kind with its processor, for what trains one."""
+    """A random model of `tiny`'s kind with its processor, for tests that train one."""
     from mc_llava.scenes import language_model  # needs the extra train, which vLLM's environment lacks
 
     torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def prompt(question: str, images: int = 1) -> str:
 
 @contextmanager
 def counting_crops(model):
-    """A list of how many crops passed the vision tower, for each pass."""
+    """A list with the number of crops in each pass of the vision tower."""
     crops = []
     hook = model.model.vision_tower.encoder.register_forward_hook(
         lambda module, arguments, output: crops.append(len(output.last_hidden_state))
@@ -145,11 +145,11 @@ class CountReads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
     def _note(self):
-        """Add the innermost frame that is neither this file's nor torch's, if it is one of ours."""
+        """Add the innermost frame outside this file and torch, if it is in our code."""
         frame = sys._getframe(1)
         while frame and (frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename):
             frame = frame.f_back
-        while frame and frame.f_code.co_name == "read_integers":  # who asked for it
+        while frame and frame.f_code.co_name == "read_integers":  # the code that asked for it
             frame = frame.f_back
         if frame and frame.f_code.co_filename.endswith("_mc_llava.py"):
             self.reads.append(f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}")

@@ -24,7 +24,7 @@ import numpy
 
 
 def serve() -> dict | None:
-    """The request to fulfill, in a fork; None at the end, in the server itself."""
+    """In a fork, the request to fulfill; in the server itself, None at the end of the input."""
     running = set()
     print("ready", flush=True)
     while line := sys.stdin.readline():
@@ -53,7 +53,7 @@ def become(arguments: list[str], cwd: str, environment: dict[str, str], files: l
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(environment)
-    numpy.random.seed()  # in all forks the same otherwise; `random` does that by itself
+    numpy.random.seed()  # otherwise the same in all forks; `random` reseeds itself
     kind, *rest = arguments
     if kind in ("-m", "-c"):
         name, *sys.argv[1:] = rest
@@ -79,6 +79,6 @@ if __name__ == "__main__":
     if importlib.util.find_spec("trl"):
         from mc_llava import training  # noqa: F401
         from mc_llava.scenes import language_model  # noqa: F401
-    gc.freeze()  # or collections in the forks would copy all of its memory
+    gc.freeze()  # or garbage collection in the forks would copy all of its memory
     if (request := serve()) is not None:
         become(**request)

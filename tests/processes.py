@@ -1,6 +1,6 @@
 """
 Python processes as `subprocess` starts them, but forked from one that has imported torch and transformers already,
-which spares each of them six seconds. What depends on how Python starts needs `subprocess`: which modules a command
+which saves six seconds per process. What depends on how Python starts needs `subprocess`: which modules a command
 imports, variables that libraries read on import, and hashes of strings, which have one seed in all forks.
 """
 
@@ -43,7 +43,7 @@ class Server:
         assert self.process.stdout.readline() == "ready\n", self.errors()
 
     def errors(self) -> str:
-        """What it has said while it imported."""
+        """What it printed while it was importing."""
         self.output.seek(0)
         return self.output.read()
 
@@ -55,7 +55,7 @@ class Server:
 
 class Process:
     """
-    A started process. Its output is in files, which are removed once it was waited for.
+    A started process. Its output is in files, which are removed after `wait`.
 
     Args:
         arguments: of Python: "-m" and a module, "-c" and code, or a script, and what follows.

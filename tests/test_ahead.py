@@ -57,7 +57,7 @@ def test_it_pauses_when_too_much_is_held(monkeypatch):
     deadline = time.monotonic() + 5
     while work._running and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert 3 <= len(prepared) <= 4  # the second thread may have begun with one
+    assert 3 <= len(prepared) <= 4  # the second thread may have started on one
     assert work.results() == list(range(50)), "what is needed is prepared whatever it takes"
 
 

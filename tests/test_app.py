@@ -1,6 +1,6 @@
 """
-The Space in a real browser (Debian's chromium, headless, driven by Playwright), and asked over HTTP for what the page
-never asks for.
+The Space in a real browser (Debian's chromium, headless, driven by Playwright), and sent HTTP requests that the page
+never sends.
 """
 
 import importlib.util
@@ -48,7 +48,7 @@ SCREENSHOT = ROOT / "docs" / "app.png"
 
 @contextmanager
 def record_requests():
-    """A server on this machine that has nothing: its address, and the path and `Authorization` of each request."""
+    """A server on this machine that has no files: its address, and the path and `Authorization` of each request."""
     asked = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -69,7 +69,7 @@ def record_requests():
 
 @pytest.fixture(scope="module")
 def hub():
-    """What the Space takes for the Hub."""
+    """A server that the Space takes for the Hub."""
     with record_requests() as (address, asked):
         yield address, asked
 
@@ -149,13 +149,13 @@ def upload(page, path):
 
 
 def grid_of(page, crops: int) -> str:
-    """Waits for a grid of so many crops; the address of its picture."""
+    """Wait for a grid of this many crops, and return the address of its picture."""
     page.locator("#cost", has_text=re.compile(rf"^\s*{crops} crops")).wait_for()
     return page.locator("#grid img").get_attribute("src")
 
 
 def move_to_the_left(page, name: str):
-    """The slider itself, by its keys."""
+    """Move the slider itself, with the keyboard."""
     slider = page.locator(f"#{name} input[type=range]")
     slider.focus()
     slider.press("Home")
@@ -168,7 +168,7 @@ def set_knob(page, name: str, value: int):
 
 
 def ask(page, question: str) -> list[str]:
-    """Everything that the answer's box held, one after another, until the answer was there."""
+    """Each text that the answer's box held until the answer was complete."""
     page.locator("#question textarea").fill(question)
     page.evaluate(
         """() => {
@@ -306,7 +306,7 @@ def call(url: str, name: str, data: list) -> str:
 
 
 def join(url: str, name: str, data: list) -> str:
-    """As the page asks."""
+    """Ask as the page does."""
     dependencies = json.loads(fetch(f"{url}/config")[1])["dependencies"]
     (index,) = (entry["id"] for entry in dependencies if entry["api_name"] == name)
     session = uuid.uuid4().hex
@@ -325,7 +325,7 @@ ROUTES = {
 
 
 def send(url: str, content: bytes, name: str = "a.png") -> str:
-    """Upload a file as the page does; its path on the server."""
+    """Upload a file as the page does, and return its path on the server."""
     head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
     request = urllib.request.Request(
         f"{url}/gradio_api/upload",
@@ -336,7 +336,7 @@ def send(url: str, content: bytes, name: str = "a.png") -> str:
 
 
 def test_a_broken_upload_by_the_api(url):
-    """The error shows no path of the server either, whatever the file is called."""
+    """Whatever the file is called, the error doesn't show a path on the server either."""
     path = send(url, b"no picture")
     for name in ("a.png", "a.svg", None):
         reply = call(url, "preview", [{"path": path, "orig_name": name, "meta": META}, 3, 30, 0])
@@ -346,14 +346,14 @@ def test_a_broken_upload_by_the_api(url):
 
 @pytest.fixture(scope="module")
 def stranger():
-    """The address of a picture, and what was asked of its server."""
+    """The address of a picture, and the requests to its server."""
     with record_requests() as (address, asked):
         yield f"{address}/a.png", asked
 
 
 @pytest.fixture(scope="module")
 def secrets(url, stranger, tmp_path_factory):
-    """Values of the picture that name what nobody uploaded."""
+    """Values for the picture that name files that nobody uploaded."""
     folder = tmp_path_factory.mktemp("secrets")
     picture = folder / "picture.png"
     Image.new("RGB", (40, 30), "red").save(picture)
@@ -559,7 +559,7 @@ def test_one_picture_is_decoded_at_a_time(app, trial, monkeypatch):
 
     load_image = app.load_image
     monkeypatch.setattr(app, "load_image", load)
-    errors = []  # kept, and what their tracebacks hold with them
+    errors = []  # kept, with everything that their tracebacks refer to
 
     def ask(function, *arguments):
         try:
@@ -601,7 +601,7 @@ def test_old_pictures_are_deleted_but_not_the_examples(app, tmp_path, monkeypatc
 
 
 def test_only_uploads_and_examples_are_read(app, trial, tmp_path, monkeypatch):
-    """Whatever Gradio lets through."""
+    """Even if Gradio lets other paths through."""
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path / "uploads"))
     for folder in ("uploads/hash", "uploads.old"):
         (tmp_path / folder).mkdir(parents=True)

@@ -80,7 +80,7 @@ def records_of(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def whole(folder, converted) -> list[dict]:
-    """What one process makes of the rows, uninterrupted."""
+    """The output of one uninterrupted process for these rows."""
     output = folder / "whole.jsonl"
     assert run(job(folder, converted), output) == (15, 6)
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -124,7 +124,7 @@ def test_a_folder_without_a_question(folder, tmp_path, question):
 
 
 def read_rows(source: Path, question: str | None = None) -> list[tuple[dict, list]]:
-    """What a worker reads, without the model that it would ask."""
+    """Test a worker's reading without a model."""
     worker = object.__new__(batch.Worker)
     worker.job, worker.rows = Job(str(source), "no-model", question), open_rows(source)
     return [worker.read(index) for index in range(len(worker.rows))]
@@ -147,7 +147,7 @@ def test_what_a_folder_leaves_out_is_told(tmp_path, converted):
 
 @with_pyarrow
 def test_a_picture_under_another_name_is_not_left_out(tmp_path):
-    """The answer would come without it, and nothing would tell."""
+    """Otherwise the row would be answered without the picture, and nobody would notice."""
     import pyarrow
     from pyarrow import parquet
 
@@ -185,7 +185,7 @@ def test_linked_folders_are_entered_once(tmp_path):
 
 @pytest.mark.skipif(hasattr(os, "geteuid") and os.geteuid() == 0, reason="root may read all folders")
 def test_a_folder_that_can_not_be_read_is_left_out(tmp_path):
-    """As the lost+found of a disk."""
+    """Like a disk's lost+found."""
     picture(9, 9).save(tmp_path / "a.png")
     (tmp_path / "closed").mkdir(mode=0)
     rows = open_rows(tmp_path)
@@ -334,7 +334,7 @@ def command(folder: Path, model: Path, output: Path, *more) -> list[str]:
 @pytest.mark.parametrize("more", [(), pytest.param(("--ray", "--workers", "2"), marks=with_ray)], ids=["one", "ray"])
 def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
     output, journal = tmp_path / "out.jsonl", tmp_path / "out.jsonl.partial"
-    environment = {**os.environ, "RAY_ADDRESS": "local"}  # no cluster that is or was there
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # not a cluster that runs or ran here
     process = processes.Process(*command(folder, converted, output, *more), env=environment)
     deadline = time.monotonic() + 500
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 4):  # the settings and a batch
@@ -347,7 +347,7 @@ def test_killed_and_started_again(folder, converted, whole, tmp_path, more):
 
     torn = kept[: -len(kept.splitlines()[-1]) // 2]  # in the middle of a record
     (tmp_path / "other.jsonl.partial").write_bytes(torn)
-    assert run(job(folder, converted), tmp_path / "other.jsonl") == (15, 6)  # in one process, whoever began
+    assert run(job(folder, converted), tmp_path / "other.jsonl") == (15, 6)  # in one process, whichever kind started
     assert records_of(tmp_path / "other.jsonl") == whole
 
     journal.write_bytes(torn)
@@ -384,7 +384,7 @@ def test_only_a_regular_file_has_a_digest(tmp_path):
     assert batch.digest_of(tmp_path / "file") == hashlib.sha256().hexdigest()
     assert batch.digest_of(tmp_path) is None and batch.digest_of(tmp_path / "none") is None
     read = []
-    with pytest.MonkeyPatch.context() as patch:  # a pipe would hang the test where it is read
+    with pytest.MonkeyPatch.context() as patch:  # reading a pipe would hang the test
         patch.setattr(batch, "hash_file", lambda digest, path: read.append(path))
         os.mkfifo(tmp_path / "pipe")
         assert batch.digest_of(tmp_path / "pipe") is None
@@ -472,14 +472,14 @@ def stopped(folder, converted, tmp_path_factory):
 
 
 class TestStartedAgain:
-    """A run that was stopped at some point, and what may have changed since."""
+    """A run that was stopped at some point, and the changes that may have happened since."""
 
     @pytest.fixture
     def pictures(self, folder, tmp_path):
         return copy_pictures(folder, tmp_path)
 
     def replace(self, path, seed, keep_time=False):
-        """By a picture of the same size in bytes, as far as that goes."""
+        """Replace it with a picture of the same size in bytes, if possible."""
         found = path.stat()
         picture(*Image.open(path).size, seed=seed).save(path)
         if keep_time:

@@ -1,4 +1,4 @@
-"""Keys and values of earlier tokens, which transformers calls `cache` since 5.24 and `past_key_values` before."""
+"""Keys and values of earlier tokens: `cache` since transformers 5.24, `past_key_values` before."""
 
 import copy
 import traceback
@@ -18,7 +18,7 @@ NAMES = ("cache", "past_key_values")
 
 @pytest.fixture
 def kept(model, processor):
-    """The first turn's ids and cache, and the second turn's ids after them."""
+    """The first turn's ids and cache, and the ids of the second turn."""
     output = model.generate(**processor(prompt("What?"), IMAGE), **GREEDY, return_dict_in_generate=True)
     question = processor(prompt("And here?", 0))["input_ids"]
     return output.cache, torch.cat([output.sequences, question], dim=1)
@@ -103,12 +103,12 @@ class Reads(TorchDispatchMode):
 
 @pytest.mark.parametrize("implementation", [None, "static"])
 def test_no_decoded_token_is_waited_for(model, processor, implementation, monkeypatch):
-    """The forward pass reads no value of a device after the prompt's."""
+    """The forward pass reads no value from a device after the prompt."""
     inputs, counts = processor("What?", IMAGE), []
     tolist = torch.Tensor.tolist
     for tokens in (2, 9):
         with Reads() as reads:
-            # On a CPU `tolist` is no operation that is dispatched.
+            # On a CPU, `tolist` is not dispatched as an operation.
             monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (reads_in(reads), tolist(tensor))[1])
             options = {**GREEDY, "max_new_tokens": tokens, "cache_implementation": implementation}
             model.generate(**inputs, **options)
@@ -122,7 +122,7 @@ def reads_in(reads: Reads):
 
 @pytest.mark.skipif(CACHE != "cache", reason="this release of transformers has no other name")
 def test_where_the_old_name_is_refused(model, processor, no_old_name):
-    """As in the tests of the model, of generation and of what stands on them."""
+    """It is refused in the same way in the tests of the model, of generation and of what builds on them."""
     output = model(**processor("Why?"), use_cache=True)
     with pytest.raises(AttributeError, match="an output has no attribute past_key_values"):
         output.past_key_values  # noqa: B018

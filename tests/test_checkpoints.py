@@ -129,7 +129,7 @@ class TestPublishedFolders:
 
 
 class TestStateDicts:
-    """What reads tensors without `from_pretrained` finds them under the published names, too."""
+    """Code that reads tensors without `from_pretrained` finds them under the published names, too."""
 
     @pytest.fixture
     def published(self, checkpoint):
@@ -187,7 +187,7 @@ class TestStateDicts:
 
 
 def small(like) -> MCLlavaForConditionalGeneration:
-    """A model of the same sizes with other weights."""
+    """A model of the same size with other weights."""
     torch.manual_seed(1)
     return MCLlavaForConditionalGeneration._from_config(copy.deepcopy(like.config), dtype=torch.float32)
 
@@ -198,7 +198,7 @@ def assert_equal(model, expected):
 
 
 class TestDeviceMaps:
-    """With accelerate; on one device, the parts of the model still go their separate ways."""
+    """With accelerate. Even on one device, the parts of the model are dispatched separately."""
 
     def test_one_device(self, checkpoint):
         processor = MCLlavaProcessor.from_pretrained(checkpoint)
@@ -275,7 +275,7 @@ class TestConversion:
     def test_unfinished_files_are_on_the_targets_disk_and_a_killed_run_is_in_nobodys_way(
         self, checkpoint, tmp_path, monkeypatch
     ):
-        """An empty target may be a mounted volume. In a container, each run has the number of the one before."""
+        """An empty target may be a mounted volume. In a container, each run has the process id of the one before."""
         found, copy = [], convert_module._copy_weights
 
         def copy_and_leave(source, target):
@@ -483,7 +483,7 @@ class TestConversion:
         load_model(str(target))
 
 
-# As its users run it: a new process, another folder, no package of ours, no network.
+# As users run it: a new process, another folder, without our package and the network.
 CARD_SNIPPET = """
 import sys
 
@@ -612,7 +612,7 @@ class TestAutoClasses:
         assert {"config.json", "modeling_mc_llava.py", "model.safetensors"} <= files
 
     def test_a_pushed_processor_brings_its_code(self, converted, monkeypatch, tmp_path):
-        """Whole, and as the image processor that a pipeline saves."""
+        """As a whole, and as the image processor alone, which a pipeline saves."""
         uploads = []
 
         class Url:
@@ -650,7 +650,7 @@ class TestAutoClasses:
         assert processor.tokenizer.padding_side == "right" and processor.tokenizer.clean_up_tokenization_spaces is True
         assert auto(converted).tokenizer.padding_side == "left"
         assert len(processor("a", PHOTOGRAPH)["crop_boxes"]) == 1
-        # What is set, and saved, afterwards counts.
+        # What is set afterwards counts, and is saved.
         processor.image_processor.max_crops = 2
         assert len(processor("a", PHOTOGRAPH)["crop_boxes"]) == 3
         processor.save_pretrained(tmp_path)
@@ -681,7 +681,7 @@ def test_a_damaged_file_of_a_processor_is_an_error_that_names_the_folder(convert
 
 class TestASavedImageProcessor:
     def test_saving_changes_no_configuration(self, converted, tmp_path):
-        """So that a cache of features still knows its images, and datasets, which hash all attributes, their rows."""
+        """Otherwise a cache of features would miss its images, and datasets, which hash all attributes, its rows."""
         processor = MCLlavaProcessor.from_pretrained(converted)
         saved = processor, processor.image_processor
 
@@ -768,7 +768,7 @@ class TestASavedImageProcessor:
             processor("a", PHOTOGRAPH)
         for name, value in (
             ("image_std", [1e-40] * 3),
-            ("image_std", [1e-30] * 3),  # finite, but the tower makes NaN of it
+            ("image_std", [1e-30] * 3),  # finite, but the tower turns it into NaN
             ("image_mean", [1e300] * 3),
             ("rescale_factor", 1e-320),
             ("do_rescale", None),

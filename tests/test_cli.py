@@ -1,4 +1,4 @@
-"""The command line, started as its users start it."""
+"""The command line, started as users start it."""
 
 import io
 import json
@@ -174,7 +174,7 @@ def test_crops(tmp_path, checkpoint):
 def test_the_readmes_crop_grid_is_what_the_command_draws(tmp_path):
     run("crops", HUBBLE, "-o", tmp_path / "grid.png")
     drawn, shown = (np.asarray(Image.open(path), dtype=float) for path in (tmp_path / "grid.png", CROP_GRID))
-    assert np.abs(drawn - shown).mean() < 8  # of 255: JPEG's noise; without the grid it would be 13
+    assert np.abs(drawn - shown).mean() < 8  # of 255: JPEG's noise; with the grid missing, it would be 13
 
 
 def test_convert(checkpoint, tmp_path):
@@ -194,13 +194,13 @@ def test_tiny_answers_without_a_model_named(trial):
 
 
 def num_encoded(result) -> int:
-    """How many bars of encoding came to their end; a bar may be drawn at 100 % more than once."""
+    """How many progress bars of encoding were completed; a bar may be drawn at 100 % more than once."""
     return len(re.findall(r"Encoding crops: \d+ 100%[^\r\n]*\n", result.stderr.decode()))
 
 
 @pytest.mark.parametrize("expected", [3, 10])
 def test_the_bar_ends_before_the_answer_begins(model, processor, expected, capsys):
-    """Also where zoom found less to look at than it might have: the answer stood behind an unfinished bar."""
+    """Even if zoom looked at fewer crops than it might have: the answer used to follow an unfinished bar."""
     inputs = processor("What?", picture(40, 30), plans=[[(0, 0, 40, 30), (0, 0, 20, 20), (20, 0, 40, 20)]])
     with cli.crop_progress(model, expected), torch.inference_mode():
         model(**inputs)
@@ -209,7 +209,7 @@ def test_the_bar_ends_before_the_answer_begins(model, processor, expected, capsy
 
 
 class TestChat:
-    EXACT = (*OPTIONS, "--dtype", "float32")  # in fewer bits, what was kept may differ by a rounding error
+    EXACT = (*OPTIONS, "--dtype", "float32")  # at lower precision, what was kept may differ by a rounding error
 
     def test_tiny_remembers_the_picture(self, trial):
         questions = [trial.questions[0], "/new", trial.questions[0], trial.questions[0]]
@@ -235,7 +235,7 @@ class TestChat:
         assert "error: the text can't be encoded as UTF-8" in result.stderr.decode()
 
     def test_a_full_context(self, converted):
-        """What doesn't fit is refused, and neither the earlier turns nor what was kept of them is lost."""
+        """A question that doesn't fit is refused, and neither the earlier turns nor their cache is lost."""
         questions = ["What is on the table?", "word " * 1930, "And beside it?", "/new", "What is on the table?"]
         result = run("chat", COFFEE, "--model", converted, *self.EXACT, input="\n".join([*questions, ""]).encode())
         assert result.returncode == 0, result.stderr
@@ -244,7 +244,7 @@ class TestChat:
         assert "Ask something else, or type /new" in result.stderr.decode()
 
     def answers(self, folder, questions) -> list[str]:
-        """Of plain `generate`, with the pixels in every turn."""
+        """The answers of plain `generate`, with the pixels in every turn."""
         model = MCLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         processor = MCLlavaProcessor.from_pretrained(folder)
         turns, answers = [], []

@@ -1,4 +1,4 @@
-"""The crop plan: integers only."""
+"""The crop plan, which is computed with integers only."""
 
 import time
 

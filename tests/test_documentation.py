@@ -1,5 +1,5 @@
 """
-README.md and docs/: every code block is run, or, where it needs the Hub, a GPU or hours, checked as far as it can be.
+README.md and docs/: every code block is run, or checked as far as possible if it needs the Hub, a GPU or hours.
 
 `tiny`, converted, stands for the 3B model.
 """
@@ -29,7 +29,7 @@ from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, cli
 
 
 CURRENT = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-DOCUMENTS = [*CURRENT, ROOT / "CHANGELOG.md"]  # which also names what is gone
+DOCUMENTS = [*CURRENT, ROOT / "CHANGELOG.md"]  # which also names files that are gone
 MODEL = "./MC-LLaVA-3b"
 # Programs that other tests start as the documentation does, or that only fetch or show something.
 OTHER_PROGRAMS = {
@@ -52,7 +52,7 @@ RUN_ELSEWHERE = {
     "train": "test_training.py and test_tiny.py",
     "visheratin/MC-LLaVA-3b": "test_checkpoints.py",
 }
-# What makes a recipe for eight GPUs a step on a CPU.
+# Overrides that turn a recipe for eight GPUs into one step on a CPU.
 ONE_STEP = "max_steps=1 batch_size=1 accumulation=1 workers=0 max_crops=[0,2] num_tokens=[20,40] dtype=float32".split()
 
 
@@ -120,7 +120,7 @@ def run(*arguments, cwd) -> str:
 
 
 def call(words: list[str], monkeypatch, capsys, stdin: bytes = b"") -> str:
-    """What a `mc-llava` command prints. It runs in this process, without another start."""
+    """What a `mc-llava` command prints. It runs in this process, which saves starting another."""
     monkeypatch.setattr(sys, "argv", words)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
     try:
@@ -145,7 +145,7 @@ class TestPython:
 
     @pytest.mark.slow
     def test_training_quantized_weights(self, place):
-        """By a recipe and by TRL alone, and the adapter's way into a whole model."""
+        """With a recipe and with TRL alone; and merging the adapter into a whole model."""
         (command,) = [words for words in OURS if "quantize=nf4" in words]
         rows = place / "mine.json"
         rows.write_text(blocks("json", "training.md")[0])
@@ -204,7 +204,7 @@ class TestCommands:
                 assert not word.startswith("-") or word == "-" or word in options, words
 
     def test_other_programs(self):
-        """What they are told exists: scripts, extras, options of launchers."""
+        """Their arguments exist: scripts, extras, options of launchers."""
         text = (ROOT / "pyproject.toml").read_text()
         extras = re.findall(
             r"^([\w-]+) = \[", text.partition("[project.optional-dependencies]")[2], flags=re.MULTILINE
@@ -245,7 +245,7 @@ class TestCommands:
 
     @pytest.mark.slow
     def test_an_evaluation_and_its_comparison(self, place, monkeypatch, capsys):
-        """The documented one on drawn scenes; its results stand for those of benchmarks."""
+        """The documented evaluation on drawn scenes, whose results stand in for those of benchmarks."""
         monkeypatch.chdir(place)
         evaluations = [words for words in OURS if words[1] == "eval" and "scenes" in words]
         (evaluation,) = [words for words in evaluations if "--zoom" not in words]
@@ -274,7 +274,7 @@ class TestTraining:
 
     @pytest.mark.slow
     def test_fine_tuning_from_rows_to_an_answer(self, place):
-        """The documented commands, but for one short step."""
+        """The documented commands, with one short step of training."""
         commands = [words[1:] for block in blocks("bash", "training.md") for words in split_commands(block)]
         check, train, ask = [words for words in commands if any("runs/mine" in word for word in words)][:3]
         assert train in [words[1:] for block in blocks("bash", "README.md") for words in split_commands(block)]
@@ -305,7 +305,7 @@ class TestTraining:
         assert names == {field.name for field in fields(training.Recipe)}
 
     def test_the_memory(self):
-        """16 bytes for each parameter that learns, 2 for each other one."""
+        """16 bytes per trainable parameter, 2 per frozen one."""
         from mc_llava import training
 
         with torch.device("meta"):
@@ -360,7 +360,7 @@ class TestFigures:
 
 
 def anchors(path: Path) -> set[str]:
-    """As the Hub and GitHub make them from headings."""
+    """The anchors that the Hub and GitHub make from headings."""
     headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

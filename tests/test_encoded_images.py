@@ -25,7 +25,7 @@ from mc_llava import (
 
 
 IMAGES = [picture(40, 30), picture(200, 60, seed=1), picture(70, 150, seed=2), picture(300, 300, seed=3)]
-PATCHES, ROW = 15, 32 * 4  # that a crop of the small model may give; the bytes of one
+PATCHES, ROW = 15, 32 * 4  # the most that a crop of the small model can give; the bytes of one
 GREEDY = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
 
 
@@ -49,7 +49,7 @@ def encoded(model, inputs) -> EncodedImages:
 
 @pytest.fixture
 def passes(model):
-    """How many crops passed the vision tower."""
+    """How many crops passed through the vision tower."""
     with counting_crops(model) as crops:
         yield crops
 
@@ -166,7 +166,7 @@ class TestWeights:
         assert hash_tensors([changed.view(dtype)]) != hash_tensors([tensor]) == hash_tensors([tensor.clone()])
 
     def test_two_changed_signs_do_not_cancel_out(self):
-        """The sign of a float64 is the highest bit of a word, which a product with an odd number only moves on."""
+        """The sign of a float64 is the highest bit of a word, which multiplying by an odd number merely passes on."""
         tensor = torch.arange(1.0, 33.0, dtype=torch.float64)
         hashes = {hash_tensors([tensor])}
         pairs = list(combinations(range(32), 2))
@@ -185,7 +185,7 @@ class TestWeights:
 
 
 def plain_sum(tensor: torch.Tensor) -> int:
-    """What `hash_tensors` sums for a tensor, written down word by word."""
+    """What `hash_tensors` sums for a tensor, computed word by word."""
     octets = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     words = [int.from_bytes(octets[start : start + 8], "little") for start in range(0, len(octets), 8)]
     total = 0
@@ -213,7 +213,7 @@ def edit_in_numpy(model):
 
 
 class TestHash:
-    """`hash_encoder` and `hash_tensors`: cached features on users' disks carry their value."""
+    """The hashes must stay the same, because cached features on users' disks contain them."""
 
     def test_it_is_what_it_was(self):
         """Computed by the code before the words were summed in blocks."""
@@ -270,7 +270,7 @@ class TestHash:
         merged = model.hash_encoder()
         adapted.unmerge_adapter()
         assert len({plain, apart, merged}) == 3
-        # Subtracting what was added need not give the same bits: then the hash differs again.
+        # Subtracting what was added may give other bits, in which case the hash still differs.
         names = [name for name, _ in model.named_parameters() if "base_layer.weight" in name]
         assert names and (model.hash_encoder() == apart) == self.is_as_before(model, names)
 
@@ -315,7 +315,7 @@ class TestHash:
             torch.testing.assert_close(found, expected)
 
     def test_a_device_is_asked_once(self):
-        """The tower of the 3B has 27 layers. Their weights have few shapes, whose tensors are hashed together."""
+        """The 3B model's tower has 27 layers, but few shapes of weights. Tensors of one shape are hashed together."""
         config = small_config()
         config.vision_config.num_hidden_layers = 27
         model = MCLlavaForConditionalGeneration._from_config(config)

@@ -28,7 +28,7 @@ def engine(model, processor) -> Engine:
 
 @pytest.fixture
 def passes(model):
-    """How many crops passed the vision tower."""
+    """How many crops passed through the vision tower."""
     with counting_crops(model) as crops:
         yield crops
 

@@ -1,4 +1,4 @@
-"""The estimate against what torch counts and measures on models with weights."""
+"""The estimate, compared with what torch counts and measures on models with weights."""
 
 import weakref
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("no_old_name")
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of all tensors that are made and still alive, at most."""
+    """The peak of the bytes of all tensors that were created and are still alive."""
 
     def __init__(self, *known: torch.Tensor):
         super().__init__()
@@ -75,7 +75,7 @@ def test_flops_and_weights_are_those_of_the_model(processor, inputs):
 def test_the_cache_is_that_of_prompt_and_answer(model, processor, inputs):
     output = model.generate(
         **inputs, max_new_tokens=9, do_sample=False, eos_token_id=None, return_dict_in_generate=True
-    )  # the ninth token is not fed to the model any more
+    )  # the ninth token is not fed to the model
     measured = sum(tensor.nbytes for layer in output.cache.layers for tensor in (layer.keys, layer.values))
     assert estimate_of(inputs).cache_bytes == measured
 
@@ -100,7 +100,7 @@ def test_crops_beyond_a_pass_take_their_float32_pixels_alone():
 
 @pytest.mark.slow
 def test_the_published_sizes():
-    """FACTS of the published model: 0.67 TFLOP a crop, 4.0 TFLOP of prefill for 780 tokens, 6.4 GB in float16."""
+    """The published model: 0.67 TFLOP a crop, 4.0 TFLOP of prefill for 780 tokens, 6.4 GB in float16."""
     plan = MCLlavaImageProcessor().plan(4240, 2832)
     ours = estimate(MCLlavaConfig(), len(plan), sum(crop.num_tokens for crop in plan), text_tokens=52)
     assert (ours.image_tokens, ours.prompt_tokens) == (728, 780)

@@ -1,8 +1,8 @@
 """
 Benchmarks end to end on small data sets in exactly their formats, with a small random checkpoint.
 
-Its replies are gibberish. Where a score must not be 0, the data's answers are made from replies that the model gives
-when it is asked without the evaluation's code.
+Its replies are gibberish. Where a score must not be 0, the expected answers are made from the replies that the model
+gives without the evaluation's code.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ NEW_TOKENS = 4
 
 @pytest.fixture(scope="module", autouse=True)
 def cache(tmp_path_factory):
-    """Of the datasets package, which would otherwise fill the home directory."""
+    """A cache for the datasets package, which would otherwise fill the home directory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
         yield
@@ -60,7 +60,7 @@ def engine(converted) -> Engine:
 
 
 def file_of(image: Image.Image, format: str, **options) -> dict:
-    """A cell of an image column, as data sets on the Hub hold it."""
+    """A cell of an image column, as in data sets on the Hub."""
     file = io.BytesIO()
     image.save(file, format, **options)
     return {"bytes": file.getvalue(), "path": f"image.{format.lower()}"}
@@ -85,7 +85,7 @@ def images() -> list[dict]:
 
 
 def reply_to(engine: Engine, question: str, image: dict) -> str:
-    """What the model answers when it is asked alone, without the evaluation's code."""
+    """The model's answer without the evaluation's code."""
     inputs = engine.processor(text=prompt(question), images=image["bytes"], **KNOBS)
     output = engine.model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     return engine.processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
@@ -161,7 +161,7 @@ SHARD = "model-00001-of-00002.safetensors"
 
 
 class TestIdentity:
-    """A model is read once for it, as long as no file has changed."""
+    """A model is read only once to compute it, as long as no file has changed."""
 
     @pytest.fixture
     def folder(self, converted, tmp_path, monkeypatch) -> Path:
@@ -228,7 +228,7 @@ class TestIdentity:
     def test_a_cache_that_is_of_no_use(self, folder, read, tmp_path, damage):
         first = identify(str(folder))
         (cache,) = (tmp_path / "cache").rglob("*.json")
-        if damage is None:  # nothing can be written where it belongs
+        if damage is None:  # nothing can be written there
             shutil.rmtree(tmp_path / "cache")
             (tmp_path / "cache").write_text("a file")
         else:
@@ -326,7 +326,7 @@ class TestVqa:
         assert not results["failed"]
 
     def test_scores(self, results):
-        # Leave one out, 1 to 7 and 9 of ten people: 0.3, 0.6, 0.9, then 1
+        # With one of ten left out, 1 to 7 and 9 people agree: 0.3, 0.6, 0.9, then 1
         values = [list(record["scores"].values())[0] for record in results["questions"]]
         assert values == pytest.approx([0.3, 0.6, 0.9, 1, 1, 1, 1, 1])
         (overall,) = [row for row in results["scores"] if row["part"] == "overall"]
@@ -634,7 +634,7 @@ class TestVstar:
             TASKS["vstar"].read(str(folder))
 
     def test_a_missing_picture_is_a_failed_question(self, data, engine, tmp_path):
-        """As a link of the Hub's cache to a file that was deleted."""
+        """Like a link in the Hub's cache to a deleted file."""
         shutil.copytree(data, tmp_path / "data")
         (missing,) = (tmp_path / "data" / "OCR").glob("*.JPG")
         missing.unlink()
@@ -807,7 +807,7 @@ class TestFailures:
         assert len(begun) == 2 and all(work._is_stopped for work in begun)
 
     def test_out_of_memory(self, engine, images, tmp_path, monkeypatch):
-        """A batch is asked again one by one, when its tensors are gone; a single question ends the run."""
+        """A batch is retried one question at a time, after its tensors were freed; a single question ends the run."""
         data = write_vqa("textvqa", tmp_path, images[:3], [["x"] * 10] * 3)
         generate, too_many, kept = engine.model.generate, 2, []
 
@@ -1160,7 +1160,7 @@ class TestCompare:
 
 
 class TestCommandLine:
-    """In this process; `TestResuming` starts it as its users do."""
+    """It runs in this process; `TestResuming` starts it as users do."""
 
     def call(self, *arguments, command="eval"):
         cli.app([command, *map(str, arguments)], standalone_mode=False)

@@ -1,6 +1,6 @@
 """
-Odd requests at the handler: valid ones, changed at random. Each is answered or gets a short ValueError, soon and in
-bounded memory. `FUZZ_SEED` chooses other requests, `FUZZ_COUNT` how many. `make_request(seed, index)` makes one again.
+Odd requests to the handler: valid ones, changed at random. Each is answered or gets a short ValueError, quickly and in
+bounded memory. `FUZZ_SEED` chooses other requests, `FUZZ_COUNT` how many. `make_request(seed, index)` reproduces one.
 """
 
 import base64
@@ -119,7 +119,7 @@ def draw(mode: str, size: tuple[int, int]) -> Image.Image:
 
 
 def odd_image(rng: random.Random):
-    """A picture as an endpoint gets it: base64 text or a data URI, often broken, or what it decoded itself."""
+    """A picture as an endpoint gets it: base64 text or a data URI, often broken, or a decoded picture."""
     mode = rng.choice(["RGB", "RGB", "RGBA", "L", "LA", "P", "1", "I;16", "I", "F", "CMYK"])
     size = rng.choice([(1, 1), (1, 900), (40, 30), (40, 30), (150, 100), (20_001, 1)])
     if rng.random() < 0.01:
@@ -257,5 +257,5 @@ def test_odd_requests(trial):
             )
     assert handler(known)[0]["generated_text"] == answer
     print(sorted(outcomes.items(), key=lambda entry: -entry[1]), f"{(peak() - before) / 2**20:.0f} MiB")
-    # Both happen, or the requests would not be worth their time.
+    # Both must happen, or the requests test too little.
     assert COUNT < 100 or (outcomes["answer"] > COUNT / 20 and len(outcomes) > 15)

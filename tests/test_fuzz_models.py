@@ -2,7 +2,7 @@
 Random small models, pictures, plans and prompts, with and without zoom: each way to ask gives the same tokens in
 float32.
 
-`FUZZ_SEED` and `FUZZ_COUNT` choose other models and how many; a failure prints the seed that shows it again.
+`FUZZ_SEED` and `FUZZ_COUNT` choose other models and how many; a failure prints the seed that reproduces it.
 """
 
 import os
@@ -71,7 +71,7 @@ def random_model(rng: random.Random) -> tuple[MCLlavaForConditionalGeneration, M
 
 
 def random_rows(rng: random.Random) -> list[tuple[list[int], list]]:
-    """Up to three prompts, as ids with a -1 in the place of each picture, and the up to two pictures of each."""
+    """Up to three prompts, as ids with -1 in place of each picture, and up to two pictures for each."""
     rows = []
     for _ in range(rng.randint(1, 3)):
         images = [

@@ -96,7 +96,7 @@ def test_encoder_outputs_of_transformers(model, processor):
     inputs = processor(TEXTS, NESTED)
     reference = new_tokens(model, inputs, num_beams=2)
     encoded = model.get_image_features(**{n: inputs.pop(n) for n in processor.image_processor.model_input_names})
-    for _ in range(2):  # the second call meets what the first one left
+    for _ in range(2):  # the second call sees what the first one left behind
         assert new_tokens(model, inputs, num_beams=2, mm_encoder_outputs={"image": encoded}) == reference
 
 
@@ -110,7 +110,7 @@ def test_chunked_prefill(model, processor):
 
 
 class TestWhoseTokens:
-    """Places and tokens may agree in number by chance."""
+    """The numbers of places and tokens may agree by chance."""
 
     def calls(self, model, text, fields):
         features = model.get_image_features(**fields, return_dict=True)
@@ -154,7 +154,7 @@ class TestWhoseTokens:
 
 
 def test_stop_strings_with_a_processor(model, processor):
-    """`transformers serve` passes it as the tokenizer."""
+    """`transformers serve` passes the processor as the tokenizer."""
     letter = processor.tokenizer.convert_tokens_to_ids("a")
     options = {"stop_strings": ["aaa"], "sequence_bias": {(letter,): 1e3}}
     for one in (processor, processor.tokenizer):
@@ -194,7 +194,7 @@ TURN_END = 50295
 
 @pytest.mark.parametrize("ends", [TURN_END, [50256, TURN_END], torch.tensor([50256, TURN_END])], ids=str)
 def test_no_mask_is_made_of_the_end_of_a_turn(model, processor, ends):
-    """A pad token that ends turns, as many tokenizers have: the ends within a conversation are no padding."""
+    """With a pad token that also ends turns, as in many tokenizers, the ends within a conversation are not padding."""
     ids = processor(prompt("Hello", 0) + "Hi.<|im_end|>\n" + prompt("What is it?", 0))["input_ids"]
     assert (ids == TURN_END).sum() == 3
     options = {"max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
@@ -304,7 +304,7 @@ def test_assisted_decoding_is_for_text_alone(model, processor, name):
 
 @pytest.mark.parametrize("name", ["prompt_lookup_num_tokens", "assistant_model"])
 def test_assisted_decoding_of_text(model, processor, name):
-    """The assistant is right throughout: several tokens are new between two looks at the end of the context."""
+    """The assistant model is always right, so several tokens are new between two checks for the end of the context."""
     option = {name: small_model() if name == "assistant_model" else 5}
     inputs = processor("Why?")
     assert new_tokens(model, inputs, **option) == new_tokens(model, inputs)
@@ -341,7 +341,7 @@ class TestConversationsInACache:
 
     @pytest.mark.parametrize("has_config", [False, True])
     def test_the_short_form(self, model, processor, has_config):
-        """The sequences of a short form lack tokens that are in the cache. An empty cache is false."""
+        """The sequences of a short form lack tokens that are in the cache. An empty cache is falsy."""
         cache = DynamicCache(config=model.config.get_text_config()) if has_config else DynamicCache()
         with pytest.raises(ValueError, match="can't be combined with one <image> per image: pass one <image> per vis"):
             model.generate(**processor(TEXTS[1], IMAGES[1], model), cache=cache)
@@ -375,7 +375,7 @@ def test_the_image_token_is_never_generated(processor):
 
 
 class TestReads:
-    """How often our code waits for a value of the device. `CountReads` counts it on a CPU."""
+    """How often our code waits for a value from the device, which `CountReads` counts on a CPU."""
 
     @staticmethod
     def count(model, inputs, **options) -> list[str]:
@@ -393,7 +393,7 @@ class TestReads:
             assert 1 <= len(self.count(model, many, **options)) == len(one) <= 4
 
     def test_a_prefix_cache(self, model, processor):
-        """As many for one row as for three, those that it reads the weights and embeddings with included."""
+        """As many for one row as for three, including the reads of weights and embeddings."""
         found = []
         for texts, images in ((TEXTS[:1], NESTED[:1]), ([*TEXTS, "No image"], [*NESTED, []])):
             inputs, kept = processor(texts, images, max_crops=3), PrefixCache()
@@ -430,7 +430,7 @@ class TestReads:
         assert len(counted.reads) == 1, "places are checked once"
 
     def test_what_is_counted(self):
-        """Each way to read a value, and none of those that read nothing."""
+        """Each way to read a value is counted, and nothing that reads no value."""
         tensor = torch.arange(4)
         scope = {"__name__": "ours", "tensor": tensor, "torch": torch}
         for code, reads in (

@@ -42,8 +42,8 @@ PARAMETERS = {"max_new_tokens": NEW_TOKENS}
 
 class Server:
     """
-    Answers as the toolkit of Inference Endpoints does: `/` and `/predict` alone, bodies must have `inputs`, and errors
-    have status 400 and say why.
+    Answers as the toolkit of Inference Endpoints does: only `/` and `/predict`, bodies must have `inputs`, and errors
+    have status 400 and a reason.
     """
 
     def __init__(self, answer):
@@ -108,7 +108,7 @@ class TestEndpoint:
 
     @pytest.mark.parametrize("index", [0, 1])
     def test_the_hubs_client(self, url, trial, index, monkeypatch):
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the server is here
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # the server is on this machine
         client = InferenceClient(url)
         (answer,) = client.visual_question_answering(str(trial.pictures[index]), trial.questions[index], top_k=1)
         assert trial.is_right(index, answer.answer) and 0 <= answer.score <= 1
@@ -318,7 +318,7 @@ class TestShapes:
 
 
 def test_pictures_of_any_kind(handler, trial):
-    """Transparent ones are laid over white, as everywhere else."""
+    """Transparent pictures are blended with white, as everywhere else."""
     content = io.BytesIO()
     Image.new("RGBA", (50, 40), (255, 0, 0, 0)).save(content, "PNG")
     (image,) = handler._load(handler._ask("What?", base64.b64encode(content.getvalue()).decode()))
@@ -427,7 +427,7 @@ class TestStop:
         whole = handler(ask(trial))
         text = choice(whole)[0]
         middle = len(text) // 2
-        for stop in (text[middle], text[middle : middle + 2], text[2 : middle + 1]):  # however it is tokenised
+        for stop in (text[middle], text[middle : middle + 2], text[2 : middle + 1]):  # however it is tokenized
             for given in (stop, [stop], ["nowhere", stop], [stop, text[-1]]):
                 reply = handler(ask(trial, stop=given))
                 assert choice(reply) == (text[: text.index(stop)].strip(), "stop")
@@ -505,7 +505,7 @@ class TestOddRequests:
             *({"messages": value} for value in ([], {}, "a", 1, [None], [1], [[]], [{}], [[{}]], {"role": "user"})),
             *({"messages": [{"role": role, "content": "?"}]} for role in (None, 1, [], {}, "User", "tool", "\ud800")),
             *({"messages": [{"role": "user", "content": value}]} for value in (1, {}, [1], [None], [[]], [{}], True)),
-            *({"messages": [{"role": role, "content": "a"}]} for role in ("system", "assistant")),  # nobody asks
+            *({"messages": [{"role": role, "content": "a"}]} for role in ("system", "assistant")),  # no question
             {"messages": [{"role": "user", "content": [{"type": "text", "text": 1}]}]},
             {"messages": [{"role": "user", "content": [{"type": [], "text": "a"}]}]},
             {"messages": [{"role": "user", "content": "a\ud800"}]},
@@ -615,7 +615,7 @@ class TestImages:
             assert handler._open(text).size == Image.open(trial.pictures[0]).size
 
     def test_spaces_cost_no_memory(self, handler):
-        """A list of the words between them would take many times as much."""
+        """A list of the words between them would take many times the memory."""
         text = "A " * 2_000_000
         tracemalloc.start()
         try:
@@ -637,7 +637,7 @@ class TestImages:
             handler({"inputs": "What?", "image": b"a" * 1200})
 
     def test_pixels_of_decoded_images_are_counted(self, handler, monkeypatch):
-        """An endpoint may have opened them. None is decoded."""
+        """An endpoint may have opened the pictures already. None is decoded."""
         monkeypatch.setattr(handler, "load_image", None)
         content = io.BytesIO()
         Image.new("1", (8000, 8000)).save(content, "PNG")

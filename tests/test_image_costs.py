@@ -1,4 +1,4 @@
-"""Small files that ask for much time or memory."""
+"""Small files that would take much time or memory."""
 
 import io
 import struct
@@ -23,7 +23,7 @@ def encode(image: Image.Image, format: str, **options) -> bytes:
 
 
 def read_segments(jpeg: bytes) -> tuple[bytes, list[bytes], list[bytes]]:
-    """What comes before the first scan, and each scan's header with its Huffman tables, and data."""
+    """The bytes before the first scan, and for each scan its header with Huffman tables, and its data."""
     position, start, pending, headers, scans = 2, jpeg[:2], b"", [], []
     while (marker := jpeg[position + 1]) != 0xD9:
         end = position + 2 + int.from_bytes(jpeg[position + 2 : position + 4], "big")
@@ -50,7 +50,7 @@ def jpeg_of_scans(image: Image.Image, count: int, format: str = "JPEG", **option
 
 
 def arithmetic_jpeg(side: int, count: int) -> bytes:
-    """A grey progressive JPEG with arithmetic coding, of so many scans."""
+    """A gray progressive JPEG with arithmetic coding and this many scans."""
 
     def segment(marker: int, content: bytes) -> bytes:
         return struct.pack(">BBH", 255, marker, len(content) + 2) + content
@@ -112,7 +112,7 @@ def tiles_beyond_the_edge() -> bytes:
 
 
 def strips_of_one_jpeg() -> bytes:
-    """50 strips that share one JPEG of 90 scans, and one strip of its own for each scan that is too many."""
+    """50 strips that share one JPEG of 90 scans, and a separate strip for each scan above the limit."""
     content = jpeg_of_scans(Image.new("L", (4000, 80)), 90)
     offsets, lengths = struct.pack("<50I", *[2000] * 50), struct.pack("<50I", *[len(content)] * 50)
     tags = {**GREY_TIFF, 259: 7, 256: 4000, 257: 16000, 278: 320, 273: offsets, 279: lengths}
@@ -124,7 +124,7 @@ def more_strips_than_rows() -> bytes:
 
 
 def jpeg2000(patch, **options) -> bytes:
-    """A small one whose header says 9000 x 9000, patched further: `patch` gets where the coding style starts."""
+    """A small file whose header says 9000 x 9000, patched further: `patch` gets where the coding style starts."""
     content = bytearray(encode(Image.new("L", (512, 512)), "JPEG2000", no_jp2=True, **options))
     content[8:16] = struct.pack(">II", 9000, 9000)
     patch(content, content.index(b"\xff\x52"))
@@ -149,7 +149,7 @@ def rle_bitmap(code: bytes) -> bytes:
 
 
 def tags_of_one_place(count: int, size: int) -> bytes:
-    """What Pillow before 13 would copy `count` times, and an orientation of 6: a TIFF, or the EXIF of another file."""
+    """Values that Pillow before 13 copies `count` times, and an orientation of 6: a TIFF, or another file's EXIF."""
     entries = struct.pack("<HHIHH", 274, 3, 1, 6, 0)
     entries += b"".join(struct.pack("<HHII", 1000 + index, 7, size, 20_000) for index in range(count))
     return (b"II*\0" + struct.pack("<IH", 8, count + 1) + entries + bytes(4)).ljust(20_000, b"\0") + bytes(size)
@@ -301,7 +301,7 @@ COSTLY = {
         ),
         "TIFF of 21 JPEG scans",
     ),
-    # The decoder searches all earlier ones for each.
+    # For each, the decoder searches all earlier ones.
     "AVIF of parts": (
         lambda: (
             box(b"ftyp", b"avif\0\0\0\0")
@@ -419,7 +419,7 @@ def test_what_encoders_write_is_read(name):
 
 
 def test_the_position_in_the_file_stays(tmp_path):
-    """For what reads an image bit by bit, as its owner may."""
+    """For callers that load an image piece by piece, as its owner may."""
     for format in ("JPEG", "TIFF", "JPEG2000"):
         with Image.open(io.BytesIO(encode(picture(64, 48), format))) as image:
             from mc_llava.image_costs_mc_llava import check_work
@@ -486,7 +486,7 @@ for kind in (torch.bfloat16, torch.float64):
 
 @pytest.mark.slow
 def test_memory_is_at_most_three_times_the_pictures_or_the_decoders():
-    """Pillow's decoder of WebP takes 16 bytes a pixel, five times the picture's."""
+    """Pillow's WebP decoder takes 16 bytes a pixel, five times as much as the picture."""
     profile = icc_profile("RGB ", 2.2, P3).hex()
     run = subprocess.run([sys.executable, "-c", MEMORY, profile], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr

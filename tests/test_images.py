@@ -273,13 +273,13 @@ def test_broken_exif_in_an_avif():
     content = encode(picture(20, 10), "AVIF", exif=block)
     broken = content.replace(b"II*\0", b"XXXX").replace(b"MM\0*", b"XXXX")
     assert broken != content
-    assert same(broken, load_image(content))  # whose orientation the container says as well
+    assert same(broken, load_image(content))  # whose container has the orientation, too
     with pytest.raises(ValueError, match="not an image that can be read: save it as PNG"):
         load_image(broken[:100])
 
 
 def icc_profile(space: str, gamma: float, primaries=None, white=(0.9642, 1.0, 0.8249)) -> bytes:
-    """A profile of a display or of grey: XYZ of red, green and blue relative to white at D50."""
+    """A profile of a display or of gray: XYZ of red, green and blue relative to white at D50."""
 
     def number(value: float) -> bytes:
         return struct.pack(">i", round(value * 65536))
@@ -492,7 +492,7 @@ def test_a_url_is_read_up_to_a_limit(monkeypatch):
         def do_GET(self):
             self.send_response(404 if self.path == "/other.png" else 200)
             self.end_headers()
-            if self.path == "/slow.png":  # a byte from time to time, without an end
+            if self.path == "/slow.png":  # a byte from time to time, without end
                 with contextlib.suppress(OSError):
                     while True:
                         self.wfile.write(b"a")
@@ -583,7 +583,7 @@ def test_a_pipe_a_device_and_a_folder_are_not_read(tmp_path):
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="there is no /proc")
 def test_a_file_whose_bytes_can_not_be_read():
-    """As on a disk that is broken; its first page is never there."""
+    """Like a file on a broken disk, whose first page can never be read."""
     with pytest.raises(ValueError, match="cannot read the image /proc/self/mem: .*Input/output error"):
         load_image("/proc/self/mem")
 
@@ -708,7 +708,7 @@ def test_a_closed_image_says_that_it_is_closed(tmp_path, format):
         load_image(image)
     with open(path, "rb") as file:
         image = Image.open(file)
-    if format not in ("WEBP", "AVIF"):  # whose decoders have read all of it
+    if format not in ("WEBP", "AVIF"):  # whose decoders have read the whole file
         with pytest.raises(ValueError, match="the image is closed: pass it while it is open"):
             load_image(image)
     with Image.open(path) as image:
@@ -755,7 +755,7 @@ def test_arrays_without_pixels():
 
 
 class HEICFile(ImageFile.ImageFile):
-    """As pillow-heif's, but the content is a PNG's."""
+    """Like pillow-heif's plugin, but the content is a PNG."""
 
     format = "HEIF"
 

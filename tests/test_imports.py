@@ -1,4 +1,4 @@
-"""What is loaded when: help texts, wrong options and `crops` must not wait for torch."""
+"""Which modules are loaded when: help texts, wrong options and `crops` must not wait for torch."""
 
 import ast
 import json
@@ -60,7 +60,7 @@ def test_what_is_light_is_loaded_alone():
 
 @pytest.mark.parametrize("file", mc_llava.ROOT_FILES)
 def test_no_private_name_of_transformers_is_imported(file):
-    """It may be gone in the next release, and the whole model would no longer load."""
+    """A private name may be gone in the next release, after which the whole model would no longer load."""
     nodes = ast.walk(ast.parse((ROOT / f"{file}.py").read_text()))
     imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
     names = {name.name for node in imports if (node.module or "").startswith("transformers") for name in node.names}

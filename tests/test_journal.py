@@ -49,7 +49,7 @@ def test_a_run_with_other_settings_does_not_resume(tmp_path, changed):
 
 
 def test_what_was_written_is_on_the_disk(tmp_path, monkeypatch):
-    """All of it has left Python's buffers when it is synchronized."""
+    """Everything has left Python's buffers when the file is synchronized."""
     synchronized = []
     monkeypatch.setattr(os, "fsync", lambda file: synchronized.append(os.fstat(file).st_size))
     journal.append(tmp_path / "out.partial", RECORDS)

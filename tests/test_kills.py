@@ -27,7 +27,7 @@ STEPS = 6
 
 
 def run(words, kill_after=None, limit=None) -> tuple[int, str]:
-    """Run a command, killed after so many seconds if it still runs. Returns its exit status, and what it said."""
+    """Run a command, and kill it after this many seconds if it still runs. Returns its exit status and output."""
     process = Process("-m", "mc_llava", *words, largest=limit)
     if kill_after is not None:
         time.sleep(kill_after)

@@ -1,4 +1,4 @@
-"""How `tiny` is made, with a few steps and scenes."""
+"""The training of `tiny`, with a few steps and scenes."""
 
 import copy
 import json
@@ -101,7 +101,7 @@ def test_conversations_have_their_loss_on_the_answers(processor, model, monkeypa
         text = tokenizer.decode(ids).replace("<image>", "").replace("<pad>", "")
         turns = text.split("<|im_start|>assistant\n")[1:]
         assert [turn.split("<|im_end|>")[0] for turn in turns] == answers
-    # What the chat template makes of the same turns.
+    # What the chat template renders for the same turns.
     caption = conversations.SceneCollator(processor, images, captions=1.0, turns=3)(rows[1:])
     text = tokenizer.decode(caption["input_ids"][0]).replace("<image>", "")
     asked, said = text.split("<|im_end|>")[0].split("\n")[-1], text.split("assistant\n")[1].removesuffix("<|im_end|>")
@@ -163,7 +163,7 @@ def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(proc
         scene = image.scene
         plan = processor.image_processor.plan(scene.width, scene.height, 32, 128)
         ids, layers = batch["input_ids"][row], layers | {int(layer)}
-        # Whose place is it, and which crops show all of its group?
+        # Which group does this place belong to, and which crops show the whole group?
         (group, thing), *others = [
             (group, thing)
             for group in scene.groups
@@ -183,7 +183,7 @@ def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(proc
         else:
             assert batch["labels"][row, position + 1] not in (-100, processor.tokenizer.eos_token_id)
     assert layers == {conversations.NAMING_LAYER, conversations.ANSWERING_LAYER}
-    # From every word of the answers about one thing, all of which these crops show; about two, from the prompt's last.
+    # From every word of answers about one thing, which these crops show whole; about two, from the last of the prompt.
     for row, (ids, labels) in enumerate(zip(batch["input_ids"], batch["labels"])):
         spoken = ((labels != -100) & (labels != processor.tokenizer.eos_token_id)).nonzero()[:, 0]
         turns = processor.tokenizer.decode(ids).count("<|im_start|>user")
@@ -202,7 +202,7 @@ def test_looks_lead_from_names_and_answers_to_the_crops_that_show_the_thing(proc
         assert looks["positions"][answering].tolist() == expected
         naming = (here & (looks["layers"] == conversations.NAMING_LAYER)).sum().item()
         assert 0 < naming <= 2 * turns
-    # A caption names all and asks for none; short batches have questions alone.
+    # A caption names all groups and asks about none; short batches have questions only.
     caption = conversations.SceneCollator(processor, images, captions=1.0, turns=4)
     assert bool(len(caption([{"image": 0, "short": short, "seed": 2}])["looks"]["rows"])) is short
 
@@ -226,7 +226,7 @@ def test_the_loss_of_looking_falls_with_the_share_of_the_right_crops():
     def loss():
         return looking_loss(layers, attentions, hidden_states, **looks).item()
 
-    # Two fifths of the attention in both layers; nothing known of the one name's place in either layer after it.
+    # Two fifths of the attention in both layers; the name's place is known after neither of them.
     places = PLACE_WEIGHT * 2 * 0.375
     assert loss() == pytest.approx(-2 * math.log(0.4) + places, rel=1e-4)
     attentions[1][0, :2, 3] = torch.tensor([0, 0.5, 0.5, 0, 0])  # the third head is free
@@ -470,7 +470,7 @@ class TestWhatCanBeTold:
             assert conversations.can_tell(question, conversations.best_heights(crops))
         for kind in ("attribute", "position"):
             assert conversations.can_tell(scenes.ask(whole.scene, kind, rng), conversations.best_heights(whole))
-        # What can't be told is not learned.
+        # What can't be told is not trained on.
         collator = conversations.SceneCollator(processor, [whole], captions=0.0, turns=2)
         _, labels, looks = collator.conversation(whole, [scenes.ask(whole.scene, "ocr", rng)])
         assert set(labels) == {-100} and looks
@@ -552,7 +552,7 @@ cli.main()
 
 
 def run_recipe(output) -> dict[str, dict[int, float]]:
-    """`mc-llava train examples/tiny.yaml` with a smaller model; of both stages step -> loss."""
+    """`mc-llava train examples/tiny.yaml` with a smaller model. For both stages, step -> loss."""
     sizes = {
         "num_images": 4,
         "num_tested": 2,
@@ -596,7 +596,7 @@ def test_a_smaller_model_learns_by_the_command_and_resumes_on_the_same_curve(tmp
     work = tmp_path / "tiny-work"
     whole = run_recipe(tmp_path / "tiny")
     assert whole["tower"][120] < 0.8 * whole["tower"][10]
-    # As if each stage had been stopped half-way, the second after its four images had come around five times.
+    # As if each stage had been stopped halfway, the second after five passes over its four images.
     shutil.rmtree(work / "tower" / "checkpoint-120")
     shutil.rmtree(work / "language_model-1" / "checkpoint-20")
     again = run_recipe(tmp_path / "tiny")
@@ -665,7 +665,7 @@ def test_all_stages_run_leave_a_model_and_can_be_called_again(tmp_path, monkeypa
     language_model.train_tiny(replace(longer, language_model=replace(stage, seed=1, steps=3)))
     assert (tmp_path / "tiny-work" / "language_model-1" / "checkpoint-3").is_dir()
     assert len(list((tmp_path / "tiny-work" / "images-3").glob("*.safetensors"))) == 2 and cached() == shards
-    # A model that is trained further begins with the weights of the other one.
+    # A model that is trained further starts from the other one's weights.
     still = {"tower": replace(stage, steps=1, decay=0, learning_rate=1e-9)}
     still["language_model"] = replace(still["tower"], seed=1)
     started = replace(recipe, output=str(tmp_path / "other"), start=str(output), num_images=2, **still)
@@ -694,7 +694,7 @@ def test_a_round_goes_on_with_another_tower_other_scenes_and_more_layers(tmp_pat
     monkeypatch.setattr(language_model, "train_round", noted)
     model = MCLlavaForConditionalGeneration.from_pretrained(language_model.train_tiny(recipe))
     made = {path.relative_to(work).as_posix(): path.stat().st_mtime_ns for path in work.glob("images-*/*.safetensors")}
-    scenes_of = {"images-1": ["0-3"], "images-4": ["3-5", "3-6"]}  # of the second tower first two, then one more
+    scenes_of = {"images-1": ["0-3"], "images-4": ["3-5", "3-6"]}  # of the second tower: two at first, then one more
     assert set(made) == {f"{name}/scenes-{part}.safetensors" for name, parts in scenes_of.items() for part in parts}
     assert done == [1, 2, 3]
     assert len(model.model.language_model.layers) == 4

@@ -62,7 +62,7 @@ def model(converted) -> MCLlavaForConditionalGeneration:
 
 @pytest.fixture(scope="module")
 def rows(model, processor) -> list[dict]:
-    """Three questions; what is expected is what the model says to the first two when it is asked without lmms-eval."""
+    """Three questions. For the first two, the expected answers are the model's own without lmms-eval."""
     found = []
     for index, size in enumerate(((700, 500), (200, 300), (640, 640))):
         image = picture(*size, seed=index)
@@ -79,7 +79,7 @@ def processor(converted) -> MCLlavaProcessor:
     return MCLlavaProcessor.from_pretrained(converted)
 
 
-# Its own task, but for where the data lie.
+# Its own task, except for the location of the data.
 TEXTVQA = """\
 task: local_textvqa
 include: {tasks}/textvqa/textvqa_val.yaml

@@ -1,4 +1,4 @@
-"""Metrics against hand-computed cases from their definitions, and against lmms-eval's copies where it is installed."""
+"""Metrics, compared with cases computed by hand and, if lmms-eval is installed, with its copies."""
 
 import copy
 import random
@@ -42,7 +42,7 @@ from mc_llava.evaluation.metrics import (
         ("10:30", "10:30"),
         ("", ""),
         ("the", ""),
-        ("." * 40, "." * 8),  # 32 replacements and no more: a flag in the place of a count
+        ("." * 40, "." * 8),  # 32 replacements and no more: the script passes a flag in place of a count
     ],
 )
 def test_normalize_answer(text, normalized):
@@ -143,7 +143,7 @@ def test_mcnemar():
 
 
 class TestAgainstLmmsEval:
-    """Its functions change what they are given: each call gets a copy."""
+    """Its functions modify their arguments, so each call gets a copy."""
 
     @pytest.fixture(autouse=True)
     def lmms_eval(self):
@@ -182,14 +182,14 @@ class TestAgainstLmmsEval:
                 expected = oracle(copy.deepcopy(doc), [reply])["exact_match"]
                 assert textvqa_accuracy(reply, answers) == pytest.approx(expected)
             seen.add(expected)
-            if len({answer.strip() for answer in answers}) > 1:  # where all agree, lmms-eval is no vqaEval.py
+            if len({answer.strip() for answer in answers}) > 1:  # where all agree, lmms-eval differs from vqaEval.py
                 doc = {"question_id": 0, "answers": [{"answer": a, "answer_id": i} for i, a in enumerate(answers)]}
                 expected = vqav2_process_results(doc, [reply])["exact_match"]
                 assert vqav2_accuracy(reply, answers) == pytest.approx(expected)
         assert len(seen) >= 4
 
     def test_gqa(self):
-        """Its task ignores case and all punctuation; GQA's script, the case and a period at the end alone."""
+        """lmms-eval's task ignores case and all punctuation, GQA's script only case and a final period."""
         from lmms_eval.api.metrics import exact_match_hf_evaluate
 
         def oracle(reply, answer):

@@ -395,7 +395,7 @@ def test_states_of_a_generated_sequence_cost_no_second_pass_of_the_tower(process
 
 
 class Packed(torch.nn.Linear):
-    """A layer as quantizers make it: its weight is bytes, of no use but to itself."""
+    """A layer as quantizers make it: its weight is bytes that only the layer can use."""
 
     def __init__(self, layer):
         super().__init__(layer.in_features, layer.out_features)

@@ -22,7 +22,7 @@ NAMES = ("quickstart", "multi_crop")
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_notebook_is_its_source(name):
-    """`jupytext --to ipynb --set-kernel python3 examples/notebooks/*.py` makes one of the other."""
+    """`jupytext --to ipynb --set-kernel python3 examples/notebooks/*.py` makes each notebook from its source."""
     source, notebook = (
         jupytext.read(ROOT / "examples" / "notebooks" / f"{name}.{suffix}") for suffix in ("py", "ipynb")
     )

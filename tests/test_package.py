@@ -52,7 +52,7 @@ def build_wheel(source: Path, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def installed(clone, tmp_path_factory) -> Path:
-    """A folder with the unpacked wheel, which was built from a clone's files, as the Hub gives them, without git."""
+    """A folder with the unpacked wheel, built without git from a clone's files, as downloaded from the Hub."""
     folder = tmp_path_factory.mktemp("installed")
     wheel = build_wheel(clone, folder)
     assert wheel.name.startswith("mc_llava-0.2.0-")
@@ -162,7 +162,7 @@ class TestModelCard:
 
     @pytest.mark.parametrize("status", [200, 400])
     def test_the_validator_is_asked_and_heard(self, monkeypatch, status):
-        """huggingface_hub's validator leaves the judgement to the Hub, for which a server on this machine stands."""
+        """huggingface_hub's validator asks the Hub, for which a server on this machine stands in."""
         asked = []
 
         class Hub(BaseHTTPRequestHandler):
@@ -193,7 +193,7 @@ class TestModelCard:
         )
 
     def test_the_hub_itself_accepts_it(self):
-        """It is asked where that is wanted."""
+        """Only if TEST_HUB is set."""
         if os.environ.get("TEST_HUB") != "1":
             pytest.skip("ModelCard.validate() asks the Hub: set TEST_HUB=1 to run it")
         code = f"from huggingface_hub import ModelCard; ModelCard.load({str(ROOT / 'README.md')!r}).validate()"

@@ -1,4 +1,4 @@
-"""Our model against a plain composition of transformers' SigLIP and Phi, on a checkpoint in the published layout."""
+"""Our model compared with a composition of transformers' SigLIP and Phi, on a checkpoint in the published layout."""
 
 import json
 
@@ -18,7 +18,7 @@ EAGER = {"attn_implementation": "eager"}  # the fused one differs from CPU to CP
 
 
 class Composition:
-    """One picture, one question, no cache, no batch: the facts about the published model, one after another."""
+    """One picture, one question, no cache, no batch: the published model's computation, step by step."""
 
     def __init__(self, folder):
         config = json.loads((folder / "config.json").read_text())

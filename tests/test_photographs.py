@@ -1,4 +1,4 @@
-"""Scenes on photographs, made of folders that are filled here."""
+"""Scenes on photographs, from folders that are filled here."""
 
 import math
 import random
@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> Path:
     picture(60, 90, seed=1).resize((600, 900)).save(folder / "photographs" / "more" / "high.PNG")
     for index, name in enumerate(("apple", "grapes", "hourglass", "polar_bear", "tiger", "tiger-2")):
         image = Image.new("RGBA", (100, 80))
-        # Magenta is no color of a photograph here.
+        # No photograph here contains magenta.
         ImageDraw.Draw(image).ellipse((20, 10, 79, 49), fill=(250, 0, 250 - index, 255))
         image.save(folder / "objects" / f"{name}.png")
     return folder
@@ -123,7 +123,7 @@ class TestFolders:
         assert reading.family_split("Aileron") == "test"
         assert reading.family_split("Noto Sans") == reading.family_split("Noto-Serif") == "test"
         assert reading.family_split("Lato") == "train"
-        # Fonts of symbols draw other things in the places of letters.
+        # Symbol fonts draw other things in place of letters.
         assert reading.family_of(str(Path(FONTS, "cmsy10.ttf"))) is None
         assert reading.family_of(str(Path(FONTS, "STIXSizOneSymReg.ttf"))) is None
 

@@ -1,4 +1,4 @@
-"""`pipeline("image-text-to-text")`, as the Hub's widget and its users call it."""
+"""`pipeline("image-text-to-text")`, as the Hub's widget and users call it."""
 
 import os
 import subprocess
@@ -113,7 +113,7 @@ def test_text_before_the_picture(pipe, trial):
 
 @pytest.mark.parametrize("is_remote", [True, False])
 def test_a_saved_pipeline(trial, tmp_path, is_remote):
-    """A pipeline saves its parts, not the processor. Loading takes the code from the folder, which is all there is."""
+    """A pipeline saves its parts, not the processor. The code is loaded from the folder, its only source."""
     if is_remote:
         pipe = pipeline("image-text-to-text", model=str(trial.folder), trust_remote_code=True)
     else:
@@ -138,7 +138,7 @@ def test_questions_without_a_picture(pipe):
 
 
 def test_a_picture_that_transformers_would_read_otherwise(pipe, trial, tmp_path):
-    """Grey of 16 bits, which its loader turns white, in messages and as docs/usage.md says."""
+    """16-bit gray, which the pipeline's loader turns white: in messages, and as docs/usage.md says."""
     grey = np.asarray(Image.open(trial.pictures[0]).convert("L"))
     wide = tmp_path / "wide.png"
     Image.fromarray(grey.astype(np.uint16) * 257).save(wide)

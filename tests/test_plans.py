@@ -1,4 +1,4 @@
-"""Crop plans as values: given to a call, told by it, and kept with what was encoded."""
+"""Crop plans as values: passed to a call, returned by it, and kept with what was encoded."""
 
 import io
 
@@ -48,7 +48,7 @@ def test_boxes_are_of_the_picture_after_its_orientation():
     exif[0x0112] = 6
     WIDE.save(content, "PNG", exif=exif)
     image_processor = MCLlavaImageProcessor()
-    box = [(0, 100, 120, 200)]  # 120 wide, 200 high once it stands upright
+    box = [(0, 100, 120, 200)]  # 120 wide and 200 high once it is upright
     turned = image_processor(content.getvalue(), plans=[box], return_tensors="pt")
     upright = image_processor(load_image(content.getvalue()), plans=[box], return_tensors="pt")
     assert torch.equal(turned["pixel_values"], upright["pixel_values"])

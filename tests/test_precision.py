@@ -27,7 +27,7 @@ NAME = str(HERE).removeprefix("torch.")
 
 @pytest.fixture(autouse=True)
 def as_it_is(monkeypatch):
-    """Each warning is given once a process; here once a test."""
+    """Each warning is given once per process; here, once per test."""
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     precision_mc_llava.logger.warning_once.__func__.cache_clear()
 
@@ -101,7 +101,7 @@ class TestLoading:
         assert capsys.readouterr().err.count(f"computing in {NAME} on cpu") == 1
 
     def test_results_of_batch(self, trial, tmp_path, monkeypatch):
-        """They carry what was computed in, and are not mixed with another one's."""
+        """Results record the dtype of the computation, and are not mixed with another's."""
         picture(30, 20).save(tmp_path / "a.png")
         job = Job(str(tmp_path / "a.png"), str(trial.folder), max_new_tokens=2, max_crops=0)
         rows = tmp_path / "rows.jsonl"
@@ -133,7 +133,7 @@ class TestLoading:
 
 
 class TestFloat16:
-    """A user who asks for it gets it, and a warning."""
+    """A user who asks for float16 gets it, with a warning."""
 
     @staticmethod
     def warnings(caplog) -> list[str]:
@@ -168,7 +168,7 @@ class TestFloat16:
 
 class TestOneCopy:
     def test_a_dtype_for_each_part(self, converted):
-        """transformers takes the model's, and says that such dictionaries are deprecated."""
+        """transformers uses the model's dtype, and warns that such dictionaries are deprecated."""
         for dtype in ({"": torch.bfloat16, "text_config": torch.float32}, {"": "bfloat16"}):
             model = MCLlavaForConditionalGeneration.from_pretrained(converted, dtype=dtype)
             assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

@@ -26,7 +26,7 @@ TOKEN_BYTES = 2 * 2 * 48 * 4  # layers, keys and values, hidden size, float32
 
 @pytest.fixture
 def computed(model, monkeypatch):
-    """How many tokens of each row passed the language model, for each pass."""
+    """The number of tokens per row in each pass of the language model."""
     layer, lengths = model.model.language_model.layers[0], []
     forward = layer.forward  # a hook would be refused
 
@@ -130,7 +130,7 @@ def test_logits(model, processor):
 
 
 def embeddings(model, inputs) -> dict:
-    """The short form's inputs as embeddings alone, which other code may have made."""
+    """The short form's inputs as embeddings only, as other code may pass them."""
     request = model._expand_prompt(model._read_request(inputs["input_ids"], inputs["image_features"], None, {}))
     embeds = model.model.embed_prompt(request.new_ids, inputs["image_features"])
     return {"inputs_embeds": embeds, "attention_mask": request.attention_mask}
@@ -157,7 +157,7 @@ def features(model, inputs) -> dict:
     ids=str,
 )
 def test_every_way_to_ask_gives_the_same_tokens(model, processor, way, options):
-    """In batches of different lengths too, and whatever other prompts have left in the cache."""
+    """Also in batches of different lengths, and whatever other prompts have left in the cache."""
     kept = PrefixCache()
     for texts, images in (
         (["What is it?", "And this? Tell me more."], [IMAGES[0], IMAGES[1]]),
@@ -198,7 +198,7 @@ def test_lengths_and_what_looks_at_the_prompt(model, processor, options):
 @given(st.data())
 @settings(max_examples=12, deadline=None)
 def test_random_prompts(processor, data):
-    """Cached equals uncached, and the bounds hold, whatever fits."""
+    """Cached equals uncached, and the bounds hold, however much fits."""
     model = small_model(data.draw(st.integers(0, 3)))
     kept = PrefixCache(max_bytes=data.draw(st.sampled_from([0, 1, 40, 70, 100, 10_000])) * TOKEN_BYTES)
     words = st.lists(st.sampled_from(["cat", "dog", "red", "blue"]), min_size=1, max_size=8).map(" ".join)

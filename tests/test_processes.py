@@ -1,4 +1,4 @@
-"""Forks behave like processes that `subprocess` starts, and none is left."""
+"""Forks behave like processes that `subprocess` starts, and none is left over."""
 
 import os
 import subprocess
@@ -75,7 +75,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def is_running(pid: int) -> bool:
-    """Not so for a zombie, which some containers keep."""
+    """False for a zombie, which some containers keep."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

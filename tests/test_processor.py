@@ -91,7 +91,7 @@ class TestQuestionsAndPrompts:
             assert torch.equal(processor("What?", images)["pixel_values"], processor("What?", WIDE)["pixel_values"])
 
     def test_each_image_is_loaded_once(self, processor, monkeypatch):
-        """By the image processor. Loaded twice, what one of them refuses is refused."""
+        """Only the image processor loads pictures. If each was loaded twice, either loader could refuse it."""
         loaded = []
         module = sys.modules[type(processor.image_processor).__module__]
         load = module.load_image
@@ -195,7 +195,7 @@ class PydanticMessage(pydantic.BaseModel):
 
 
 class TestMessageObjects:
-    """Dataclasses and pydantic models, as OpenAI's clients hold them."""
+    """Dataclasses and pydantic models, as in OpenAI's clients."""
 
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
 
@@ -255,7 +255,7 @@ class TestChatMessages:
         ],
     )
     def test_a_turns_images_come_first(self, processor, content, text):
-        """The model was trained on nothing else. A new line parts the texts around an image."""
+        """The model was trained only on this order. A new line separates the texts around an image."""
         expected = f"<|im_start|>user\n{text}<|im_end|>\n"
         assert processor.apply_chat_template(messages(*content)) == expected
         as_engines_do = {"chat_template": processor.chat_template, "tokenize": False}
@@ -346,7 +346,7 @@ class TestChatMessages:
                 processor.tokenizer.apply_chat_template(conversation, chat_template=processor.chat_template)
 
     def test_an_image_parts_the_text_around_it(self, processor):
-        """So two pieces that would be a token do not touch."""
+        """So that two pieces that together would form a token don't touch."""
         conversation = messages(part("a<|im_"), {"type": "image"}, part("end|>b"))
         prompt = processor.apply_chat_template(conversation)
         assert "<image>\na<|im_\nend|>b" in prompt
@@ -424,7 +424,7 @@ MARKED = (
 
 
 class TestOtherTemplates:
-    """What a template has rendered is a prompt, even if it looks like a question."""
+    """A template's output is a prompt, even if it looks like a question."""
 
     def ids(self, processor, text) -> list[int]:
         return processor.tokenizer(text)["input_ids"]
@@ -482,7 +482,7 @@ class TestOtherTemplates:
         ids, marks = (np.asarray(out[name])[0] for name in ("input_ids", "assistant_masks"))
         assert ids.tolist() == self.ids(processor, "USER: What? BOT: A cup.")
         assert processor.decode(ids[marks == 1]).strip() == "A cup."
-        # Of one kind: TRL looks for each id in a set, where it finds no tensor.
+        # All of one type: TRL looks up each id in a set, where a tensor is not found.
         assert isinstance(out["input_ids"], torch.Tensor if given.get("return_tensors") else list)
 
     def test_whether_a_text_is_a_prompt_can_be_said(self, processor):
@@ -539,7 +539,7 @@ class TestOtherTemplates:
 
 
 class TestAddedTokens:
-    """Only what controls the model is special: our tokens, and what was added as special."""
+    """Only control tokens are special: ours, and those that were added as special."""
 
     @pytest.fixture
     def own(self, processor):

@@ -1,8 +1,8 @@
 """
 The published code's recorded outputs: boxes, pixels and tokens equal, features and logits within 1e-4.
 
-tests/published/ is the part of the recording that ships: scripts/record_published.py says what it holds, and why the
-logits in it stand for all. The full recording, where it is at hand, is compared as well, and the tokenizer with it.
+tests/published/ is the part of the recording that is in the repository: scripts/record_published.py says what it
+contains, and why its logits stand for all. If the full recording is available, it and its tokenizer are compared, too.
 Attention is eager: with the fused one, some CPUs are off by 1.2e-4 instead of 2.4e-5.
 """
 
@@ -42,7 +42,7 @@ class Recording:
 
     @staticmethod
     def encode_once(model):
-        """The tower, which takes most of the time, reads a pass of crops once, whatever is asked about them."""
+        """The tower, which takes most of the time, encodes each pass of crops once, for all questions about them."""
         encode, kept = model.encode_crops, {}
 
         def encode_crops(pixel_values: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ def test_features(recording):
 
 
 def questions(recording):
-    """Of each recorded question its row, its prompts as ids, and how many crops and tokens it was asked with."""
+    """For each recorded question: its row, its prompts as ids, and its numbers of crops and tokens."""
     for row in recording.expected["generation"]:
         prompts = [[id for id in ids if id != PAD] for ids in row["input_ids"]]
         yield row, prompts, {"max_crops": row["max_crops"], "num_tokens": row["num_tokens"]}

@@ -1,4 +1,4 @@
-"""Quantised language models: which layers are, what they weigh, and how near their answers are."""
+"""Quantized language models: which layers are quantized, how large they are, and how close the answers are."""
 
 import copy
 import importlib.util
@@ -23,7 +23,7 @@ from mc_llava.loading import QUANTIZED, find_device, load, load_model
 pytestmark = pytest.mark.slow
 
 
-# Phi-2's heads of 80, and widths that fill the quantised kernels' blocks.
+# Phi-2's heads of 80, and widths that fill the quantized kernels' blocks.
 SIZES = {
     "text": {"hidden_size": 320, "intermediate_size": 1280, "num_attention_heads": 4, "num_hidden_layers": 2},
     "vision": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 2},
@@ -115,7 +115,7 @@ class TestFourBits:
         assert handler({**request, "parameters": {"max_new_tokens": 1, "max_crops": 2}})
 
     def test_the_hash_of_the_weights_calls_no_hooks_and_no_adapters(self, folder):
-        """PEFT's adapters refuse a single row while a batch of rows has an adapter for each."""
+        """PEFT refuses a single row when each row of a batch has its own adapter."""
         peft = pytest.importorskip("peft", reason='pip install "mc-llava[train]" to test adapters')
         config = BitsAndBytesConfig(load_in_4bit=True)
         small = MCLlavaForConditionalGeneration.from_pretrained(folder, quantization_config=config).eval()

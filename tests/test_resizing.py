@@ -57,7 +57,7 @@ def test_every_bit_is_pillows(image_and_boxes, side, resample):
 @pytest.mark.parametrize("width", [1, 2, 3])
 @pytest.mark.parametrize("beyond", [-1, 0, 1, 150])
 def test_every_bit_of_a_strip_is_pillows(width, beyond):
-    """Before 13, Pillow resizes the columns first if there are a hundred times as many rows."""
+    """Before version 13, Pillow resizes the columns first if there are a hundred times as many rows."""
     image = picture(width, 100 * width + beyond).point(lambda value: 255 * (value > 127))
     for side in (7, 56, 96, 384):
         boxes = [(0, 0, *image.size), (0, 0, width, image.height - 9)]
@@ -85,7 +85,7 @@ def test_the_usual_grids(size):
 
 
 class TestDevice:
-    """The device is the CPU here, treated as an accelerator is."""
+    """The device is the CPU, treated like an accelerator."""
 
     @pytest.fixture
     def sent(self, monkeypatch) -> list[torch.Tensor]:
@@ -148,7 +148,7 @@ class TestThreads:
         assert self.threads(boxes=nearly_all) == 2
 
     def test_threads_work_on_after_the_main_one_has_ended(self, monkeypatch):
-        """Pools of `concurrent.futures` don't: a server in a thread would fail at each picture."""
+        """Pools of `concurrent.futures` don't: with them, a server in a thread would fail on each picture."""
         monkeypatch.setattr(concurrent.futures.thread, "_shutdown", True)
         monkeypatch.setattr("mc_llava.resizing_mc_llava.count_threads", lambda: 2)
         monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

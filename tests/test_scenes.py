@@ -1,4 +1,4 @@
-"""Scenes: what is promised of their sizes, splits and questions."""
+"""Scenes: what is promised about their sizes, splits and questions."""
 
 import hashlib
 import random
@@ -231,7 +231,7 @@ def test_labels_say_what_a_crop_shows():
     assert labels["places"][red] * 192 == pytest.approx(sign.center)
     assert np.isnan(labels["places"]).sum() == 2 * (len(labels["places"]) - 2)
 
-    # Cut by the crop's edge: what it says can't be told.
+    # Cut by the crop's edge: illegible.
     middle = round(sign.center[0])
     cut = label_crop(scene, (middle, 0, middle + 192, 192), side=96, patch_size=8)
     assert (cut["sign_texts"][red] == IGNORED).all() and (cut["patch_orders"] == IGNORED).sum() == 1

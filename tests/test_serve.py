@@ -1,4 +1,4 @@
-"""`transformers serve`, started as its users start it and asked by OpenAI's client."""
+"""`transformers serve`, started as users start it and called by OpenAI's client."""
 
 import base64
 import os

@@ -1,4 +1,4 @@
-"""`mc-llava train` in two processes, by DDP and by FSDP2, against one: the same losses and the same weights."""
+"""`mc-llava train` in two processes, with DDP and FSDP2, gives the same losses and weights as in one."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def recipe(tmp_path_factory) -> Path:
 
 
 def launch(way: str, arguments: list[str], environment: dict[str, str]):
-    """Run the worker in two processes, or in one. accelerate itself starts them one time: starting takes long."""
+    """Run the worker in two processes, or in one. accelerate's own launcher is used only once, because it is slow."""
     if way == "accelerate":
         command = [sys.executable, "-m", "accelerate.commands.launch", *ACCELERATE, "--multi_gpu", *arguments]
         results = [subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, timeout=1200)]
@@ -110,7 +110,7 @@ def test_two_processes_learn_what_one_learns(recipe, one, way):
     assert any(first != second for first, second in passes)  # of the vision tower
     assert losses == pytest.approx(one[0], abs=1e-4)
     for name, weight in one[1].items():
-        if not name.endswith("k_proj.bias"):  # whose gradient is rounding alone, which Adam makes large
+        if not name.endswith("k_proj.bias"):  # whose gradient is rounding error alone, which Adam amplifies
             torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-4, msg=name)
 
 
@@ -122,7 +122,7 @@ def test_accelerate_launches_ddp(recipe, one):
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp"])
 def test_the_recipe_of_the_3b(recipe, way):
-    """Adapters on frozen layers in bfloat16, of which gradients go back to the projector through checkpoints."""
+    """Adapters on frozen layers in bfloat16, through which gradients flow back to the projector with checkpointing."""
     settings = yaml.safe_load((ROOT / "examples" / "finetune_3b.yaml").read_text())
     overrides = [f"{name}={settings[name]}" for name in ("train", "lora", "dtype", "gradient_checkpointing")]
     name = f"{way}.3b"

@@ -1,4 +1,4 @@
-"""Two processes with a half of the language model each, as torchrun starts them."""
+"""Two processes with half of the language model each, started as torchrun does."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""`tiny`, the checkpoint that is bundled, against what docs/tiny.md says of it."""
+"""`tiny`, the bundled checkpoint, compared with what docs/tiny.md says about it."""
 
 import json
 import re
@@ -26,7 +26,7 @@ NUM_ASKED = 50  # of each kind
 
 @pytest.fixture(scope="module")
 def replies() -> dict[str, list[bool]]:
-    """Kind -> whether the answers to the first questions of the study are right, with tiny's saved knobs."""
+    """Kind -> whether the answers to the study's first questions are right, with `tiny`'s saved knobs."""
     model, processor, revision = load("tiny")
     assert revision == STUDY["revision"], "docs/study.json was made with other weights: run mc-llava study again"
     engine = Engine(model, processor, max_new_tokens=MAX_NEW_TOKENS)

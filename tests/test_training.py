@@ -113,7 +113,7 @@ def collate(recipe, count=2):
 
 
 def losses(output: Path) -> dict[int, float]:
-    """Step -> loss, as the last checkpoint remembers them."""
+    """Step -> loss, as recorded in the last checkpoint."""
     last = max(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
@@ -409,14 +409,14 @@ ADAPTERS = {"lora": Lora(r=4, alpha=8), "train": ("projector",)}
     ("rate", "changes"), [(1e8, {}), (1e12, {}), (1e15, {}), (1e10, ADAPTERS), (1e12, ADAPTERS), (1e15, ADAPTERS)]
 )
 def test_a_single_step_after_which_the_model_answers_nothing(recipe, rate, changes):
-    """The squares of its weights are finite, its logits are not: no step follows that would tell."""
+    """The squares of the weights are finite, the logits are not, and no further step would notice."""
     with pytest.raises(ValueError, match="(loss is nan|loss is inf|not finite or too large) at step 1.*has diverged"):
         train(replace(recipe, learning_rate=rate, warmup=0, max_steps=1, **changes))
     assert not list(Path(recipe.output).rglob("*.safetensors"))
 
 
 def test_a_checkpoint_that_answers_nothing_is_not_made_a_model(recipe, monkeypatch):
-    """As a version without the check may have left it."""
+    """As a version without the check may have left behind."""
     with monkeypatch.context() as patch:
         patch.setattr(training, "check_sound", lambda *args: None)
         train(replace(recipe, learning_rate=1e8, warmup=0, max_steps=1))
@@ -428,7 +428,7 @@ def test_a_checkpoint_that_answers_nothing_is_not_made_a_model(recipe, monkeypat
 
 
 def test_the_check_before_a_checkpoint_changes_no_step(recipe, monkeypatch):
-    """It draws no random number that dropout then lacks, and leaves the model training."""
+    """It draws no random numbers, which would change dropout, and leaves the model in training mode."""
     lora = replace(recipe, lora=Lora(r=4, alpha=8, dropout=0.5), train=("projector",), save_steps=1)
     train(lora)
     monkeypatch.setattr(training, "check_sound", lambda *args: None)
@@ -472,7 +472,7 @@ def test_a_checkpoint_of_which_any_large_file_is_cut_is_not_whole(tmp_path, name
     reason='what quantizes is not here: pip install "mc-llava[quantize]"',
 )
 class TestQuantized:
-    """QLoRA: adapters learn over weights of 4 bits, and are merged into whole ones."""
+    """QLoRA: adapters are trained on 4-bit weights, and merged into the full ones."""
 
     def test_by_recipe(self, recipe, monkeypatch):
         found, start = {}, SFTTrainer.train
@@ -606,7 +606,7 @@ def test_a_resumed_run_saves_and_logs_as_often_as_it_is_told(recipe):
 
 @pytest.mark.parametrize("changed", ["data", "broken", "model", "learning_rate"])
 def test_a_run_is_not_resumed_as_another(recipe, folder, tmp_path, changed):
-    """Its next rows would be others than those that are left."""
+    """Its next rows would not be those that are left."""
     rows = read_entries(recipe.data)
     begun = replace(recipe, data=str(tmp_path / "rows.json"), max_steps=2, max_broken=9, learning_rate=1e-4)
     Path(begun.data).write_text(json.dumps([*rows, row(image="later.jpg")]))
@@ -656,7 +656,7 @@ def test_the_model_to_start_from_is_not_overwritten(recipe, tmp_path, lora):
 
 
 def test_a_model_that_was_saved_with_quantized_weights_is_refused_before_it_trains(recipe, tmp_path):
-    """The adapters would be lost at the end: they can't be merged into it."""
+    """The adapters would be lost at the end, because they can't be merged into such a model."""
     shutil.copytree(recipe.model, tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -666,7 +666,7 @@ def test_a_model_that_was_saved_with_quantized_weights_is_refused_before_it_trai
 
 
 class TestAUsersOwnTrainer:
-    """Whatever a Trainer saves, it loads: a resumed run goes on as if nothing had happened."""
+    """Whatever a Trainer saves, it loads: a resumed run continues as if nothing had happened."""
 
     def trainer(self, folder, run, steps, kind="whole", **options):
         torch.manual_seed(0)
@@ -733,7 +733,7 @@ class TestAUsersOwnTrainer:
         assert trainer.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-4)
 
     def test_predicts_logits(self, tmp_path, processor):
-        """Of rows with pictures and without, in several batches."""
+        """For rows with and without pictures, in several batches."""
 
         def collate(rows):
             inputs = processor(["a"] * len(rows), [[Image.new("RGB", (60, 60))] * row["pictures"] for row in rows])
@@ -799,7 +799,7 @@ def test_lora_changes_the_language_models_matrices_and_the_named_parts(recipe):
     assert changed == expected
     adapter = load_file(Path(output, "adapter", "adapter_model.safetensors"))
     assert any("lora_A" in name for name in adapter)
-    assert not (output / "README.md").exists()  # TRL's tells of a model "None"
+    assert not (output / "README.md").exists()  # TRL's describes a model "None"
 
 
 @pytest.mark.parametrize(

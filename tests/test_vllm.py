@@ -27,13 +27,13 @@ from mc_llava.convert import convert
 pytestmark = pytest.mark.vllm
 pytest.importorskip("vllm", reason="vLLM is not here: bash scripts/test_vllm.sh installs it")
 
-# vLLM's attention on a CPU wants heads of 32 or more.
+# vLLM's attention on a CPU requires heads of 32 or more.
 SIZES = {
     "text": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": 3},
     "vision": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 3},
 }
 KNOBS = {"max_crops": 2, "num_tokens": 30}  # of the engine
-MORE = {"max_crops": 20, "num_tokens": 70}  # of a request: more crops than pass the tower at once
+MORE = {"max_crops": 20, "num_tokens": 70}  # of a request: more crops than the tower encodes at once
 PLAN = {"plans": [[[0, 0, 600, 400], [250, 100, 450, 300]]], "max_crops": None, "num_tokens": 40}
 NEW_TOKENS = 8
 ENVIRONMENT = {

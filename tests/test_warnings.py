@@ -1,4 +1,4 @@
-"""No command of ours and no pipeline makes transformers warn of an old name."""
+"""None of our commands and no pipeline makes transformers warn about an old name."""
 
 import json
 
@@ -46,7 +46,7 @@ def old_names_in(errors: str) -> list[str]:
 
 @pytest.fixture
 def warnings_of(server, tmp_path):
-    """Lines of standard error that speak of an old name, of a process that succeeds."""
+    """The lines about old names in the standard error of a process that succeeds."""
 
     def found(*arguments, stdin="") -> list[str]:
         result = run(*arguments, cwd=tmp_path, input=stdin.encode(), server=server, text=True)
@@ -57,7 +57,7 @@ def warnings_of(server, tmp_path):
 
 
 def test_imports(server):
-    """Commands are forks, which say nothing of what was imported before."""
+    """Commands are forks, which don't repeat warnings from imports."""
     assert [line for line in old_names_in(server.errors()) if "torch.jit" not in line] == []
 
 
@@ -80,13 +80,13 @@ def test_chat(warnings_of):
 
 
 def test_a_pipeline(trial, warnings_of):
-    """On some releases (5.19) each pipeline passes `generation_config` and options itself and is warned for it."""
+    """On some releases (5.19) each pipeline itself passes `generation_config` with options, which causes a warning."""
     found = warnings_of("-c", PIPELINE, str(trial.folder))
     assert [line for line in found if "Passing `generation_config` together" not in line] == []
 
 
 def test_training(tmp_path, warnings_of):
-    """What other packages do themselves is theirs: torch's TorchScript, PEFT's `is_gradient_checkpointing`."""
+    """Warnings about other packages' own code don't count: torch's TorchScript, PEFT's `is_gradient_checkpointing`."""
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A sign."}]
     rows = [{"id": "1", "image": "scene1.jpg", "conversations": turns}]
     (tmp_path / "rows.json").write_text(json.dumps(rows))

@@ -98,7 +98,7 @@ def test_generate_looks_and_answers_as_zoom_and_generate_do(zooming, processor, 
 
 @pytest.fixture
 def passes(zooming):
-    """How many crops passed the vision tower."""
+    """How many crops passed through the vision tower."""
     with counting_crops(zooming) as crops:
         yield crops
 
@@ -214,7 +214,7 @@ def test_where_it_looked(zooming, processor, zoom):
 
 @pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
 def test_adapters_by_row(processor, heads):
-    """Also for rows that zoom wouldn't ask: those without a picture, and with one that has no scouts."""
+    """Also for rows without zoom: those without a picture, or with one that has no scouts."""
     peft = pytest.importorskip("peft")
     model = small_model(5, "eager")
     model.config.zoom_heads = heads
@@ -231,7 +231,7 @@ def test_adapters_by_row(processor, heads):
 
 
 def test_the_cache_tells_adapters_of_a_call_apart(processor):
-    """PEFT takes names for crops if there are as many of them as rows."""
+    """PEFT takes `adapter_names` to be those of crops if there are as many crops as rows."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(target_modules=".*tower.*fc2", init_lora_weights=False)
     adapted, cache = peft.get_peft_model(small_model(), config).eval(), FeatureCache()
@@ -553,7 +553,7 @@ def test_offloaded_parts(processor, tmp_path, part, place):
         MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32, **more)
         for more in ({}, {"device_map": {**device_map, f"model.{part}": "disk"}, "offload_folder": tmp_path / "disk"})
     )
-    if place == "cpu":  # in memory, from where the weights are moved to the device for each pass
+    if place == "cpu":  # in main memory, from which weights are moved to the device for each pass
         offloaded = MCLlavaForConditionalGeneration.from_pretrained(tmp_path / "model", dtype=torch.float32)
         cpu_offload(offloaded.get_submodule(f"model.{part}"), execution_device=torch.device("cpu"))
     assert {parameter.device.type for parameter in offloaded.get_submodule(f"model.{part}").parameters()} == {"meta"}

@@ -1,4 +1,4 @@
-"""Which heads find what is asked about: one that was planted is found, and none where none is."""
+"""Which heads find what is asked about: a planted head is found, and none if none was planted."""
 
 import json
 
@@ -16,7 +16,7 @@ PLANTED = (0, 2)
 
 
 def examples(number: int, is_visible: bool = True):
-    """A bright square somewhere on grey noise, or a square of the noise."""
+    """A bright square somewhere on gray noise, or a square of the noise."""
     rng = np.random.default_rng(0)
     for _ in range(number):
         pixels = rng.integers(60, 100, (300, 400, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""Where guided zoom looks: integers only."""
+"""Where guided zoom looks, which is computed with integers only."""
 
 import pytest
 from hypothesis import given, settings
@@ -106,7 +106,7 @@ def test_the_most_relevant_crops_are_covered_and_things_at_their_seams_lie_whole
     assert all(contains(around, box) for box in closer)
     side = closer[0][2] - closer[0][0]
     thing = side * 2 // 5 - 2
-    left, top, right, bottom = around  # what the region's edge cuts lies whole in one, too
+    left, top, right, bottom = around  # what the region's edge cuts is entirely in one, too
     for x in range(left, right - thing, 13):
         for y in range(top, bottom - thing, 17):
             assert any(contains(box, (x, y, x + thing, y + thing)) for box in closer)

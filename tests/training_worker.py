@@ -1,7 +1,7 @@
 """
-`mc-llava train` as one of several processes, and what it saw: see test_sharded_training.py.
+`mc-llava train` as one of several processes, which records what it saw: see test_sharded_training.py.
 
-accelerate shards on accelerators alone. torch shards on a CPU, too: here accelerate is told to do so.
+accelerate shards on accelerators only. torch can also shard on a CPU: here accelerate is made to do so.
 """
 
 import json
