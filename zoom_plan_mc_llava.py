@@ -20,6 +20,7 @@ OVERLAP = (2, 5)
 MARGINS = {FEW: (0, 1), MANY: (1, 6)}
 SCOUT_OVERLAP = (1, 8)
 LEAST_SCOUTS = 6  # before 3 x 3 crops are affordable
+WORTH_A_LOOK = 1000  # a closer look pays for one part in so many of the relevance
 
 
 def split_budget(max_crops: int, rounds: int) -> tuple[int, int, int, int]:
@@ -174,13 +175,16 @@ def can_be_closer(boxes: list[Box], covered: set[Box], side: int) -> list[bool]:
 
 def pays(boxes: list[Box], relevance: list[float], covered: set[Box], side: int) -> bool:
     """
-    The gate: whether most of the relevance lies on crops of which a closer look would show more.
+    The gate: whether crops of which a closer look would show more got at least one part in `WORTH_A_LOOK` of the
+    relevance.
 
-    Attention goes to the whole picture if the question is about something large, and to crops of earlier rounds if
-    they cover what it is about: then the answer needs no further crops. The arguments are those of `look_closer`.
+    That is little, because heads attend to where they can read the answer. If every scout cuts a sign, nearly all of
+    their attention goes to the whole picture, although the sign is illegible there. If the question is about something
+    large, or closer crops already show what it is about, all of it does. The arguments are those of `look_closer`.
     """
     closer = can_be_closer(boxes, covered, side)
-    return 2 * sum(found for found, is_closer in zip(relevance, closer) if is_closer) > sum(relevance)
+    found = sum(share for share, is_closer in zip(relevance, closer) if is_closer)
+    return found > 0 and WORTH_A_LOOK * found >= sum(relevance)
 
 
 def look_closer(
@@ -219,4 +223,14 @@ def look_closer(
     return new
 
 
-__all__ = ["count_closer", "look_closer", "pays", "plan_rounds", "plan_scouts", "share_evenly", "split_budget", "tile"]
+__all__ = [
+    "can_be_closer",
+    "count_closer",
+    "look_closer",
+    "pays",
+    "plan_rounds",
+    "plan_scouts",
+    "share_evenly",
+    "split_budget",
+    "tile",
+]
