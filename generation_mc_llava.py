@@ -84,6 +84,24 @@ def check_cache(cache: Cache, input_ids: torch.LongTensor) -> int:
     return known
 
 
+def check_images(encoded: dict[str, ModelOutput] | None, kwargs: dict):
+    """
+    Raise a ValueError if images come both as pixels and encoded, as pixels without their counts, or with `zoom` where
+    there is nothing to look at.
+
+    Args:
+        encoded: the encoded images, or None.
+        kwargs: the other arguments of `generate`.
+    """
+    if kwargs.get("zoom_options") is not None and (encoded or kwargs.get(CACHE) is not None):
+        other = "image features" if encoded else "a cache"
+        raise ValueError(f"zoom can't be combined with {other}: call the processor with zoom=0")
+    if kwargs.get("pixel_values") is not None:
+        if encoded:
+            raise ValueError("pass either pixel_values or image features, not both")
+        check_counts(kwargs.get("crop_num_tokens"), kwargs.get("image_grid_thw"))
+
+
 @dataclass(frozen=True)
 class GenerationRequest:
     """
@@ -228,15 +246,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         if prefix_cache is not None:
             self._refuse_with_prefixes(generation_config, kwargs)
-        request = self._read_request(inputs, image_features, generation_config, kwargs)
-        if request.tokens_per_image:
-            self._refuse_options(request.is_short, generation_config, kwargs)
-        if request.is_short:
-            request = self._expand_prompt(request)
-        has_prompt = request.new_ids is not None
-        if has_prompt:
-            self._check_context(request.lengths, request.run_ends, request.tokens_per_image)
+        request = self._prepare_request(inputs, image_features, generation_config, kwargs)
 
+        has_prompt = request.new_ids is not None
         is_kept = has_prompt and prefix_cache is not None
         looked = self._pass_on_images(request, feature_cache, is_kept, kwargs)
         if is_kept:
@@ -258,12 +270,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             # Beams move between rows: only their prompts are known to be alike.
             new_embeds = self.get_input_embeddings()(sequences[:, request.prompt_length :]) if repeats == 1 else None
             prefix_cache.keep(prompts, kwargs[CACHE], new_embeds, repeats)
-        if isinstance(output, ModelOutput):
-            if CACHE != "cache":
-                output.cache = output.get(CACHE)
-            if looked is not None:
-                output.zoomed_images = self._zoomed_images(looked)
-        return output
+        return self._add_fields(output, looked) if isinstance(output, ModelOutput) else output
 
     def generate_batch(self, inputs, *args, **kwargs):
         """
@@ -298,6 +305,17 @@ class MCLlavaGenerationMixin(GenerationMixin):
         self.generate(**inputs, **greedy, max_new_tokens=1, prefix_cache=kept)
         return kept
 
+    def _prepare_request(self, inputs, image_features, generation_config, kwargs: dict) -> GenerationRequest:
+        """Read and check the arguments, and expand a prompt in short form."""
+        request = self._read_request(inputs, image_features, generation_config, kwargs)
+        if request.tokens_per_image:
+            self._refuse_options(request.is_short, generation_config, kwargs)
+        if request.is_short:
+            request = self._expand_prompt(request)
+        if request.new_ids is not None:
+            self._check_context(request.lengths, request.run_ends, request.tokens_per_image)
+        return request
+
     def _read_request(
         self, input_ids: torch.LongTensor | None, image_features, generation_config, kwargs: dict
     ) -> GenerationRequest:
@@ -309,17 +327,11 @@ class MCLlavaGenerationMixin(GenerationMixin):
             kwargs[CACHE] = cache
         encoded = self._encoder_outputs(image_features, kwargs.pop("mm_encoder_outputs", None))
         tokens_per_image = [len(features) for features in encoded["image"].pooler_output] if encoded else []
-        if kwargs.get("zoom_options") is not None and (encoded or cache is not None):
-            other = "image features" if encoded else "a cache"
-            raise ValueError(f"zoom can't be combined with {other}: call the processor with zoom=0")
-        has_pixels = kwargs.get("pixel_values") is not None
-        if has_pixels:
-            if encoded:
-                raise ValueError("pass either pixel_values or image features, not both")
-            check_counts(kwargs.get("crop_num_tokens"), kwargs.get("image_grid_thw"))
-
-        if (tokens_per_image or has_pixels) and kwargs.get("inputs_embeds") is not None:
+        check_images(encoded, kwargs)
+        has_images = tokens_per_image or kwargs.get("pixel_values") is not None
+        if has_images and kwargs.get("inputs_embeds") is not None:
             raise ValueError("images need input_ids, not inputs_embeds: their places are found by <image>'s id")
+
         new_ids, attention_mask = self._read_ids(input_ids, cache, generation_config, kwargs)
         lengths, run_ends, counts = [], [], []
         if new_ids is not None:
@@ -432,6 +444,17 @@ class MCLlavaGenerationMixin(GenerationMixin):
             cache.batch_repeat_interleave(repeats)
         kwargs[CACHE] = cache
         return prompts, repeats
+
+    def _add_fields(self, output: ModelOutput, looked) -> ModelOutput:
+        """
+        The output with its keys and values as `cache` in all releases of transformers, and with the `zoomed_images` of
+        guided zoom.
+        """
+        if CACHE != "cache":
+            output.cache = output.get(CACHE)
+        if looked is not None:
+            output.zoomed_images = self._zoomed_images(looked)
+        return output
 
     def _end_at_context(
         self, request: GenerationRequest, stopping_criteria, generation_config, kwargs: dict
