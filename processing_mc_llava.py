@@ -290,41 +290,46 @@ class MCLlavaProcessor(ProcessorMixin):
             if feature_cache is not None:
                 raise ValueError("feature_cache needs the model that encodes: pass model as well")
             return self._add_general_question(super().__call__(images=images, text=text, **kwargs))
+        return self._encode(model, feature_cache, text, images, kwargs)
+
+    def _encode(self, model, feature_cache, text: list[str], images, kwargs: dict) -> BatchFeature:
+        """The result of a call with a model: prompts in short form, and the encoded images."""
         if self.image_processor.asks_to_zoom(kwargs):
             raise ValueError("zoom happens in generate, after this call: leave model out, or pass zoom=0")
-
         prompts, images = self._assemble(text, images)
         kwargs = self._merge_kwargs(
             self.valid_processor_kwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
         inputs = self.tokenizer(prompts, **kwargs["text_kwargs"])
         self._check_special_mm_tokens(prompts, inputs, ["image"])
-        device = input_device(model)
-        inputs = BatchFeature(dict(inputs)).to(device)
+        inputs = BatchFeature(dict(inputs)).to(input_device(model))
         if images:
-            options = kwargs["images_kwargs"]
             check_processor(model, self.image_processor)
-            if feature_cache is not None:
-                encoded = feature_cache.encode(model, self.image_processor, images, **options)
-                inputs["image_features"] = [one.features for one in encoded]
-                return inputs
-            options = {**options, "device": options.get("device") or device, "return_tensors": "pt"}
-            image_inputs = self.image_processor(images, **options)
-            with torch.no_grad():
-                inputs["image_features"] = model.get_image_features(
-                    **image_inputs.to(device), return_dict=True
-                ).pooler_output
+            inputs["image_features"] = self._encode_images(model, feature_cache, images, kwargs["images_kwargs"])
         return inputs
 
+    def _encode_images(self, model, feature_cache, images: list, options: dict) -> list[torch.Tensor]:
+        """One float[tokens, hidden] per image."""
+        if feature_cache is not None:
+            encoded = feature_cache.encode(model, self.image_processor, images, **options)
+            return [one.features for one in encoded]
+        device = input_device(model)
+        options = {**options, "device": options.get("device") or device, "return_tensors": "pt"}
+        inputs = self.image_processor(images, **options).to(device)
+        with torch.no_grad():
+            return model.get_image_features(**inputs, return_dict=True).pooler_output
+
     def _add_general_question(self, inputs: BatchFeature) -> BatchFeature:
-        if "zoom_options" in inputs:
-            content = [{"type": "image"}, {"type": "text", "text": GENERAL_QUESTION}]
-            messages = [{"role": "user", "content": content}]
-            prompt = self.apply_chat_template(messages, CHAT_TEMPLATE, add_generation_prompt=True)
-            ids = self.tokenizer(prompt.split(self.image_token)[1], return_tensors="np")["input_ids"]
-            ids = np.repeat(ids, len(inputs["zoom_options"]), axis=0)  # int64[images, tokens], see `zoom_values`
-            is_torch = isinstance(inputs["zoom_options"], torch.Tensor)
-            inputs["zoom_general_ids"] = torch.from_numpy(ids) if is_torch else ids
+        """Add `zoom_general_ids`, with which guided zoom compares the question, to inputs that zoom."""
+        if "zoom_options" not in inputs:
+            return inputs
+        content = [{"type": "image"}, {"type": "text", "text": GENERAL_QUESTION}]
+        messages = [{"role": "user", "content": content}]
+        prompt = self.apply_chat_template(messages, CHAT_TEMPLATE, add_generation_prompt=True)
+        ids = self.tokenizer(prompt.split(self.image_token)[1], return_tensors="np")["input_ids"]
+        ids = np.repeat(ids, len(inputs["zoom_options"]), axis=0)  # int64[images, tokens], see `zoom_values`
+        is_torch = isinstance(inputs["zoom_options"], torch.Tensor)
+        inputs["zoom_general_ids"] = torch.from_numpy(ids) if is_torch else ids
         return inputs
 
     def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
