@@ -536,12 +536,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         if encoded is not None:
             inputs_embeds = self.embed_prompt(input_ids, encoded.pooler_output, may_be_joined)
         elif inputs_embeds is None:
-            # Skip this check while decoding: reading an id waits for the device. The cache of `generate_batch`, which
-            # has made it already, has no length: it holds several prompts.
-            is_empty = cache is None or (hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0)
-            if not torch.compiler.is_compiling() and input_ids.shape[1] > 1 and is_empty:
-                if places := int((input_ids == self.config.image_token_id).sum()):
-                    raise ValueError(f"the prompts have {places} <image> tokens but got no images: pass the images")
+            self._refuse_places(input_ids, cache)
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         warn_of_float16(inputs_embeds.dtype, inputs_embeds.device)
@@ -553,6 +548,16 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
             **{**kwargs, CACHE: cache},
         )
         return MCLlavaModelOutputWithPast(**outputs, image_outputs=encoded)
+
+    def _refuse_places(self, input_ids: torch.LongTensor, cache: Cache | None):
+        """Raise a ValueError if prompts that came without images have `<image>` tokens."""
+        # Skip this check while decoding: reading an id waits for the device. The cache of `generate_batch`, which has
+        # made it already, has no length: it holds several prompts.
+        is_empty = cache is None or (hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0)
+        if torch.compiler.is_compiling() or input_ids.shape[1] == 1 or not is_empty:
+            return
+        if places := int((input_ids == self.config.image_token_id).sum()):
+            raise ValueError(f"the prompts have {places} <image> tokens but got no images: pass the images")
 
 
 class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationMixin, MCLlavaZoomMixin):
