@@ -45,8 +45,7 @@ def estimate(
     Cost of one picture's crops and of one question about it.
 
     FLOPs are counted by torch on the model itself, with tensors that have a shape but no data. Activations follow from
-    the layers, with fused attention: while an MLP of width m passes its activation, a token of the tower holds
-    4 hidden + 2 m numbers, one of Phi, whose `gelu_new` is made of several operations, 4 hidden + 4 m.
+    the widths of the layers, with fused attention.
 
     Args:
         crops, image_tokens: of the picture, from a plan or an `EncodedImages`.
@@ -66,40 +65,61 @@ def estimate(
         )
     with torch.device("meta"):
         model = MCLlavaForConditionalGeneration._from_config(config, dtype=dtype)
-        vision, text = config.vision_config, config.text_config
-        pixels = torch.empty(1, vision.num_channels, vision.image_size, vision.image_size, dtype=dtype)
-        selected = torch.empty(image_tokens, vision.hidden_size, dtype=dtype)
-        prompt, token = (torch.empty(1, n, text.hidden_size, dtype=dtype) for n in (length, 1))
+        prompt, token = (torch.empty(1, n, config.text_config.hidden_size, dtype=dtype) for n in (length, 1))
 
-    tower = model.model.vision_tower
-    crop_flops = _count_flops(lambda: tower.encoder(inputs_embeds=tower.embeddings(pixels)))
-    token_flops = _count_flops(lambda: model.model.multi_modal_projector(selected))
-    coordinate_flops = _count_flops(lambda: model.model.coord_embed(torch.empty_like(selected[:crops, :2])))
-    cache = DynamicCache(config=text)
+    cache = DynamicCache(config=config.text_config)
     prefill_flops = _count_flops(lambda: model(inputs_embeds=prompt, cache=cache, logits_to_keep=1))
-    heads = relevant_heads(config)
-    look_flops = _count_flops(lambda: last_attention(model.model.language_model, prompt, None, heads)) if looks else 0
     prompt_bytes = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     flops_per_new_token = _count_flops(lambda: model(inputs_embeds=token, cache=cache, logits_to_keep=1))
-
-    tower_width = 4 * vision.hidden_size + 2 * vision.intermediate_size
-    text_width = 4 * text.hidden_size + 4 * text.intermediate_size
-    patches = tower.embeddings.num_patches
-    at_once = min(crops, CROPS_PER_PASS)
-    widest = max(at_once * patches * tower_width, length * text_width) * dtype.itemsize
-    copied = 0 if dtype == torch.float32 else dtype.itemsize
+    look_flops = 0
+    if looks:
+        language_model, heads = model.model.language_model, relevant_heads(config)
+        look_flops = _count_flops(lambda: last_attention(language_model, prompt, None, heads))
     return Estimate(
         crops=crops,
         image_tokens=image_tokens,
         prompt_tokens=length,
-        tower_flops=crops * crop_flops + token_flops + coordinate_flops,
+        tower_flops=_tower_flops(model, crops, image_tokens),
         look_flops=look_flops * looks * (1 if config.zoom_heads else 2),  # also with a general question
         prefill_flops=prefill_flops,
         flops_per_new_token=flops_per_new_token,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),
-        activation_bytes=pixels.numel() * (4 * crops + copied * at_once) + widest,
+        activation_bytes=_activation_bytes(model, crops, length),
         cache_bytes=prompt_bytes * (length + new_tokens) // length,
     )
+
+
+def _tower_flops(model: MCLlavaForConditionalGeneration, crops: int, image_tokens: int) -> int:
+    """FLOPs from crops to what takes the place of `<image>`: vision tower, coordinate embedding and projector."""
+    tower, vision = model.model.vision_tower, model.config.vision_config
+    with torch.device("meta"):
+        pixels = torch.empty(1, vision.num_channels, vision.image_size, vision.image_size, dtype=model.dtype)
+        coords = torch.empty(crops, 2, dtype=model.dtype)
+        selected = torch.empty(image_tokens, vision.hidden_size, dtype=model.dtype)
+    return (
+        crops * _count_flops(lambda: tower.encoder(inputs_embeds=tower.embeddings(pixels)))
+        + _count_flops(lambda: model.model.coord_embed(coords))
+        + _count_flops(lambda: model.model.multi_modal_projector(selected))
+    )
+
+
+def _activation_bytes(model: MCLlavaForConditionalGeneration, crops: int, length: int) -> int:
+    """
+    Bytes of the crops' pixels and of the widest moment of a pass: while an MLP of width m passes its activation, a
+    token of the tower holds 4 hidden + 2 m numbers, one of Phi, whose `gelu_new` is made of several operations,
+    4 hidden + 4 m.
+
+    Args:
+        length: the number of the prompt's tokens.
+    """
+    vision, text, dtype = model.config.vision_config, model.config.text_config, model.dtype
+    at_once = min(crops, CROPS_PER_PASS)
+    patches = at_once * model.model.vision_tower.embeddings.num_patches
+    tower_width = 4 * vision.hidden_size + 2 * vision.intermediate_size
+    text_width = 4 * text.hidden_size + 4 * text.intermediate_size
+    widest = max(patches * tower_width, length * text_width) * dtype.itemsize
+    copied = 0 if dtype == torch.float32 else dtype.itemsize
+    return vision.num_channels * vision.image_size**2 * (4 * crops + copied * at_once) + widest
 
 
 def _count_flops(function) -> int:
