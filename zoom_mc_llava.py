@@ -14,7 +14,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 import torch
@@ -223,42 +223,40 @@ class MCLlavaZoomMixin:
             view.key = picture_key(pixels, view.size, view.resample, values, made_by)
         return made_by[0]
 
-    def _first_views(self, ids: list, images: dict, num_tokens: list, grid: list, boxes: list, options: list):
+    def _first_views(
+        self, ids: list, images: dict, num_tokens: list, grid: list, boxes: list, options: list
+    ) -> list[View]:
         """The views of the image processor's crops. `READ_FIELDS` and the ids come as lists."""
         crops_per_image = [crops for crops, _, _ in grid]
-        tokens = sum_per_image(num_tokens, crops_per_image)
+        budgets = sum_per_image(num_tokens, crops_per_image)
         row_ends = list(accumulate(row.count(self.config.image_token_id) for row in ids))
-        rows = [bisect_left(row_ends, end) for end in accumulate(tokens)]
-        boxes = [tuple(box) for box in boxes]
-        plans = [Crop(box, count) for box, count in zip(boxes, num_tokens)]
-        starts = [sum(crops_per_image[:index]) for index in range(len(crops_per_image))]
-        sizes = [boxes[start][2:] for start in starts]
-        bytes_of_pictures = sum(3 * height * width for _, _, height, width, _ in options)
-        if sizes != [(row[3], row[2]) for row in options] or bytes_of_pictures != len(images["zoom_pictures"]):
+        rows = [bisect_left(row_ends, end) for end in accumulate(budgets)]
+        crops = iter([Crop(tuple(box), count) for box, count in zip(boxes, num_tokens)])
+        plans = [list(islice(crops, count)) for count in crops_per_image]
+        sizes = [(width, height) for _, _, height, width, _ in options]
+        num_bytes = sum(3 * width * height for width, height in sizes)
+        if [plan[0].box[2:] for plan in plans if plan] != sizes or num_bytes != len(images["zoom_pictures"]):
             raise ValueError("zoom_options and zoom_pictures don't fit the crops: pass what the processor returned")
-        pictures, views, start, byte = images["zoom_pictures"], [], 0, 0
-        if not all(can_cut_on(pictures.device, resample) for *_, resample in options):
-            pictures = pictures.cpu()
-        for crops, row, budget, (zoom, max_crops, height, width, resample) in zip(
-            crops_per_image, rows, tokens, options
+        pictures = _split_pictures(images["zoom_pictures"], options)
+        views = []
+        for pixels, plan, row, budget, (zoom, max_crops, _, _, resample) in zip(
+            pictures, plans, rows, budgets, options
         ):
-            end, size = start + crops, 3 * height * width
-            rounds, regions, per_region = plan_rounds(crops, zoom, max_crops, budget)
+            rounds, regions, per_region = plan_rounds(len(plan), zoom, max_crops, budget)
             views.append(
                 View(
-                    pixels=pictures[byte : byte + size].view(height, width, 3),
+                    pixels=pixels,
                     resample=resample,
                     row=row,
                     rounds=rounds,
                     regions=regions,
                     per_region=per_region,
-                    plan=plans[start:end],
+                    plan=plan,
                     patches=[],
-                    crop_rounds=[0] * crops,
-                    relevance=[float("nan")] * crops,
+                    crop_rounds=[0] * len(plan),
+                    relevance=[float("nan")] * len(plan),
                 )
             )
-            start, byte = end, byte + size
         return views
 
     def _look_closer(self, views: list[View], number: int, values: torch.Tensor, feature_cache: "FeatureCache | None"):
@@ -350,6 +348,14 @@ class MCLlavaZoomMixin:
         ids = [id for id, is_kept in zip(ids, kept) if is_kept]
         end = max((place for place, id in enumerate(ids, 1) if id == self.config.image_token_id), default=0)
         return ids[:end] + general_ids
+
+
+def _split_pictures(pictures: torch.Tensor, options: list) -> list[torch.Tensor]:
+    """uint8[height, width, 3] of each of `zoom_pictures`, on the device that cuts its crops."""
+    if not all(can_cut_on(pictures.device, resample) for *_, resample in options):
+        pictures = pictures.cpu()
+    parts = pictures.split([3 * height * width for _, _, height, width, _ in options])
+    return [part.view(height, width, 3) for part, (_, _, height, width, _) in zip(parts, options)]
 
 
 def _cut(view: View, boxes: list[Box], side: int) -> torch.Tensor:
