@@ -68,40 +68,35 @@ def check_header(file, name: str):
         ValueError: if there are too many icons, texts, comments, parts or tags, or an icon is larger than icons are.
     """
     file.seek(0)
-    head = file.read(8)
-    if head == PNG_SIGNATURE:
-        texts = sum(kind in PNG_TEXTS for kind, _ in _png_chunks(file, name))
-        if texts > MAX_TEXTS:
-            raise ValueError(f"{name} is a PNG of {texts} compressed texts, {MAX_TEXTS} are allowed: save it again")
+    head = file.read(12)
+    if head.startswith(PNG_SIGNATURE):
+        _check_png(file, name)
     elif head.startswith(b"\xff\xd8"):
-        file.seek(0)
         _check_segments(file, name)
     elif head.startswith(b"GIF8"):
         _check_gif(file, name)
     elif head[:4] in TIFF_SIGNATURES:
         check_tags(file, name)
-    elif head[4:] == b"ftyp" and file.read(4) in AVIF_BRANDS:
+    elif head[4:8] == b"ftyp" and head[8:] in AVIF_BRANDS:
         _check_avif(file, name)
-        file.seek(12)
-        signatures = re.finditer(b"|".join(map(re.escape, TIFF_SIGNATURES)), file.read())
-        for number, found in enumerate(signatures, 1):
-            if number > MAX_PLACES:
-                raise ValueError(f"{name} has EXIF in more than {MAX_PLACES} places: save it again")
-            check_tags(file, name, 12 + found.start())
     elif head.startswith(b"\0\0\1\0"):
-        count = int.from_bytes(head[4:6], "little")
-        if count > MAX_ICONS:
-            raise ValueError(f"{name} has {count} icons, {MAX_ICONS} are allowed: save one of them as PNG")
-        file.seek(6)
-        entries = file.read(16 * count)
-        for (offset,) in set(struct.iter_unpack("<12xI", entries[: len(entries) // 16 * 16])):
-            file.seek(offset)
-            width, height = _icon_size(file, name)
-            if max(width, height // 2) > MAX_ICON_SIDE:  # a bitmap's height counts its mask as well
-                raise ValueError(
-                    f"{name} is an icon of {width} x {height} pixels, a side may have {MAX_ICON_SIDE}: save it as PNG"
-                )
+        _check_icons(file, name)
     file.seek(0)
+
+
+def _check_icons(file, name: str):
+    file.seek(4)
+    count = int.from_bytes(file.read(2), "little")
+    if count > MAX_ICONS:
+        raise ValueError(f"{name} has {count} icons, {MAX_ICONS} are allowed: save one of them as PNG")
+    entries = file.read(16 * count)
+    for (offset,) in set(struct.iter_unpack("<12xI", entries[: len(entries) // 16 * 16])):
+        file.seek(offset)
+        width, height = _icon_size(file, name)
+        if max(width, height // 2) > MAX_ICON_SIDE:  # a bitmap's height counts its mask as well
+            raise ValueError(
+                f"{name} is an icon of {width} x {height} pixels, a side may have {MAX_ICON_SIDE}: save it as PNG"
+            )
 
 
 def _icon_size(file, name: str) -> tuple[int, int]:
@@ -118,8 +113,15 @@ def _icon_size(file, name: str) -> tuple[int, int]:
     return abs(sides[0]), abs(sides[1])
 
 
+def _check_png(file, name: str):
+    file.seek(len(PNG_SIGNATURE))
+    texts = sum(kind in PNG_TEXTS for kind, _ in _png_chunks(file, name))
+    if texts > MAX_TEXTS:
+        raise ValueError(f"{name} is a PNG of {texts} compressed texts, {MAX_TEXTS} are allowed: save it again")
+
+
 def _png_chunks(file, name: str) -> Iterator[tuple[bytes, bytes]]:
-    """The kind and the first 8 bytes of each chunk of a PNG. The file stands behind the signature."""
+    """The kind and the first 8 bytes of each chunk of a PNG, whose signature has been read."""
     others = pieces = 0
     while len(head := file.read(16)) >= 8 and (kind := head[4:8]) != b"IEND":
         length = int.from_bytes(head[:4], "big")
@@ -159,11 +161,18 @@ def _gif_blocks(file) -> Iterator[bytes]:
 
 
 def _check_avif(file, name: str):
+    """The lists that an AVIF's decoder searches, and whatever looks like EXIF after its brand."""
     total = sum(length for kind, length in _avif_boxes(file, name) if kind in AVIF_LISTS)
     if total > MAX_LIST_BYTES:
         raise ValueError(
             f"{name} is an AVIF with lists of {total} bytes, {MAX_LIST_BYTES} are allowed: save it as PNG"
         )
+    start = file.seek(12)
+    signatures = re.finditer(b"|".join(map(re.escape, TIFF_SIGNATURES)), file.read())
+    for number, found in enumerate(signatures, 1):
+        if number > MAX_PLACES:
+            raise ValueError(f"{name} has EXIF in more than {MAX_PLACES} places: save it again")
+        check_tags(file, name, start + found.start())
 
 
 def _avif_boxes(file, name: str) -> Iterator[tuple[bytes, int]]:
@@ -189,7 +198,8 @@ def _avif_boxes(file, name: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _check_segments(file, name: str):
-    """What a JPEG, which starts here, has before its pixels: Pillow joins its EXIF, and reads an index of pictures."""
+    """What a JPEG has before its pixels: Pillow joins its EXIF, and reads an index of pictures."""
+    file.seek(0)
     exif, indices, others = [], [], 0
     for marker, length in _jpeg_segments(file):
         if marker == 0xDA:  # pixels
