@@ -115,9 +115,10 @@ class EndpointHandler:
         device = "cpu" if accelerator is None else accelerator.type
         self.processor = AutoProcessor.from_pretrained(path, trust_remote_code=True)
         dtype = get_class_from_dynamic_module("precision_mc_llava.choose_dtype", path)(device)
-        if getattr(AutoConfig.from_pretrained(path, trust_remote_code=True), "quantization_config", None):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+        if getattr(config, "quantization_config", None):
             dtype = "auto"
-        options = {"trust_remote_code": True, "dtype": dtype, "use_safetensors": True}
+        options = {"config": config, "trust_remote_code": True, "dtype": dtype, "use_safetensors": True}
         self.model = AutoModelForImageTextToText.from_pretrained(path, **options).to(device).eval()
         print(f"computing in {str(self.model.dtype).removeprefix('torch.')} on {device}", file=sys.stderr, flush=True)
         self.cache = get_class_from_dynamic_module("feature_cache_mc_llava.FeatureCache", path)(CACHE_BYTES)
@@ -338,6 +339,28 @@ class EndpointHandler:
             raise ValueError(f"stop must be a string or a list of up to {MAX_STOPS}, none empty, got {show(stops)}")
         return {**options, "stop": stops}
 
+    def _read_options(self, parameters: dict) -> tuple[dict, list[str], dict]:
+        """The knobs, the stop texts, and the options of `generate`."""
+        options = self._check_options(parameters)
+        knobs = {name: options.pop(name) for name in KNOBS if name in options}
+        stops = options.pop("stop")
+        # A seed promises the same answer, and reused keys and values may differ from new ones by rounding errors.
+        prefixes = self.prefixes if options.get("seed") is None else None
+        sampling = LogitsProcessorList()
+        if options.pop("do_sample", "temperature" in options):
+            sampling = self._sampling(options)
+        kept = {name: options[name] for name in ("max_new_tokens", "repetition_penalty") if name in options}
+        return (
+            knobs,
+            stops,
+            {
+                "max_new_tokens": MAX_NEW_TOKENS,
+                **kept,
+                "prefix_cache": prefixes,
+                "logits_processor": sampling,
+            },
+        )
+
     def _sampling(self, options: dict) -> LogitsProcessorList:
         """
         What `generate(do_sample=True)` does to the logits, and `AddNoise`, which makes the most likely token a sampled
@@ -368,16 +391,8 @@ class EndpointHandler:
         return self.processor.apply_chat_template(conversation, continue_final_message=True), True
 
     def _generate(self, conversation: list[dict], parameters: dict) -> tuple[str, dict]:
-        options = self._check_options(parameters)
-        knobs = {name: options.pop(name) for name in KNOBS if name in options}
-        stops = options.pop("stop")
-        # A seed promises the same answer, and reused keys and values may differ from new ones by rounding errors.
-        prefixes = self.prefixes if options.get("seed") is None else None
-        sampling = LogitsProcessorList()
-        if options.pop("do_sample", "temperature" in options):
-            sampling = self._sampling(options)
-        options = {name: options[name] for name in ("max_new_tokens", "repetition_penalty") if name in options}
-
+        """The reply to a conversation, and how it came about: probability, finish reason, usage and zoom."""
+        knobs, stops, options = self._read_options(parameters)
         self._check_limits(conversation)
         limit = self.model.config.text_config.max_position_embeddings
         prompt, is_continued = self._write_prompt(conversation)
@@ -389,22 +404,19 @@ class EndpointHandler:
         output = self.model.generate(
             **inputs,
             image_features=[image.features for image in encoded],
-            prefix_cache=prefixes,
-            **{"max_new_tokens": MAX_NEW_TOKENS, **options},
+            **options,
             do_sample=False,
             num_beams=1,
-            logits_processor=sampling,
             stopping_criteria=StoppingCriteriaList([StopTexts(stops, prompt_length, self._decode)] if stops else []),
             return_dict_in_generate=True,
             output_logits=True,
         )
         new_ids = output.sequences[0, prompt_length:]
         text, is_finished = self._read_answer(new_ids, stops)
-        logprobs = [logits[0].float().log_softmax(-1)[id].item() for logits, id in zip(output.logits, new_ids)]
         prompt_tokens = prompt_length - len(encoded) + sum(len(image.features) for image in encoded)
         return text.rstrip() if is_continued else text.strip(), {
             "zoom": {} if looked_at is None else {"looked_at": looked_at},
-            "probability": float(torch.tensor(logprobs, dtype=torch.float32).sum().exp()),
+            "probability": probability_of(new_ids, output.logits),
             "finish_reason": "stop" if is_finished else "length",
             "usage": {
                 "prompt_tokens": prompt_tokens,
@@ -467,6 +479,12 @@ class StopTexts(StoppingCriteria):
     def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor, **kwargs) -> torch.BoolTensor:
         text = self.decode(input_ids[0, self.prompt_length :])
         return torch.full((len(input_ids),), any(stop in text for stop in self.stops), device=input_ids.device)
+
+
+def probability_of(new_ids: torch.LongTensor, logits: tuple[torch.Tensor, ...]) -> float:
+    """The probability of an answer's tokens, given the logits float[1, vocabulary] of each."""
+    logprobs = [step[0].float().log_softmax(-1)[id].item() for step, id in zip(logits, new_ids)]
+    return float(torch.tensor(logprobs, dtype=torch.float32).sum().exp())
 
 
 def decode_base64(text: str) -> bytes:
