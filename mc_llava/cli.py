@@ -21,8 +21,9 @@ from .evaluation import TASK_NAMES
 
 if TYPE_CHECKING:
     from PIL import Image
+    from transformers import TextStreamer
 
-    from . import Crop, MCLlavaForConditionalGeneration, MCLlavaImageProcessor
+    from . import Crop, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
     from .engine import Reply
 
 DEFAULT_MODEL = "tiny"
@@ -84,8 +85,6 @@ def ask(
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
     if not question.strip():
         raise ValueError("the question is empty: pass IMAGE... and then the question")
-    from transformers import TextStreamer
-
     from .crop_grid import draw_looks
     from .engine import Engine, ask_about, check_prompts
     from .loading import load_config, load_model, load_processor
@@ -101,12 +100,12 @@ def ask(
     counts = [sum(crop.num_tokens for crop in plan) for plan in plans]  # zoom moves tokens, and adds none
     check_prompts(processor, load_config(model), [ask_about(images, question)], [counts])  # before weights are loaded
     for source, image, plan, more in zip(sources, images, plans, closer):
-        say(f"{source}: {image.width} x {image.height} pixels, {describe(plan, more)}")
+        say_crops(source, image, plan, more)
     network = load_model(model, dtype, device, quantize=quantize)
     engine = Engine(network, processor, max_new_tokens=max_new_tokens, prefix_bytes=0, **knobs)
 
     start = time.perf_counter()
-    streamer = None if as_json else TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = None if as_json else answer_streamer(processor)
     with crop_progress(engine.model, sum(map(len, plans)) + sum(closer)):
         asked = images if knobs["zoom"] else engine.encode(images, plans)
         (reply,) = engine.answer([ask_about(asked, question)], streamer)
@@ -139,8 +138,6 @@ def chat(
     The picture is encoded once, or with --zoom looked at again for each question.
     Earlier turns are remembered without being computed again; /new forgets them.
     """
-    from transformers import TextStreamer
-
     from . import load_image
     from .engine import Engine
     from .loading import load_model, load_processor
@@ -149,11 +146,11 @@ def chat(
     processor = load_processor(model)
     knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
     plan, _, closer = plan_picture(processor.image_processor, picture, knobs)
-    say(f"{image}: {picture.width} x {picture.height} pixels, {describe(plan, closer)}")
+    say_crops(image, picture, plan, closer)
     network = load_model(model, dtype, device, quantize=quantize)
     engine = Engine(network, processor, max_new_tokens=max_new_tokens, **knobs)
     sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused like any other bad question
-    streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = answer_streamer(processor)
 
     turns, encoded = [], picture if knobs["zoom"] else None
     while question := read_question():
@@ -505,6 +502,17 @@ def plan_picture(
     from . import count_closer
 
     return processor.plan(*picture.size, **knobs), *count_closer(*picture.size, side=processor.size["height"], **knobs)
+
+
+def say_crops(source: str, picture: "Image.Image", plan: "list[Crop]", closer: int):
+    say(f"{source}: {picture.width} x {picture.height} pixels, {describe(plan, closer)}")
+
+
+def answer_streamer(processor: "MCLlavaProcessor") -> "TextStreamer":
+    """Prints an answer to standard output while it is generated."""
+    from transformers import TextStreamer
+
+    return TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def describe_reply(reply: "Reply", model: str, network: "MCLlavaForConditionalGeneration") -> dict:
