@@ -33,7 +33,7 @@ from .ahead import Ahead
 from .engine import GREEDY, Engine, answer_all, ask_about, count_bytes
 from .folders import find_model
 from .journal import append, check_utf8, difference, hash_file, lock, parse, replacing, resume, to_line, versions
-from .loading import find_device, identify, identify_code, load_model, load_processor, resolve_dtype
+from .loading import UNKNOWN_COMMIT, find_device, identify, identify_code, load_model, load_processor, resolve_dtype
 
 
 COLUMNS = ("id", "question", "image", "images")
@@ -574,13 +574,10 @@ def _run(
         unfinished.unlink(missing_ok=True)  # left if the run was killed between its last two lines
         return counted
     origin.unlink(missing_ok=True)  # of an output that was removed
-    records = resume(unfinished, settings, job.batch_size, partial(check_record, total=len(rows)))
-    if changed := find_changed(records):
-        raise ValueError(f"{changed}, or remove {unfinished} to ask all rows again")
-    if not os.path.isdir(find_model(job.model)) and settings["revision"] != "unknown":
+    done, failed = resume_run(unfinished, settings)
+    if not os.path.isdir(find_model(job.model)) and settings["revision"] != UNKNOWN_COMMIT:
         job = replace(job, revision=settings["revision"])  # a branch may move before a worker loads it
-    total, done, failed = len(rows), len(records), sum("error" in record for record in records)
-    starts = range(done, total, job.batch_size)
+    total, starts = len(rows), range(done, len(rows), job.batch_size)
     digest = None if isinstance(rows, Parquet) else rows.digest  # of a parquet file, computed once
     if use_ray:
         batches = answer_with_ray(replace(job, dtype=settings["dtype"]), starts, workers, digest)
@@ -591,13 +588,34 @@ def _run(
             if records[0]["row"] != done:
                 raise RuntimeError(f"row {records[0]['row']} came where {done} was due: please report this")
             append(unfinished, records)
-            done, failed = done + len(records), failed + sum("error" in record for record in records)
+            done, failed = done + len(records), failed + count_errors(records)
             progress.update(len(records))
     if done != total:
         raise RuntimeError(f"{total - done} of {total} rows were not answered: run the command again")
 
     finish(unfinished, output, origin)
     return done, failed
+
+
+def resume_run(unfinished: Path, settings: dict) -> tuple[int, int]:
+    """
+    Resume the journal of an interrupted run, or begin a new one.
+
+    Returns:
+        The number of records in it, and of those with an error.
+
+    Raises:
+        ValueError: if the run had other settings or other pictures, or the journal is damaged.
+    """
+    check = partial(check_record, total=settings["rows"])
+    records = resume(unfinished, settings, settings["batch_size"], check)
+    if changed := find_changed(records):
+        raise ValueError(f"{changed}, or remove {unfinished} to ask all rows again")
+    return len(records), count_errors(records)
+
+
+def count_errors(records: list[dict]) -> int:
+    return sum("error" in record for record in records)
 
 
 def describe_run(job: Job, rows: JsonLines | Parquet | Folder, processor: MCLlavaProcessor, use_ray: bool) -> dict:

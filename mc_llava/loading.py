@@ -34,6 +34,7 @@ LOADED = (
     "vocab.json",
     "merges.txt",
 )
+UNKNOWN_COMMIT = "unknown"  # of a Hub id whose configuration doesn't name one
 QUANTIZED = ("nf4", "int8", "int4")
 # The image's way into the language model and the answer's way out: few of the weights, and all answers pass them.
 NOT_QUANTIZED = ["model.vision_tower", "model.coord_embed", "model.multi_modal_projector", "lm_head"]
@@ -201,13 +202,13 @@ def load_processor(path: str, revision: str | None = None) -> MCLlavaProcessor:
 
 def identify(path: str, revision: str | None = None) -> str:
     """
-    Identifies a model for its results: the commit of a Hub id, or a digest of a folder's weights, configurations,
-    tokenizer and chat template. Other files, such as results, don't count.
+    Identifies a model for its results: the commit of a Hub id, or `UNKNOWN_COMMIT`, or a digest of a folder's weights,
+    configurations, tokenizer and chat template. Other files, such as results, don't count.
     """
     path = find_model(path)
     if not Path(path).is_dir():
         config = load_config(path, revision)
-        return getattr(config, "_commit_hash", None) or "unknown"
+        return getattr(config, "_commit_hash", None) or UNKNOWN_COMMIT
     files = sorted(file for pattern in LOADED for file in Path(path).glob(pattern))
     return known_digest(Path(path).resolve(), files)
 
