@@ -212,7 +212,7 @@ class Rows:
 
     good: list[dict] = field(default_factory=list)
     broken: list[dict] = field(default_factory=list)  # {"row": position in the file, "id", "reason"}
-    report: Path | None = None  # where `check` named the broken ones
+    report: Path | None = None  # where `check` listed the broken ones
     trial: dict[str, torch.Tensor] | None = None  # a batch that `check` made of some, see `pick_trial`
 
 
@@ -343,13 +343,40 @@ def is_main_process() -> bool:
 
 def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
     """
-    Read a recipe's data and name its broken rows in `output`/broken.jsonl. Each of several processes reads all.
+    Read a recipe's data and list its broken rows in `output`/broken.jsonl. Each of several processes reads all.
 
     Raises:
         ValueError: if there are more than `max_broken` of them, or none to train on, `num_tokens` leaves no room in
             the context, the chat template doesn't mark what is learned or has no place for a picture, the tokenizer
             doesn't pad, `output` is the model's folder, or the model was saved with quantized weights or with options
             of `generate` that can't be saved.
+    """
+    context = check_model(recipe, processor)
+    collator = Collator(processor, recipe, context)
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
+    if not collator.tokenize(said)[1].any():
+        raise ValueError(
+            f"the chat template of {recipe.model} doesn't mark what the assistant says, so nothing would be learned: "
+            "put it between {% generation %} and {% endgeneration %}"
+        )
+    rows = read_rows(recipe, processor, context)
+    rows.report = report_broken(recipe, rows)
+    if not rows.good:
+        reasons = f": every row is broken, see {rows.report}" if rows.broken else ""
+        raise ValueError(f"{recipe.data} has no rows to train on{reasons}")
+    rows.trial = collator(pick_trial(rows.good))  # refuses a template without a place for a picture
+    return rows
+
+
+def check_model(recipe: Recipe, processor: MCLlavaProcessor) -> int:
+    """
+    Check what doesn't depend on the data.
+
+    Returns:
+        The number of tokens in the model's context.
+
+    Raises:
+        ValueError: if the model can't be trained, or not with this recipe's options: see `check`.
     """
     model = Path(find_model(recipe.model))
     if model.exists() and model.resolve() == Path(recipe.output).resolve():
@@ -370,15 +397,20 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
         )
     if processor.tokenizer.pad_token_id is None:
         raise ValueError(f"the tokenizer of {recipe.model} has no pad_token: name one in its tokenizer_config.json")
-    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}]
-    collator = Collator(processor, recipe, context)
-    if not collator.tokenize(said)[1].any():
-        raise ValueError(
-            f"the chat template of {recipe.model} doesn't mark what the assistant says, so nothing would be learned: "
-            "put it between {% generation %} and {% endgeneration %}"
-        )
-    rows = read_rows(recipe, processor, context)
-    rows.report = report = Path(recipe.output, BROKEN_FILE)
+    return context
+
+
+def report_broken(recipe: Recipe, rows: Rows) -> Path:
+    """
+    List the broken rows in `output`/broken.jsonl.
+
+    Returns:
+        The path of that file.
+
+    Raises:
+        ValueError: if there are more than `max_broken` of them.
+    """
+    report = Path(recipe.output, BROKEN_FILE)
     report.parent.mkdir(parents=True, exist_ok=True)
     if is_main_process():
         with replacing(report) as file:
@@ -391,11 +423,7 @@ def check(recipe: Recipe, processor: MCLlavaProcessor) -> Rows:
             f"See {report}; fix them or raise max_broken"
         )
         raise ValueError(to_text(message))
-    if not rows.good:
-        reasons = f": every row is broken, see {report}" if rows.broken else ""
-        raise ValueError(f"{recipe.data} has no rows to train on{reasons}")
-    rows.trial = collator(pick_trial(rows.good))  # refuses a template without a place for a picture
-    return rows
+    return report
 
 
 def check_generation(model: str):
