@@ -121,17 +121,8 @@ def load_rows(
             rows = rows[split] if isinstance(rows, dict) else rows
             count = len(rows)
         elif path.exists():
-            files = [path]
-            if path.is_dir():
-                files = sorted(path.glob(f"**/{split}-*.parquet"))
-                files = [file for file in files if config in (None, file.parent.name)]
-            if not files:
-                name = f"{config}/{split}" if config else f"data/{split}"
-                raise ValueError(f"the folder {source} has no {name}-*.parquet: pass a copy of the Hub's data set")
-            if path.is_dir():
-                _check_shards(files)
-            sizes = {file: ParquetFile(file).metadata.num_rows for file in files}
-            count, files = sum(sizes.values()), [file for file in files if sizes[file]]  # datasets reads no empty one
+            sizes = {file: ParquetFile(file).metadata.num_rows for file in _find_parquet(path, split, config)}
+            count, files = sum(sizes.values()), [file for file in sizes if sizes[file]]  # datasets reads no empty one
             if not count:
                 raise ValueError(f"the data {source} hold no questions: pass others")
             rows = datasets.load_dataset("parquet", data_files=list(map(str, files)), split="train", streaming=True)
@@ -145,8 +136,20 @@ def load_rows(
     return count, _without_decoding(rows, source, columns)
 
 
+def _find_parquet(path: Path, split: str, config: str | None) -> list[Path]:
+    """The file, or those of a split in a folder as on the Hub."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in sorted(path.glob(f"**/{split}-*.parquet")) if config in (None, file.parent.name)]
+    if not files:
+        name = f"{config}/{split}" if config else f"data/{split}"
+        raise ValueError(f"the folder {path} has no {name}-*.parquet: pass a copy of the Hub's data set")
+    _check_shards(files)
+    return files
+
+
 def _check_shards(files: list[Path]):
-    """ValueError if a file is missing, as after a download that was cut off: scores would be those of a part."""
+    """Raise a ValueError if a file is missing, as after an interrupted download: scores would be those of a part."""
     found = {}
     for file in files:
         if match := re.match(r"(.*)-(\d{5})-of-(\d{5})", file.name):
@@ -252,14 +255,7 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
         count, rows = load_rows(source, "test", columns)
         return count, map(_vstar_row, rows)
 
-    published, questions = {}, []
-    if (lettered := folder / "test_questions.jsonl").exists():
-        with _naming(lettered):
-            lines = lettered.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a string may hold U+2028
-            entries = map(json.loads, filter(str.strip, lines))
-            published = {entry["image"]: (entry["text"], entry["label"]) for entry in entries}
-            if not all(map(is_text, chain(published, *published.values()))):
-                raise ValueError("image, text and label must be strings")
+    published, questions = _read_published(folder / "test_questions.jsonl"), []
     for part in VSTAR_PARTS:
         for path in sorted((folder / part).glob("*.json")):
             neighbors = path.parent.glob(f"{glob.escape(path.stem)}.*")
@@ -273,15 +269,28 @@ def _read_vstar(source: str) -> tuple[int | None, Iterable[Question]]:
             questions.append(Question(id, _with_letter_instruction(text), images[0], label, part, choice))
     if missing := sorted(published.keys() - {question.id for question in questions}):
         raise ValueError(
-            f"{source} lacks {len(missing)} of the pictures in {lettered.name}, the first is {missing[0]}: download "
-            "V*-bench again"
+            f"{source} lacks {len(missing)} of the pictures in test_questions.jsonl, the first is {missing[0]}: "
+            "download V*-bench again"
         )
     return len(questions), questions
 
 
+def _read_published(path: Path) -> dict[str, tuple[str, str]]:
+    """Image -> V*-bench's question with lettered options, and the right letter. Empty if there is no such file."""
+    if not path.exists():
+        return {}
+    with _naming(path):
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # not splitlines: a string may hold U+2028
+        entries = map(json.loads, filter(str.strip, lines))
+        published = {entry["image"]: (entry["text"], entry["label"]) for entry in entries}
+        if not all(map(is_text, chain(published, *published.values()))):
+            raise ValueError("image, text and label must be strings")
+    return published
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """ValueError that names the file of V*-bench from which something is missing."""
+    """Raise a ValueError that names a file of V*-bench if its contents are damaged."""
     try:
         yield
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
