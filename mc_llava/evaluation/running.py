@@ -81,20 +81,13 @@ def evaluate(
         task = TASKS[task_name]
     if limit is not None:
         check_knob("limit", limit, 1)
-    quantization = getattr(engine.model.config, "quantization_config", None)
     settings = {
         "task": task_name,
         "model": model,
         "revision": revision,
         "data": task.data if data is None else str(data),
         "limit": limit,
-        **engine.knobs,
-        "batch_size": engine.batch_size,
-        "max_new_tokens": engine.max_new_tokens,
-        "generation": engine.model.generation_config.to_diff_dict(),
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "quantization": quantization and quantization.to_dict(),
-        "device": engine.model.device.type,
+        **describe_engine(engine),
         "instruction": task.instruction,
         "versions": versions(),
         "code": identify_code(*CODE),
@@ -103,6 +96,20 @@ def evaluate(
     output.mkdir(parents=True, exist_ok=True)
     with lock(output / f"{task_name}.json"):
         return _evaluate(task, engine, output, settings)
+
+
+def describe_engine(engine: Engine) -> dict:
+    """All of an engine that its replies depend on, except for the model's weights."""
+    quantization = getattr(engine.model.config, "quantization_config", None)
+    return {
+        **engine.knobs,
+        "batch_size": engine.batch_size,
+        "max_new_tokens": engine.max_new_tokens,
+        "generation": engine.model.generation_config.to_diff_dict(),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
+        "quantization": quantization and quantization.to_dict(),
+        "device": engine.model.device.type,
+    }
 
 
 def _evaluate(task: Task, engine: Engine, output: Path, settings: dict) -> dict:
@@ -117,6 +124,16 @@ def _evaluate(task: Task, engine: Engine, output: Path, settings: dict) -> dict:
         unfinished.unlink(missing_ok=True)  # left if a run was killed between the last two lines below
         return results
 
+    records = _answer_rest(task, engine, unfinished, settings)
+    results = {"settings": settings, **summarize(task, records), "questions": records}
+    write_json(final, results)
+    unfinished.unlink()
+    return results
+
+
+def _answer_rest(task: Task, engine: Engine, unfinished: Path, settings: dict) -> list[dict]:
+    """The records of all questions: those in the journal of an interrupted run, and the others, which are asked."""
+    limit = settings["limit"]
     count, questions = task.read(settings["data"])
 
     def check(index: int, record: dict):
@@ -126,7 +143,7 @@ def _evaluate(task: Task, engine: Engine, output: Path, settings: dict) -> dict:
     records = resume(unfinished, settings, engine.batch_size, check)
     questions = islice(questions, limit)
     total = count if limit is None or (count is not None and count < limit) else limit
-    with tqdm(total=total, initial=len(records), unit="question", desc=task_name) as progress:
+    with tqdm(total=total, initial=len(records), unit="question", desc=settings["task"]) as progress:
         check_questions(records, islice(questions, len(records)), unfinished)
         seen = {record["id"] for record in records}
         with closing(batches_ahead(engine, questions)) as batches:
@@ -141,10 +158,7 @@ def _evaluate(task: Task, engine: Engine, output: Path, settings: dict) -> dict:
                 progress.update(len(batch))
     if not records:
         raise ValueError(f"the data {settings['data']} hold no questions: pass others")
-    results = {"settings": settings, **summarize(task, records), "questions": records}
-    write_json(final, results)
-    unfinished.unlink()
-    return results
+    return records
 
 
 def check_questions(records: list[dict], questions: Iterable[Question], path: Path):
