@@ -5,6 +5,7 @@ Conversations about encoded scenes: what the language model of `tiny` learns to 
 import math
 import random
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -192,33 +193,53 @@ class SceneCollator:
         longest = max(int(image.num_tokens.sum()) for image in images)
         images = images[: max(1, VISUAL_TOKENS // longest)]
         talks = [self.conversation(image, self.questions(image, captions, turns, rng)) for image in images]
-        longest = max(len(ids) for ids, _, _ in talks)
-        pad = self.tokenizer.pad_token_id
-        looks = [(row, look) for row, (_, _, found) in enumerate(talks) for look in found]
-        targets = torch.zeros(len(looks), longest, dtype=torch.bool)
-        for index, (_, look) in enumerate(looks):
-            targets[index, look.targets] = True
-        input_ids = torch.tensor([ids + [pad] * (longest - len(ids)) for ids, _, _ in talks])
-        spacing = 1
-        if short:
-            most = max(len(image.coords) for image in images)
-            spacing = max(1, round(math.exp(rng.uniform(math.log(most), math.log(MOST_TOKENS))) / most))
+        ids, labels, looks = zip(*talks)
+        input_ids = _pad(ids, self.tokenizer.pad_token_id)
+        spacing = draw_spacing(images, rng) if short else 1
         is_visual = input_ids == self.image_token_id
         return {
             "input_ids": input_ids,
-            "position_ids": torch.arange(longest) + (spacing - 1) * is_visual.cumsum(-1),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _, _ in talks]),
-            "labels": torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels, _ in talks]),
+            "position_ids": torch.arange(input_ids.shape[1]) + (spacing - 1) * is_visual.cumsum(-1),
+            "attention_mask": _pad([[1] * len(row) for row in ids], 0),
+            "labels": _pad(labels, -100),
             **image_fields(images),
             "readings": self.readings(images, input_ids),
-            "looks": {
-                "layers": torch.tensor([look.layer for _, look in looks], dtype=torch.long),
-                "rows": torch.tensor([row for row, _ in looks], dtype=torch.long),
-                "positions": torch.tensor([look.position for _, look in looks], dtype=torch.long),
-                "targets": targets,
-                "places": torch.tensor([look.place for _, look in looks]).reshape(-1, 2),
-            },
+            "looks": stack_looks(looks, input_ids.shape[1]),
         }
+
+
+def _pad(rows: Sequence[list[int]], value: int) -> torch.Tensor:
+    """int64[rows, length], padded on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+def draw_spacing(images: list[CachedImage], rng: random.Random) -> int:
+    """How far apart the positions of a short batch's visual tokens are: as if each crop had several."""
+    most = max(len(image.coords) for image in images)
+    return max(1, round(math.exp(rng.uniform(math.log(most), math.log(MOST_TOKENS))) / most))
+
+
+def stack_looks(looks: Sequence[list[Look]], length: int) -> dict[str, torch.Tensor]:
+    """
+    The looks of all rows of a batch as tensors.
+
+    Returns:
+        layers, rows, positions: int64[looks].
+        targets: bool[looks, length].
+        places: float[looks, 2].
+    """
+    numbered = [(row, look) for row, found in enumerate(looks) for look in found]
+    targets = torch.zeros(len(numbered), length, dtype=torch.bool)
+    for index, (_, look) in enumerate(numbered):
+        targets[index, look.targets] = True
+    return {
+        "layers": torch.tensor([look.layer for _, look in numbered], dtype=torch.long),
+        "rows": torch.tensor([row for row, _ in numbered], dtype=torch.long),
+        "positions": torch.tensor([look.position for _, look in numbered], dtype=torch.long),
+        "targets": targets,
+        "places": torch.tensor([look.place for _, look in numbered]).reshape(-1, 2),
+    }
 
 
 def best_heights(image: CachedImage) -> dict[Thing, float]:
