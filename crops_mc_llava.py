@@ -104,7 +104,7 @@ def plan_grid(width: int, height: int, limit: int, side: int) -> tuple[int, int,
     return base, columns, rows
 
 
-def share_tokens(boxes: list[tuple[int, int, int, int]], num_tokens: int, side: int, patch_size: int) -> list[Crop]:
+def share_tokens(boxes: list[Box], num_tokens: int, side: int, patch_size: int) -> list[Crop]:
     """
     Share at most `num_tokens` tokens among crops with these boxes.
 
@@ -220,7 +220,7 @@ def check_crop_count(crops: int):
         raise ValueError(f"{crops} crops of one image, at most {MOST_CROPS} are possible: lower the knobs")
 
 
-def _check_box(box, width: int, height: int) -> tuple[int, int, int, int]:
+def _check_box(box, width: int, height: int) -> Box:
     if hasattr(box, "tolist"):
         box = box.tolist()
     if not isinstance(box, (list, tuple)) or len(box) != 4:

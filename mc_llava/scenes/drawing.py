@@ -6,13 +6,14 @@ from dataclasses import replace
 
 from PIL import Image, ImageDraw
 
+from .. import Box
 from . import camera, materials
 from .backgrounds import PAINTERS, background
 from .fonts import font_size, load_font, text_width
 from .scene import OBJECTS, Scene, Thing, move
 
 
-def draw_scene(scene: Scene, box: tuple[int, int, int, int] | None = None) -> Image.Image:
+def draw_scene(scene: Scene, box: Box | None = None) -> Image.Image:
     """
     Draw a scene, or only what lies in `box` (left, top, right, bottom in pixels of the scene).
 
@@ -32,7 +33,7 @@ def draw_scene(scene: Scene, box: tuple[int, int, int, int] | None = None) -> Im
     return image if scene.camera is None else camera.photographed(image, scene.camera)
 
 
-def _draw_background(scene: Scene, box: tuple[int, int, int, int]) -> Image.Image:
+def _draw_background(scene: Scene, box: Box) -> Image.Image:
     left, top, right, bottom = box
     size, resampling = (right - left, bottom - top), Image.Resampling.BILINEAR
     if scene.background in PAINTERS:

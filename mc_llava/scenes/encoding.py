@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from .. import can_be_closer, count_closer, look_closer, plan_crops, plan_rounds, plan_scouts
+from .. import Box, can_be_closer, count_closer, look_closer, plan_crops, plan_rounds, plan_scouts
 from ..folders import is_whole
 from ..journal import replacing
 from .drawing import draw_scene
@@ -60,7 +60,7 @@ def draw_budget(rng: random.Random, scene: Scene) -> Budget:
     return Budget(max_crops, num_tokens)
 
 
-def plan_boxes(scene: Scene, budget: Budget, rng: random.Random) -> list[tuple[int, int, int, int]]:
+def plan_boxes(scene: Scene, budget: Budget, rng: random.Random) -> list[Box]:
     """
     The crops of a scene. In place of a model's attention, zoom follows where one or two groups of things lie, and
     sometimes it misses them.
@@ -74,7 +74,7 @@ def plan_boxes(scene: Scene, budget: Budget, rng: random.Random) -> list[tuple[i
     zoom, _ = count_closer(*knobs, SIDE)
     rounds, regions, per_region = plan_rounds(len(boxes), zoom, budget.max_crops, num_tokens)
     sought = rng.sample(scene.groups, min(len(scene.groups), 1 if rng.random() < 0.7 else 2))
-    covered: set[tuple[int, int, int, int]] = set()
+    covered: set[Box] = set()
     for _ in range(min(rounds, budget.rounds)):
         outlines = [] if rng.random() < MISSED else [outline(group) for group in sought]
         # The more of a thing a crop shows, and the closer, the more attention it gets; the whole picture where it
@@ -110,12 +110,12 @@ def scene_and_budget(seed: int, materials: Materials | None) -> tuple[Scene, Bud
     return scene, draw_budget(random.Random(f"budget {seed}"), scene)
 
 
-def glyph_height(group: tuple[Thing, ...], box: tuple[int, int, int, int]) -> float:
+def glyph_height(group: tuple[Thing, ...], box: Box) -> float:
     """How many pixels of the tower the smallest glyph of a group has in a crop; 0 if the crop cuts the group."""
     return legible_height(outline(group), min(thing.glyph for thing in group), [box])
 
 
-def _share(inner: tuple[int, int, int, int], outer: tuple[int, int, int, int]) -> float:
+def _share(inner: Box, outer: Box) -> float:
     across = min(inner[2], outer[2]) - max(inner[0], outer[0])
     down = min(inner[3], outer[3]) - max(inner[1], outer[1])
     return max(0, across) * max(0, down) / max(1, (inner[2] - inner[0]) * (inner[3] - inner[1]))

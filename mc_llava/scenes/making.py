@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-from .. import plan_crops
+from .. import Box, plan_crops
 from .camera import seen_at_an_angle
 from .fonts import font_size, text_width
 from .materials import cut_out
@@ -84,7 +84,7 @@ def small_glyph(rng: random.Random, height: int, size: Size) -> float:
     return rng.uniform(0.8, 0.98) * size.illegible * height / SIDE
 
 
-def legible_crops(width: int, height: int, size: Size) -> list[tuple[int, int, int, int]]:
+def legible_crops(width: int, height: int, size: Size) -> list[Box]:
     """The boxes of the grid in which glyphs of a size can be read."""
     return [crop.box for crop in plan_crops(width, height, size.crops, 10**6, SIDE, 8)[1:]]
 
@@ -94,7 +94,7 @@ def place(
     width: int,
     height: int,
     makers: list[Callable[[], tuple[Thing, ...]]],
-    crops: list[tuple[int, int, int, int]],
+    crops: list[Box],
     groups: list[tuple[Thing, ...]],
     optional: int = 0,
 ) -> tuple[tuple[Thing, ...], ...] | None:

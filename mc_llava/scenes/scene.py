@@ -19,6 +19,8 @@ pictures with smaller glyphs, which need more crops. A scene may also have one l
 import math
 from dataclasses import dataclass, replace
 
+from .. import Box
+
 
 # Without I and O, as on license plates: some fonts draw them like 1 and 0.
 CHARACTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ0123456789"
@@ -102,7 +104,7 @@ class Thing:
     name: str  # "sign", or one of SHAPES and OBJECTS, or of the cut-out objects
     color: str  # empty for a cut-out object
     rgb: tuple[int, int, int]
-    box: tuple[int, int, int, int]
+    box: Box
     glyph: float  # height of a capital letter; of all else, its height
     text: str = ""
     font: str | None = None
@@ -151,27 +153,27 @@ def move(group: tuple[Thing, ...], right: int, down: int) -> tuple[Thing, ...]:
     return tuple(moved)
 
 
-def outline(group: tuple[Thing, ...]) -> tuple[int, int, int, int]:
+def outline(group: tuple[Thing, ...]) -> Box:
     lefts, tops, rights, bottoms = zip(*(thing.box for thing in group))
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
-def area(box: tuple[int, int, int, int]) -> int:
+def area(box: Box) -> int:
     return (box[2] - box[0]) * (box[3] - box[1])
 
 
-def contains(outer: tuple, inner: tuple) -> bool:
+def contains(outer: Box, inner: Box) -> bool:
     """Whether a box holds all of another."""
     return outer[0] <= inner[0] and outer[1] <= inner[1] and outer[2] >= inner[2] and outer[3] >= inner[3]
 
 
-def distance(box: tuple, other: tuple) -> float:
+def distance(box: Box, other: Box) -> float:
     across = max(box[0] - other[2], other[0] - box[2], 0)
     down = max(box[1] - other[3], other[1] - box[3], 0)
     return math.hypot(across, down)
 
 
-def legible_height(box: tuple, glyph: float, crops: list[tuple]) -> float:
+def legible_height(box: Box, glyph: float, crops: list[Box]) -> float:
     """
     How many pixels of the tower a glyph has in the best of the crops that hold all of `box`; 0 if none does.
 

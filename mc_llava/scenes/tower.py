@@ -24,6 +24,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
 
+from .. import Box
 from ..journal import RUN_AGAIN, storing
 from ..training import StopIfDiverged, checked, last_checkpoint
 from .drawing import character_centers, draw_scene
@@ -79,9 +80,7 @@ def crop_targets(objects: tuple[str, ...]) -> dict[str, tuple[tuple[int, ...], i
     }
 
 
-def make_crop(
-    seed: int, split: str, side: int, materials: Materials | None = None
-) -> tuple[Scene, tuple[int, int, int, int]]:
+def make_crop(seed: int, split: str, side: int, materials: Materials | None = None) -> tuple[Scene, Box]:
     """
     A scene and the box of a crop in which some of its things lie, whole or cut by the edge.
 
@@ -168,7 +167,7 @@ class _CropCast:
 
 
 def label_crop(
-    scene: Scene, box: tuple[int, int, int, int], side: int, patch_size: int, objects: tuple[str, ...] = ()
+    scene: Scene, box: Box, side: int, patch_size: int, objects: tuple[str, ...] = ()
 ) -> dict[str, np.ndarray]:
     """
     The labels of a crop. 0 is nothing; `IGNORED` is undecidable: things cut by the edge or too small. `objects` are
@@ -200,7 +199,7 @@ def label_crop(
 class CropLabels:
     """The labels of one crop, filled in thing by thing: see `label_crop`."""
 
-    def __init__(self, box: tuple[int, int, int, int], side: int, patch_size: int, objects: tuple[str, ...]):
+    def __init__(self, box: Box, side: int, patch_size: int, objects: tuple[str, ...]):
         self.left, self.top, self.right, self.bottom = box
         self.grid = side // patch_size
         self.scale = side / max(self.right - self.left, self.bottom - self.top)  # pixels of the tower per scene's
