@@ -147,7 +147,7 @@ class MCLlavaConfig(PreTrainedConfig):
     model_type = "mc-llava"
     attribute_map = {"image_token_id": "image_token_index"}
     sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    # What a Trainer leaves out of its predictions. It couldn't join the images' outputs of batches: text has none.
+    # What a Trainer leaves out of its predictions: it can't concatenate image outputs, which batches of text lack.
     keys_to_ignore_at_inference = ["cache", "past_key_values", "image_outputs"]
 
     vision_config: dict | PreTrainedConfig | None = None

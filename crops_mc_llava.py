@@ -235,7 +235,12 @@ def _check_box(box, width: int, height: int) -> Box:
 
 
 def check_knob(name: str, value: int, minimum: int | None = None) -> int:
-    """`value` as an int; ValueError if it is not an integer, or below `minimum`, by default that in `KNOB_MINIMA`."""
+    """
+    `value` as an int.
+
+    Raises:
+        ValueError: if it is not an integer, or below `minimum`, by default that in `KNOB_MINIMA`.
+    """
     minimum = KNOB_MINIMA[name] if minimum is None else minimum
     value = _to_integer(name, value, f" of at least {minimum}")
     if value < minimum:

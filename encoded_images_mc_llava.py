@@ -240,14 +240,14 @@ def describe_crops(
 
 
 def without_peft(model):
-    """The model that PEFT's `PeftModel` wraps, or the model itself. A wrapper's `model` is another one's."""
+    """The model that PEFT's `PeftModel` wraps, or the model itself. Its `model` may be something else."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def check_weights(images: list[EncodedImages], model):
     """
-    Raise a ValueError if images were encoded with other weights than a model's. Weights on a disk can't be compared:
-    a model that has some accepts what it, or another such model, has encoded.
+    Raise a ValueError if images were encoded with other weights than a model's. Weights offloaded to disk can't be
+    compared: a model that has some accepts what it, or another such model, has encoded.
     """
     try:
         weights_hash = model.hash_encoder()

@@ -68,7 +68,7 @@ def one_cache(cache, past_key_values):
 
 
 def is_set(name: str, value) -> bool:
-    """Whether the value of an option changes anything. An empty cache, which is false, does."""
+    """Whether the value of an option changes anything. An empty cache does, although it is falsy."""
     is_neutral = name in ABOUT_PROMPT_IDS and value == ABOUT_PROMPT_IDS[name]
     return value is not None and value is not False and not is_neutral
 
@@ -242,7 +242,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             ValueError: if the prompt leaves no room for an answer, if images don't match the `<image>` tokens or were
                 encoded with other weights, or if an option can't be combined with images or with the short form.
         """
-        if kwargs.get("tokenizer") is not None:  # of stop strings; `transformers serve` passes the processor
+        if kwargs.get("tokenizer") is not None:  # for stop strings; `transformers serve` passes the processor
             kwargs["tokenizer"] = getattr(kwargs["tokenizer"], "tokenizer", kwargs["tokenizer"])
         if prefix_cache is not None:
             self._refuse_with_prefixes(generation_config, kwargs)
@@ -259,7 +259,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         output = super().generate(
             request.input_ids,
             generation_config,
-            # First: a caller's filter, such as top-k of 1, would otherwise keep <image> alone, and no token be left.
+            # First: if a caller's filter, such as top-k of 1, kept only <image>, no token would be left.
             LogitsProcessorList([SuppressToken(self.config.image_token_id), *(logits_processor or [])]),
             stopping_criteria,
             **kwargs,
@@ -267,7 +267,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
 
         if is_kept:
             sequences = output.sequences if isinstance(output, ModelOutput) else output
-            # Beams move between rows: only their prompts are known to be alike.
+            # Beams move between rows, so that only the prompts are known to be in their own rows.
             new_embeds = self.get_input_embeddings()(sequences[:, request.prompt_length :]) if repeats == 1 else None
             prefix_cache.keep(prompts, kwargs[CACHE], new_embeds, repeats)
         return self._add_fields(output, looked) if isinstance(output, ModelOutput) else output
@@ -479,7 +479,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             raise ValueError(f"prefix_cache can't be combined with {', '.join(refused)}: leave one of them out")
 
     def _option(self, name: str, generation_config, kwargs: dict):
-        """What `generate` will take for an option: that of the call, or of a configuration; None if there is none."""
+        """The value of an option for `generate`: the call's, or else a configuration's, or None."""
         if name in kwargs:
             return kwargs[name]
         given = [getattr(config, name, None) for config in (generation_config, self.generation_config)]
@@ -500,7 +500,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         # These refer to the prompt as passed, while the model gets the expanded one.
         for name in ("max_length", "min_length"):
             length = value(name)
-            if length and value(f"{name[:3]}_new_tokens") is None:  # which replaces it
+            if length and value(f"{name[:3]}_new_tokens") is None:  # which takes precedence
                 raise ValueError(
                     f"{name}={length} can't be counted with one <image> per image: use {name[:3]}_new_tokens instead"
                 )

@@ -51,7 +51,7 @@ def adapter_states(module: nn.Module) -> list[tuple]:
 
 
 def forward_hooks(module: nn.Module) -> list:
-    """The forward hooks and pre-hooks of a module, of all modules in it and of all modules there are."""
+    """The forward hooks and pre-hooks of a module and of all modules in it, and the global ones."""
     found = [modules._global_forward_pre_hooks, modules._global_forward_hooks]
     for part in module.modules():
         found += [part._forward_pre_hooks, part._forward_hooks]

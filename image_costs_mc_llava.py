@@ -34,7 +34,7 @@ AVIF_LISTS = (b"iloc", b"iinf", b"iref", b"ipma", b"grpl", b"stco", b"co64", b"s
 MAX_LIST_BYTES = 2**18  # of an AVIF's lists of parts and frames, some of which the decoder searches for each entry
 TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"MM*\0", b"II\0*", b"II+\0", b"MM\0+")  # Pillow takes wrong ones, too
 VALUE_BYTES = dict(enumerate((1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4), 1)) | {16: 8}  # of each type of a TIFF's values
-BYTE_KINDS = (1, 2, 7)  # which Pillow leaves as they are
+BYTE_KINDS = (1, 2, 7)  # which Pillow does not convert
 DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo, ExifTags.IFD.Interop)  # that a directory may name
 SHARED_BYTES = 2**20  # that tags may have in addition to the file's; encoders let few of them share their values
 MAX_TAGS = 2**16  # of a directory, as in any TIFF but a BigTIFF
@@ -100,7 +100,7 @@ def _check_icons(file, name: str):
 
 
 def _icon_size(file, name: str) -> tuple[int, int]:
-    """Width and height of the PNG or the bitmap that starts here, 0 if there is none. Nothing is inflated."""
+    """Width and height of the PNG or bitmap at the file's position, 0 if there is none. Nothing is inflated."""
     head = file.read(16)
     if head.startswith(PNG_SIGNATURE):
         file.seek(8 - len(head), io.SEEK_CUR)
@@ -148,7 +148,7 @@ def _check_gif(file, name: str):
 
 
 def _gif_blocks(file) -> Iterator[bytes]:
-    """The label of each extension before a GIF's pixels, and again of each of its blocks; none for other bytes."""
+    """The label of each extension before a GIF's pixels, once more for each of its blocks; empty for other bytes."""
     file.seek(10)
     flags = file.read(3).ljust(1, b"\0")[0]
     file.seek(3 << (flags & 7) + 1 if flags & 128 else 0, io.SEEK_CUR)  # its palette
@@ -178,7 +178,7 @@ def _check_avif(file, name: str):
 def _avif_boxes(file, name: str) -> Iterator[tuple[bytes, int]]:
     """The kind and the length of each box of an AVIF, and of the boxes in `AVIF_FOLDERS`."""
     pieces, spans = 0, [(0, file.seek(0, io.SEEK_END))]
-    for start, end in spans:  # which grow
+    for start, end in spans:  # grows meanwhile
         while end - start >= 8:
             file.seek(start)
             head = file.read(16)
@@ -244,7 +244,7 @@ def check_tags(file, name: str, base: int = 0):
     entry = struct.Struct(("<" if order == "little" else ">") + ("HHQQ" if is_big else "HHII"))
     at = 8 if is_big else 4  # bytes that hold a place, or a tag's value itself
     total, numbers, starts = 0, 0, [int.from_bytes(head[at : 2 * at], order)]
-    for start in starts:  # which grow
+    for start in starts:  # grows meanwhile
         file.seek(base + min(start, size))
         count = int.from_bytes(file.read(8 if is_big else 2), order)
         if count > MAX_TAGS:
@@ -301,7 +301,7 @@ def _check_jpeg(image: Image.Image, file):
 
 
 def _count_scans(file, enough: int) -> int:
-    """The scans up to the end of a JPEG, as libjpeg finds them and by their cost, but no more than `enough`."""
+    """The number of scans of a JPEG as libjpeg finds them, weighted by their cost; at most `enough`."""
     scans, cost = 0, 1
     for number, (marker, _) in enumerate(_jpeg_segments(file)):
         cost = ARITHMETIC_COST if marker in ARITHMETIC else cost
@@ -312,7 +312,7 @@ def _count_scans(file, enough: int) -> int:
 
 
 def _jpeg_segments(file) -> Iterator[tuple[int, int]]:
-    """The marker of each segment of a JPEG, which starts here, and its length. The file stands where it begins."""
+    """Marker and length of each segment of a JPEG at the file's position, with the file at the segment's contents."""
     file.seek(2, io.SEEK_CUR)
     while (marker := _next_marker(file)) not in (None, 0xD9):
         length = b"\0\2" if marker in (0x01, 0xD8) else file.read(2)  # they have no length
@@ -324,7 +324,7 @@ def _jpeg_segments(file) -> Iterator[tuple[int, int]]:
 
 
 def _next_marker(file) -> int | None:
-    """Skip to the next marker: fill bytes, a 255 among the data, which a 0 follows, and restarts are none."""
+    """Skip to the next marker and return it. Fill bytes, escaped bytes of 255 and restart markers don't count."""
     size = 64  # most markers follow the one before
     while chunk := file.read(size):
         if found := re.search(rb"\xff[^\x00\xff\xd0-\xd7]", chunk):
@@ -357,7 +357,7 @@ def _check_tiff(image: Image.Image, file):
 
 
 def _find(what: bytes, file) -> list[int]:
-    """Where two bytes stand in a file."""
+    """The places of a sequence of two bytes in a file."""
     file.seek(0)
     position, places, last = 0, [], b""
     while chunk := file.read(2**20):
@@ -368,8 +368,8 @@ def _find(what: bytes, file) -> list[int]:
 
 def _check_jpeg2000(image: Image.Image, file):
     """
-    Check how many packets and blocks the headers announce. A tile may have a header of its own, and what looks like a
-    header may hide among other bytes, so that all of them count.
+    Check how many packets and blocks the headers announce. Each tile may have its own header, and a header can't be
+    told from other bytes that look like one, so all of them count.
     """
     file.seek(0)
     data = file.read()

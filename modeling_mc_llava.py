@@ -47,10 +47,10 @@ from .precision_mc_llava import warn_of_float16
 from .zoom_mc_llava import MCLlavaZoomMixin, refuse_zoom
 
 
-# One thread at a time replaces transformers' function, see `one_copy`. All copies of this code share the lock: each
-# would put back what another one has put there.
+# One thread at a time replaces transformers' function, see `one_copy`. All copies of this code share the lock:
+# otherwise one could restore the replacement of another.
 _opening = vars(modeling_utils).setdefault("_mc_llava_opening", RLock())
-# Crops that pass the vision tower at once. This bounds its memory, whatever max_crops is.
+# Crops that the vision tower encodes at once. This bounds its memory, whatever max_crops is.
 CROPS_PER_PASS = 16
 # Names in the published checkpoint -> in the model. `save_pretrained` writes the published ones, `from_pretrained` and
 # `load_state_dict` read both.
@@ -351,9 +351,9 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         The tokens that are kept of crops, `CROPS_PER_PASS` at a time: float[tokens, vision_hidden].
 
         Args:
-            counts: the values of `crop_num_tokens`. To read them here, each pass would wait for the one before it.
+            counts: the values of `crop_num_tokens`. If they were read here, each pass would wait for the one before.
         """
-        # Parameters may be on several devices or on disk: data moves to the device of other data, not to theirs.
+        # Parameters may be on several devices or on disk: move data to the device of other data, not to theirs.
         passes = zip(pixel_values.split(CROPS_PER_PASS), crop_num_tokens.split(CROPS_PER_PASS))
         dtype, starts = self.vision_tower.dtype, range(0, len(counts), CROPS_PER_PASS)
         totals = [sum(counts[start : start + CROPS_PER_PASS]) for start in starts]
@@ -522,7 +522,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass either input_ids or inputs_embeds")
         encoded = (mm_encoder_outputs or {}).get("image")
-        # What a chunked prefill passes of encoded images has nothing but the features.
+        # A chunked prefill passes only the features of encoded images.
         may_be_joined = may_be_joined and encoded is not None and encoded.last_hidden_state is None
         if pixel_values is not None:
             if encoded is not None:

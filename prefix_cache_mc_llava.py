@@ -79,7 +79,7 @@ class RoomyLayer(DynamicLayer):
         room[..., length:stop, :] = new
         return room[..., :stop, :]
 
-    # These make other tensors, without room.
+    # These make new tensors, without room.
 
     def reorder_cache(self, *args, **kwargs):
         super().reorder_cache(*args, **kwargs)

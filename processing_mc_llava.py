@@ -86,7 +86,7 @@ class Prompt(str):
 
 
 def check_unicode(text: str, name: str = "the text"):
-    """Raise a ValueError for half of a surrogate pair, from JSON or from bytes that were not text."""
+    """Raise a ValueError for unpaired surrogates, from JSON or from bytes that were not text."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -284,7 +284,7 @@ class MCLlavaProcessor(ProcessorMixin):
         text = self._mark_texts(text, is_prompt)
         self._check_engine_options(text, kwargs)
         plans = {**kwargs, **kwargs.get("images_kwargs", {})}.get("plans")
-        if plans is not None:  # without an image nobody else would look at them
+        if plans is not None:  # without images, nothing else checks them
             check_plans(plans, 0 if images is None else len(flatten_images(images)))
         if model is None:
             if feature_cache is not None:
@@ -448,7 +448,7 @@ class MCLlavaProcessor(ProcessorMixin):
                     )
             else:
                 raise ValueError(f"a content part must be a text with a string or an image, got {part!r:.200}")
-        # The default template parts the text where an image stood. Another may not.
+        # The default template separates texts between which an image stood. Others may not.
         self._refuse_special_tokens(("\n" if template == CHAT_TEMPLATE else "").join(runs))
 
     @property

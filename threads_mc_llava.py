@@ -1,8 +1,8 @@
 """
 Threads within a call. Imports neither torch nor transformers.
 
-The pools of `concurrent.futures` take no more work once a program's main thread has ended, while its other threads, a
-server's for example, go on.
+The pools of `concurrent.futures` take no more work once a program's main thread has ended, even if its other
+threads, such as a server's, keep running.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -46,7 +46,7 @@ def in_threads(function: Callable[[Item], Result], items: list[Item], threads: i
 
 
 def one_ahead(parts: Iterable[Item]) -> Iterator[Item]:
-    """The same parts, of which a thread makes the next one while the caller works on the last."""
+    """The same parts; a thread makes the next one while the caller works on the last."""
     parts, made, end = iter(parts), [], object()
 
     def make():

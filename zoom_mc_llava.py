@@ -34,7 +34,7 @@ if TYPE_CHECKING:  # at run time it would import the loading of images
     from .feature_cache_mc_llava import FeatureCache
 
 logger = logging.get_logger(__name__)
-READ_FIELDS = ("crop_num_tokens", "image_grid_thw", "crop_boxes", "zoom_options")  # of integers
+READ_FIELDS = ("crop_num_tokens", "image_grid_thw", "crop_boxes", "zoom_options")  # integers
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Looks:
 
 @dataclass
 class View:
-    """What is known of one picture while it is looked at."""
+    """The state of one picture between rounds."""
 
     pixels: torch.Tensor  # uint8[height, width, 3]
     resample: int  # one of Pillow's filters
@@ -177,7 +177,7 @@ class MCLlavaZoomMixin:
             active = [view for view in views if view.rounds >= number]
             if not active:  # the gate has ended all of them
                 break
-            # PEFT refuses a part of the rows that it has names for.
+            # PEFT needs all rows for which it has the names of adapters.
             rows = sorted({view.row for view in active}) if names is None else list(range(len(ids)))
             seen = [view for view in views if view.row in rows]
             self._ask(input_ids[rows], attention_mask[rows], seen, [general[row] for row in rows])

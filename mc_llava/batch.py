@@ -155,7 +155,7 @@ def picture_suffixes() -> set[str]:
 def walk(top: Path) -> Iterator[Path]:
     """
     The files in a folder and its subfolders, and folders that can't be read. Links to folders are followed, to each
-    folder once: a link may lead back.
+    folder once: links may form a cycle.
     """
     errors, entered = [], set()
     for folder, subfolders, files in os.walk(top, followlinks=True, onerror=errors.append):
@@ -286,7 +286,7 @@ def digest_of(path: Path) -> str | None:
     try:
         if not path.is_file():  # a pipe would never end
             return None
-        if path.stat().st_size:  # much in /proc is empty, and doesn't end either
+        if path.stat().st_size:  # many files in /proc claim to be empty and never end
             hash_file(digest, path)
     except (OSError, ValueError):
         return None
@@ -442,7 +442,7 @@ class Worker:
                 # Before they are read, so that a file that is replaced meanwhile counts as changed.
                 record["files"] = [[str(path), stamp(path), digest_of(path)] for path in files]
             images = [load_image(image) for image in found]
-        except (ValueError, OverflowError, RecursionError) as error:  # of a far date, of a line that is all brackets
+        except (ValueError, OverflowError, RecursionError) as error:  # of a date out of range, a line of brackets
             record["error"] = str(error)
         return record, images
 
@@ -485,7 +485,7 @@ def answer_with_ray(
         workers: the number of actors, each with its own model; by default one per GPU of the cluster, at least one.
         digest: the digest of the rows, which each actor checks.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # which would be sent to Ray's developers
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # by default, they go to Ray's developers
     try:
         import ray.data
     except ImportError as error:

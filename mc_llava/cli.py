@@ -97,7 +97,7 @@ def ask(
     processor = load_processor(model)
     knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
     plans, _, closer = zip(*(plan_picture(processor.image_processor, image, knobs) for image in images))
-    counts = [sum(crop.num_tokens for crop in plan) for plan in plans]  # zoom moves tokens, and adds none
+    counts = [sum(crop.num_tokens for crop in plan) for plan in plans]  # zoom moves tokens but adds none
     check_prompts(processor, load_config(model), [ask_about(images, question)], [counts])  # before weights are loaded
     for source, image, plan, more in zip(sources, images, plans, closer):
         say_crops(source, image, plan, more)
@@ -300,7 +300,7 @@ def train(
             from .scenes import language_model
         say(f"wrote {language_model.train_tiny(training.build_recipe(language_model.TinyRecipe, values))}")
     else:
-        # What refers to itself again and again may be a terabyte when it is written out.
+        # Written out, YAML that refers to itself again and again may take a terabyte.
         raise ValueError(f"a recipe's kind must be finetune or tiny, got {reprlib.repr(kind)[:80]}")
 
 
@@ -389,7 +389,7 @@ def study(
         from .scenes import study as grid
         from .scenes import zoom_study as zoom
     if part in ("photographs", "all"):
-        materials_of_test(photographs)  # says what is missing before hours have passed
+        materials_of_test(photographs)  # says now what is missing, not hours later
     asked = grid.Study(model, work, num_scenes, photographs)
     if part in ("grid", "all"):
         print(grid.markdown(grid.run_study(asked, output)))
@@ -635,7 +635,7 @@ def crop_progress(model: "MCLlavaForConditionalGeneration", crops: int):
 
     def advance(layer, inputs, output):
         nonlocal bar
-        if bar is None:  # only now, when nothing was refused
+        if bar is None:  # only now: an error may come before the first crop
             bar = tqdm(
                 total=crops * len(layers),
                 desc=f"Encoding crops: {crops}",
@@ -662,7 +662,7 @@ def crop_progress(model: "MCLlavaForConditionalGeneration", crops: int):
 
 
 def main():
-    sys.stdout.reconfigure(errors="backslashreplace")  # names and rows may hold what is not UTF-8
+    sys.stdout.reconfigure(errors="backslashreplace")  # names and rows may hold bytes that are not UTF-8
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

@@ -89,7 +89,7 @@ class Likelihood(NamedTuple):
 class Engine:
     """
     A model that answers questions about images, many at a time. Crops that recur are encoded once, and what prompts
-    have in common from their beginning on, such as a picture or earlier turns, is computed once.
+    share at their beginning, such as a picture or earlier turns, is computed once.
 
     A conversation is a list of messages with `role` and `content`. An image part is `{"type": "image", "image": ...}`
     with whatever `load_image` reads, or with an `EncodedImages` of one image.
@@ -158,7 +158,7 @@ class Engine:
 
     def check(self, conversation: list[dict]):
         """
-        Look at the text of a conversation before anything is encoded for it.
+        Check the text of a conversation before anything is encoded for it.
 
         Raises:
             ValueError: if a message is malformed or holds a special token, or the text alone fills the context.
@@ -385,10 +385,10 @@ def check_prompts(
     counts: list[list[int]] | None = None,
 ):
     """
-    Look at conversations before anything is encoded for them. It needs no weights.
+    Check conversations before anything is encoded for them. This needs no weights.
 
     Args:
-        counts: the visual tokens of each image of each conversation; by default the text alone is looked at.
+        counts: the visual tokens of each image of each conversation; by default only the text is checked.
 
     Raises:
         ValueError: if a message is malformed or holds a special token, or a prompt leaves no room for an answer.

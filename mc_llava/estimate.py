@@ -15,8 +15,9 @@ class Estimate:
     FLOPs count a multiplication and an addition as two, and attention as if no position were masked.
 
     `look_flops` are those of guided zoom's looks at the prompt before the answer, in addition to `prefill_flops`.
-    `activation_bytes` are the crops' pixels (float32, and those of one pass in the model's dtype, too) and the widest
-    moment of the tower's or the language model's pass; `cache_bytes` the keys and values of prompt and answer.
+    `activation_bytes` are the crops' pixels (float32, and those of one pass in the model's dtype, too) and the
+    largest activations of a pass of the tower or the language model; `cache_bytes` the keys and values of prompt and
+    answer.
     """
 
     crops: int
@@ -105,9 +106,9 @@ def _tower_flops(model: MCLlavaForConditionalGeneration, crops: int, image_token
 
 def _activation_bytes(model: MCLlavaForConditionalGeneration, crops: int, length: int) -> int:
     """
-    Bytes of the crops' pixels and of the widest moment of a pass: while an MLP of width m passes its activation, a
-    token of the tower holds 4 hidden + 2 m numbers, one of Phi, whose `gelu_new` is made of several operations,
-    4 hidden + 4 m.
+    Bytes of the crops' pixels and of the largest activations of a pass. During the activation function of an MLP of
+    width m, a token of the tower takes 4 hidden + 2 m numbers, one of Phi, whose `gelu_new` consists of several
+    operations, 4 hidden + 4 m.
 
     Args:
         length: the number of the prompt's tokens.

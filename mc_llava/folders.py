@@ -99,7 +99,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _check_header(path: Path):
-    """ValueError if a file is not one of safetensors, or is not as long as it says."""
+    """Raise a ValueError if a file is not one of safetensors, or is not as long as it says."""
     from safetensors import SafetensorError, safe_open  # `mc-llava crops` starts without it
 
     try:

@@ -37,7 +37,7 @@ PACKAGES = ("mc-llava", "torch", "transformers", "datasets", "pillow", "numpy", 
 
 @contextmanager
 def lock(output: Path) -> Iterator[None]:
-    """ValueError if another run holds it: two would write into one journal."""
+    """Lock an output. Raises a ValueError if another run holds the lock: two would write into one journal."""
     try:
         with FileLock(output.with_name(output.name + ".lock"), timeout=0):
             yield
@@ -106,7 +106,7 @@ def naming_damage(unfinished: Path) -> Iterator[None]:
 
 
 def parse(line: bytes) -> dict:
-    """ValueError or RecursionError if a line is none that `to_line` writes."""
+    """The JSON object in a line. Raises a ValueError or a RecursionError if there is none."""
     entry = json.loads(line.decode())  # of bytes, json would guess the encoding
     if not isinstance(entry, dict):
         raise ValueError("a line is no object")
@@ -114,7 +114,7 @@ def parse(line: bytes) -> dict:
 
 
 def check_settings(found: dict, wanted: dict, path: Path):
-    """ValueError that names the first setting in which a file's run differs from this one."""
+    """Raise a ValueError that names the first setting in which a file's run differs from this one."""
     if text := difference(found, wanted):
         raise ValueError(f"{path} has {text}: choose another output, or remove the file")
 
@@ -155,7 +155,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 @contextmanager
 def storing(path: Path, remedy: str) -> Iterator[None]:
-    """OSError that names what is written and the remedy if the disk or a quota is full: the system names neither."""
+    """Raise an OSError with what is written and a remedy if the disk or a quota is full: the system names neither."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -166,7 +166,7 @@ def storing(path: Path, remedy: str) -> Iterator[None]:
 
 
 def check_utf8(start: bytes):
-    """ValueError if what begins a file of JSON is in another encoding, with its byte order mark or without."""
+    """Raise a ValueError if what begins a file of JSON is in another encoding, with its byte order mark or without."""
     encoding = json.detect_encoding(start)
     if not encoding.startswith("utf-8"):
         raise ValueError(f"it looks like {encoding.upper()}: save it as UTF-8")

@@ -42,7 +42,7 @@ READ = ("sign_texts", "sign_neighbors", "shape_colors", "objects")
 VISIBLE, TELLABLE = 4.5, 5.5
 UNTOLD = 0.1  # share of questions that may be about what no crop shows well enough
 VISUAL_TOKENS = 8192  # at most, of a batch: with many tokens an image it has fewer images, or a step takes a minute
-ALIKE_BATCHES = 16  # of as many batches, those of like length go together
+ALIKE_BATCHES = 16  # of as many batches, those of similar length go together
 
 
 def scene_rows(images: list[CachedImage], stage: Stage, short_steps: int) -> Dataset:
@@ -67,7 +67,7 @@ def scene_rows(images: list[CachedImage], stage: Stage, short_steps: int) -> Dat
 
 
 def batches_alike(chosen: list[int], lengths: list[int], stage: Stage, rng: random.Random) -> list[int]:
-    """The same in an order in which most batches have images of like length, and batches of all lengths alternate."""
+    """The same in another order: most batches have images of similar length, and batches of all lengths alternate."""
     order = []
     span = ALIKE_BATCHES * stage.batch_size
     for start in range(0, len(chosen), span):
@@ -94,11 +94,11 @@ class SceneCollator:
 
     Each conversation also has the targets of `looking_loss` and `reading_loss`. Four heads look from the prompt's last
     token as well, where zoom asks: at the crops of everything that the question names. Crops that show the thing best
-    count where none shows it legibly, as among zoom's scouts; no answer is learned that can't be told from the crops.
+    count where none shows it legibly, as among zoom's scouts. Answers that the crops don't show aren't learned.
 
     Short batches show the last token of each crop alone, where the tower has learned to gather it: a step takes half
-    the time. Their positions are spread as if the image had any number of tokens, for the
-    heads to look as far as in long sequences. The other batches show the tokens of each image's own budget.
+    the time. Their positions are spread as if the image had any number of tokens, so that the heads learn to look as
+    far as in long sequences. The other batches show the tokens of each image's own budget.
 
     Args:
         captions: share of the conversations that are a caption, in batches that are not short.

@@ -52,7 +52,7 @@ def _draw_background(scene: Scene, box: Box) -> Image.Image:
 
 
 def _flat_picture(thing: Thing) -> Image.Image:
-    """A thing that the camera sees at an angle, as it is: RGBA, of twice its size if it is small."""
+    """A thing before the camera sees it at an angle: RGBA, of twice its size if it is small."""
     width, height = camera.flat_size(thing)
     if thing.picture is not None:
         return materials.cut_out(thing.picture).resize((width, height), Image.Resampling.BILINEAR)

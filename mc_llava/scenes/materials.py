@@ -159,7 +159,7 @@ def family_split(family: str) -> str:
 
 @cache
 def family_of(path: str) -> str | None:
-    """The family of a font file, the first two words of its name; None if it doesn't draw `CHARACTERS` as they are."""
+    """The family of a font file, the first two words of its name; None if it draws other symbols for `CHARACTERS`."""
     try:
         font = ImageFont.truetype(path, 40)
         drawn = glyphs(font)

@@ -2,7 +2,7 @@
 What `tiny`'s language model is while it learns: the model over cached features, and the auxiliary losses.
 
 Answers alone teach it slowly. The scene generator knows more: which crops contain what a question names, and what each
-crop shows. So the loss on the answers has two others beside it, on what the layers read before the head that answers:
+crop shows. So two losses are added to that on the answers, on what the layers read before the head that answers:
 
     <image> tokens              question                       answer
     [whole] [1] [2] ... [31]    What does the red sign say?    It says 48H7.
