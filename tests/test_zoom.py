@@ -252,7 +252,7 @@ def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
 
     def attention(model, input_ids, attention_mask, features, heads):
         asked.append([len(of_image) for of_image in features])
-        found = torch.full((len(heads), sum(asked[-1])), 0.01)
+        found = torch.full((len(heads), sum(asked[-1])), 1e-5)
         found[:, : asked[-1][0] // 20] = 1.0  # some of the tokens of the first picture's whole
         return found
 
