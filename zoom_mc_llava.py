@@ -3,7 +3,7 @@ Guided zoom: look at the whole picture and a coarse grid, then more closely wher
 
     round 0    whole picture, scouts              the image processor's crops
     round 1    attention from the prompt's last token to each crop -> the most relevant crops, covered by smaller ones;
-               no further rounds if all of it lies on the whole picture or on what was covered before: see `pays`
+               no further rounds if it goes only to crops of which a closer look would show nothing more: see `pays`
     ...
     answer     all crops of all rounds, in the same number of `<image>` tokens
 

@@ -20,7 +20,7 @@ OVERLAP = (2, 5)
 MARGINS = {FEW: (0, 1), MANY: (1, 6)}
 SCOUT_OVERLAP = (1, 8)
 LEAST_SCOUTS = 6  # before 3 x 3 crops are affordable
-WORTH_A_LOOK = 1000  # a closer look pays for one part in so many of the relevance
+WORTH_A_LOOK = (1, 1000)  # the least part of the relevance for which a closer look pays
 
 
 def split_budget(max_crops: int, rounds: int) -> tuple[int, int, int, int]:
@@ -175,16 +175,17 @@ def can_be_closer(boxes: list[Box], covered: set[Box], side: int) -> list[bool]:
 
 def pays(boxes: list[Box], relevance: list[float], covered: set[Box], side: int) -> bool:
     """
-    The gate: whether crops of which a closer look would show more got at least one part in `WORTH_A_LOOK` of the
-    relevance.
+    The gate: whether at least `WORTH_A_LOOK` of the relevance lies on crops of which a closer look would show more.
 
-    That is little, because heads attend to where they can read the answer. If every scout cuts a sign, nearly all of
-    their attention goes to the whole picture, although the sign is illegible there. If the question is about something
-    large, or closer crops already show what it is about, all of it does. The arguments are those of `look_closer`.
+    That is little, because heads may attend elsewhere. If every scout cuts a sign, nearly all of their attention goes
+    to the whole picture, although the sign is illegible there. If the question is about something large, all of it
+    does. Crops of earlier rounds count as well, even if they show a thing legibly: the next round looks closer still.
+    The arguments are those of `look_closer`.
     """
+    part, of = WORTH_A_LOOK
     closer = can_be_closer(boxes, covered, side)
     found = sum(share for share, is_closer in zip(relevance, closer) if is_closer)
-    return found > 0 and WORTH_A_LOOK * found >= sum(relevance)
+    return found > 0 and of * found >= part * sum(relevance)
 
 
 def look_closer(

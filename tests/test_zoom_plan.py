@@ -117,7 +117,7 @@ def test_the_most_relevant_crops_are_covered_and_things_at_their_seams_lie_whole
     assert look_closer(scouts, relevance, set(), 1, 9, 5000) == [], "crops that the tower sees in full"
 
 
-def test_the_gate_asks_whether_any_relevance_lies_where_a_closer_look_shows_more():
+def test_the_gate_asks_for_a_thousandth_of_the_relevance_where_a_closer_look_shows_more():
     scouts = [(0, 0, 1800, 1200), *tile((0, 0, 1800, 1200), 6, (1, 4))]
     large, small = [0.9995, 0.0001, 0.0, 0.0001, 0.0003, 0.0, 0.0], [0.4, 0.0, 0.6, 0.0, 0.0, 0.0, 0.0]
     cut = [0.99, 0.004, 0.0, 0.006, 0.0, 0.0, 0.0]  # no scout shows it whole
@@ -125,6 +125,7 @@ def test_the_gate_asks_whether_any_relevance_lies_where_a_closer_look_shows_more
     assert pays(scouts, small, set(), 96) and pays(scouts, cut, set(), 96)
     assert not pays(scouts, small, {scouts[2]}, 96), "the relevant crop was covered before"
     assert not pays(scouts, small, set(), 5000), "crops that the tower sees in full"
+    assert pays(scouts, [999, 1, 0, 0, 0, 0, 0], set(), 96) and not pays(scouts, [1000, 1, 0, 0, 0, 0, 0], set(), 96)
     assert not pays(scouts, [0.0] * 7, set(), 96), "nothing is relevant"
 
 
