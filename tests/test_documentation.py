@@ -25,11 +25,13 @@ from PIL import Image
 from torch.distributed.run import get_args_parser
 from typer.main import get_command
 
+import mc_llava
 from mc_llava import MCLlavaConfig, MCLlavaForConditionalGeneration, cli
 
 
 CURRENT = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS = [*CURRENT, ROOT / "CHANGELOG.md"]  # which also names files that are gone
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
 MODEL = "./MC-LLaVA-3b"
 # Programs that other tests start as the documentation does, or that only fetch or show something.
 OTHER_PROGRAMS = {
@@ -365,7 +367,7 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", CURRENT, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*CURRENT, CONTRIBUTING], ids=lambda path: path.name)
 def test_files_that_are_named_exist(path):
     for name in re.findall(
         r"`(?:bash |python )?((?:scripts|tests|examples|docs|mc_llava)/[\w./-]*)", path.read_text()
@@ -373,7 +375,7 @@ def test_files_that_are_named_exist(path):
         assert (ROOT / name).exists(), name
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*DOCUMENTS, CONTRIBUTING], ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)]+)\)", path.read_text()):
         if not target.startswith("http"):
@@ -381,3 +383,8 @@ def test_links_lead_somewhere(path):
             linked = (path.parent / name) if name else path
             assert linked.exists(), target
             assert not anchor or anchor in anchors(linked), target
+
+
+def test_the_reading_order_names_each_file_once():
+    order = CONTRIBUTING.read_text().partition("in this order:")[2].partition("\n\n")[0]
+    assert sorted(f"{name}_mc_llava" for name in re.findall(r"`(\w+)`", order)) == sorted(mc_llava.ROOT_FILES)
