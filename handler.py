@@ -349,17 +349,9 @@ class EndpointHandler:
         sampling = LogitsProcessorList()
         if options.pop("do_sample", "temperature" in options):
             sampling = self._sampling(options)
-        kept = {name: options[name] for name in ("max_new_tokens", "repetition_penalty") if name in options}
-        return (
-            knobs,
-            stops,
-            {
-                "max_new_tokens": MAX_NEW_TOKENS,
-                **kept,
-                "prefix_cache": prefixes,
-                "logits_processor": sampling,
-            },
-        )
+        generate = {"max_new_tokens": MAX_NEW_TOKENS, "prefix_cache": prefixes, "logits_processor": sampling}
+        generate |= {name: options[name] for name in ("max_new_tokens", "repetition_penalty") if name in options}
+        return knobs, stops, generate
 
     def _sampling(self, options: dict) -> LogitsProcessorList:
         """
@@ -391,7 +383,7 @@ class EndpointHandler:
         return self.processor.apply_chat_template(conversation, continue_final_message=True), True
 
     def _generate(self, conversation: list[dict], parameters: dict) -> tuple[str, dict]:
-        """The reply to a conversation, and how it came about: probability, finish reason, usage and zoom."""
+        """The text of the reply, and its probability, finish reason, usage and, with zoom, where it looked."""
         knobs, stops, options = self._read_options(parameters)
         self._check_limits(conversation)
         limit = self.model.config.text_config.max_position_embeddings

@@ -536,7 +536,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         if encoded is not None:
             inputs_embeds = self.embed_prompt(input_ids, encoded.pooler_output, may_be_joined)
         elif inputs_embeds is None:
-            self._refuse_places(input_ids, cache)
+            self._refuse_places_without_images(input_ids, cache)
             inputs_embeds = self.get_input_embeddings()(input_ids)
 
         warn_of_float16(inputs_embeds.dtype, inputs_embeds.device)
@@ -549,8 +549,8 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         )
         return MCLlavaModelOutputWithPast(**outputs, image_outputs=encoded)
 
-    def _refuse_places(self, input_ids: torch.LongTensor, cache: Cache | None):
-        """Raise a ValueError if prompts that came without images have `<image>` tokens."""
+    def _refuse_places_without_images(self, input_ids: torch.LongTensor, cache: Cache | None):
+        """Raise a ValueError if prompts have `<image>` tokens, in a call that got no images."""
         # Skip this check while decoding: reading an id waits for the device. The cache of `generate_batch`, which has
         # made it already, has no length: it holds several prompts.
         is_empty = cache is None or (hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0)

@@ -132,7 +132,7 @@ def load_model(
             `quantize` is unknown, its package is missing, or the model was saved with quantized weights.
     """
     path, device = find_whole_model(path), find_device(device)
-    if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):  # all else that is missing, transformers reports
+    if any(Path(path, name).is_file() for name in (WEIGHTS, INDEX)):  # transformers reports other missing files
         list_weights(Path(path))
     config = load_config(path, revision)
     chosen = resolve_dtype(config, dtype, device)

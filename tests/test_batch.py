@@ -124,7 +124,7 @@ def test_a_folder_without_a_question(folder, tmp_path, question):
 
 
 def read_rows(source: Path, question: str | None = None) -> list[tuple[dict, list]]:
-    """Test a worker's reading without a model."""
+    """The records and pictures that a worker reads, without the model that it would ask."""
     worker = object.__new__(batch.Worker)
     worker.job, worker.rows = Job(str(source), "no-model", question), open_rows(source)
     return [worker.read(index) for index in range(len(worker.rows))]
