@@ -235,7 +235,8 @@ class MCLlavaZoomMixin:
         plans = [list(islice(crops, count)) for count in crops_per_image]
         sizes = [(width, height) for _, _, height, width, _ in options]
         num_bytes = sum(3 * width * height for width, height in sizes)
-        if [plan[0].box[2:] for plan in plans if plan] != sizes or num_bytes != len(images["zoom_pictures"]):
+        fits = all(plans) and [plan[0].box[2:] for plan in plans] == sizes
+        if not fits or num_bytes != len(images["zoom_pictures"]):
             raise ValueError("zoom_options and zoom_pictures don't fit the crops: pass what the processor returned")
         pictures = _split_pictures(images["zoom_pictures"], options)
         views = []

@@ -438,12 +438,14 @@ class TestRefused:
 
     def test_fields_that_do_not_fit(self, zooming, processor):
         inputs = processor(TEXTS[1], IMAGES[0], **KNOBS)
-        options = inputs["zoom_options"]
+        options, crops, none = inputs["zoom_options"], inputs["image_grid_thw"], torch.tensor([[0, 1, 1]])
         for changes in (
             {"zoom_pictures": inputs["zoom_pictures"][:-1]},
             {"zoom_options": torch.cat([options, options])},
             {"zoom_options": options[:, [0, 1, 3, 2, 4]]},
             {"zoom_options": options[:0]},
+            {"image_grid_thw": torch.cat([none, crops])},
+            {"image_grid_thw": torch.cat([crops, none])},
         ):
             with pytest.raises(ValueError, match="don't fit the crops: pass what the processor returned"):
                 zooming.zoom(**{**inputs, **changes})
