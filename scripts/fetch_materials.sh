@@ -20,6 +20,7 @@ apt-get download gnome-backgrounds lomiri-wallpapers-16.04 lomiri-wallpapers-20.
 mkdir debian
 for package in *.deb; do dpkg-deb -x "$package" "debian/${package%%_*}"; done
 find debian/fonts-* \( -name '*.ttf' -o -name '*.otf' \) -type f -exec cp {} "$folder/fonts" \;
+ln -sfn ../fonts "$folder/test/fonts" # the test split has families of its own among them
 python "$here/prepare_photographs.py" "$folder" debian/*wallpapers* debian/*backgrounds
 
 for package in @lobehub/fluent-emoji-3d@1.1.0 @iconify-json/fluent-emoji-flat@1.2.6 @iconify-json/noto@1.2.9 \

@@ -42,7 +42,12 @@ STUDIED_CROPS = (0, 2, 4, 8, 16, 32, 64, 100)
 STUDIED_TOKENS = (40, 128, 364, 728)
 # Most tokens first: with fewer, the crops' patches are found in the cache.
 GRID = tuple(Setting(crops, tokens) for crops in STUDIED_CROPS for tokens in reversed(STUDIED_TOKENS))
-ZOOMED = (Setting(10, 32, zoom=1), Setting(16, 64, zoom=1), Setting(34, 64, zoom=3))
+ZOOMED = (
+    Setting(10, 32, zoom=1),
+    Setting(16, 64, zoom=1),
+    Setting(32, 128, zoom=1),
+    Setting(34, 64, zoom=3),
+)
 SETTINGS = (*GRID, *ZOOMED)
 FILES = {"scenes": "study", "photographs": "study_photographs"}
 KINDS_OF = {"large": 1, "photographs": len(PHOTOGRAPH_KINDS)}  # other tasks ask questions of all `KINDS`
