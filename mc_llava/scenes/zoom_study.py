@@ -21,8 +21,8 @@ UNIFORM = {
 }
 ZOOMED = {
     "scenes": ((10, 32, 1), (16, 64, 1), (25, 64, 2), (32, 128, 1), (34, 64, 3)),
-    "scenes70": ((36, 128, 3), (44, 256, 3)),
-    "scenes140": ((48, 256, 3), (69, 256, 2)),
+    "scenes70": ((36, 128, 3),),
+    "scenes140": ((69, 256, 2),),
 }
 SETTINGS = tuple(Setting(*knobs, task=task) for task in UNIFORM for knobs in (*UNIFORM[task], *ZOOMED[task]))
 SIZES = {"scenes": 35, "scenes70": 70, "scenes140": 140}
