@@ -173,6 +173,11 @@ def can_be_closer(boxes: list[Box], covered: set[Box], side: int) -> list[bool]:
     ]
 
 
+def relevance_left(boxes: list[Box], relevance: list[float], covered: set[Box], side: int) -> float:
+    """How much of the relevance lies on crops of which a closer look would show more. See `look_closer`."""
+    return sum(found for found, is_closer in zip(relevance, can_be_closer(boxes, covered, side)) if is_closer)
+
+
 def pays(boxes: list[Box], relevance: list[float], covered: set[Box], side: int) -> bool:
     """
     The gate: whether at least `WORTH_A_LOOK` of the relevance lies on crops of which a closer look would show more.
@@ -183,8 +188,7 @@ def pays(boxes: list[Box], relevance: list[float], covered: set[Box], side: int)
     The arguments are those of `look_closer`.
     """
     part, of = WORTH_A_LOOK
-    closer = can_be_closer(boxes, covered, side)
-    found = sum(share for share, is_closer in zip(relevance, closer) if is_closer)
+    found = relevance_left(boxes, relevance, covered, side)
     return found > 0 and of * found >= part * sum(relevance)
 
 
@@ -225,12 +229,12 @@ def look_closer(
 
 
 __all__ = [
-    "can_be_closer",
     "count_closer",
     "look_closer",
     "pays",
     "plan_rounds",
     "plan_scouts",
+    "relevance_left",
     "share_evenly",
     "split_budget",
     "tile",

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save
 from tqdm import tqdm
 
-from .. import Box, can_be_closer, count_closer, look_closer, plan_crops, plan_rounds, plan_scouts
+from .. import Box, count_closer, look_closer, plan_crops, plan_rounds, plan_scouts, relevance_left
 from ..folders import is_whole
 from ..journal import replacing
 from .drawing import draw_scene
@@ -85,8 +85,7 @@ def plan_boxes(scene: Scene, budget: Budget, rng: random.Random) -> list[Box]:
             for box, side in zip(boxes, sides)
         ]
         relevance[0] = sum(len(boxes) * (glyph_height(group, boxes[0]) >= READABLE) for group in sought)
-        closer = can_be_closer(boxes, covered, SIDE)
-        if 2 * sum(found for found, is_closer in zip(relevance, closer) if is_closer) <= sum(relevance):
+        if 2 * relevance_left(boxes, relevance, covered, SIDE) <= sum(relevance):
             break  # what is sought is seen already
         boxes += look_closer(boxes, relevance, covered, regions, per_region, SIDE)
     return boxes
