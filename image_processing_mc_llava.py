@@ -63,15 +63,23 @@ PROCESSOR_FILE = Path(__file__).with_name("processing_mc_llava.py")
 def _cut_images(
     images: list[Image.Image], plans: list[list[Crop]], side: int, resample: int, table: np.ndarray
 ) -> np.ndarray:
-    """float32[crops, 3, side, side]: the values in `table`, float32[3, 256], of the bytes of all crops."""
+    """
+    float32[crops, 3, side, side]: the values in `table`, float32[3, 256], of the bytes of all crops. A picture that
+    is there several times, as in a batch of questions about it, is cut once.
+    """
     pixel_values = np.empty((sum(map(len, plans)), 3, side, side), dtype=np.float32)
     starts = accumulate(map(len, plans), initial=0)
+    cut: dict[tuple, np.ndarray] = {}  # the values of a picture's crops
     for image, plan, start in zip(images, plans, starts):
+        boxes, values = [crop.box for crop in plan], pixel_values[start : start + len(plan)]
+        if (known := cut.setdefault((id(image), *boxes), values)) is not values:
+            values[:] = known
+            continue
 
-        def write(index: int, crop: Image.Image, start: int = start):
-            look_up_crop(np.asarray(crop), table, pixel_values[start + index])
+        def write(index: int, crop: Image.Image, values: np.ndarray = values):
+            look_up_crop(np.asarray(crop), table, values[index])
 
-        cut_each(image, [crop.box for crop in plan], side, resample, write)
+        cut_each(image, boxes, side, resample, write)
     return pixel_values
 
 

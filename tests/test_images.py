@@ -839,6 +839,21 @@ class TestImageProcessor:
         for name in self.processor.model_input_names:
             assert torch.equal(together[name], torch.cat([out[name] for out in alone]))
 
+    def test_a_picture_that_comes_again_is_cut_once_for_each_plan(self, monkeypatch):
+        cut, module = [], sys.modules[MCLlavaImageProcessor.__module__]
+        cut_each = module.cut_each
+        monkeypatch.setattr(module, "cut_each", lambda image, *args: cut.append(image) or cut_each(image, *args))
+        wide, tall = picture(1500, 900), picture(700, 1200)
+        images, plans = [wide, tall, wide, wide], [None, None, None, [(0, 0, 400, 400)]]
+        plans = [plan or self.processor.plan(*image.size, max_crops=5) for image, plan in zip(images, plans)]
+        together = self.processor(images, plans=plans, return_tensors="pt")["pixel_values"]
+        assert cut == [wide, tall, wide]
+        alone = [
+            self.processor(image, plans=[plan], return_tensors="pt")["pixel_values"]
+            for image, plan in zip(images, plans)
+        ]
+        torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=0)
+
     def test_pixels_are_those_of_pillow_and_siglip(self):
         image = picture(500, 300)
         expected = np.asarray(image.resize((384, 384), Image.Resampling.BICUBIC)) / 255

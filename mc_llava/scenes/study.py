@@ -90,19 +90,23 @@ class Study:
         options["prefix_bytes"] = 0 if setting.zoom else PREFIX_BYTES
         return Engine(self.model, self.processor, feature_cache=self.feature_cache, **knobs, **options)
 
-    def task(self, name: str) -> Task:
-        """A task with the study's questions. Those about one picture are in different batches, see `in_turns`."""
+    def task(self, name: str, zoom: int) -> Task:
+        """
+        A task with the study's questions. Without zoom, those about one picture are in different batches, see
+        `in_turns`. With zoom, they are in one batch, in which a picture is cut once.
+        """
         kinds = KINDS_OF.get(name, len(KINDS))
         count = self.num_scenes * kinds
 
+        def questions(source: str | None) -> Iterator[Question]:
+            return islice(TASKS[name].read(source or "")[1], count)
+
         def read(source: str | None) -> tuple[int, Iterator[Question]]:
-            if name not in self.kept:
+            if name in FILES and name not in self.kept:  # others are asked under few settings, about large pictures
                 self.kept.clear()
-                found = in_turns(islice(TASKS[name].read(source or "")[1], count), kinds)
-                if name not in FILES:  # asked under few settings, about large pictures
-                    return count, found
-                self.kept[name] = list(found)  # drawing takes longer than answering
-            return count, iter(self.kept[name])
+                self.kept[name] = list(questions(source))  # drawing takes longer than answering
+            found = iter(self.kept[name]) if name in self.kept else questions(source)
+            return count, found if zoom else in_turns(found, kinds)
 
         return replace(TASKS[name], read=read)
 
@@ -126,7 +130,7 @@ class Study:
             revision=self.revision,
             data=self.data(setting.task),
             limit=self.num_scenes * KINDS_OF.get(setting.task, len(KINDS)),
-            task=self.task(setting.task),
+            task=self.task(setting.task, setting.zoom),
         )
         records = results["questions"]
         if failed := next((record for record in records if "failed" in record), None):
