@@ -206,7 +206,7 @@ class TestFullDisk:
         values = ["start", "photographs", "objects", "fonts"]
         words = ["train", recipe, f"output={output}", "earlier=[]", *(f"{name}=null" for name in values)]
         words += ["tower_width=32", "tower_layers=3", "width=256", "layers=3", "workers=0"]
-        words += ["num_images=2", "num_tested=1", "short_steps=0"]
+        words += ["num_images=2", "num_tested=1", "short_steps=0", "averaged=0"]
         stage = "{steps: 1, decay: 0, warmup: 0, learning_rate: 1.0e-3, batch_size: 1}"
         words += [f"tower={stage}", f"language_model={stage}"]
         for limit, name in ((200_000, "tower"), (4_000_000, "language_model-1")):

@@ -426,9 +426,10 @@ class TestBudgets:
         assert {budget.max_crops for budget in budgets if not budget.zoom} == {0, 2, 4, 8, 16, 32, 64, 100}
         tokens = [budget.num_tokens for budget in budgets]
         assert 32 <= min(tokens) < 36 and 690 < max(tokens) <= 728 and 900 < tokens.count(128) < 1150
-        assert {(budget.zoom, budget.rounds) for budget in budgets} == {(0, 0), (1, 0), (1, 1), (2, 0), (2, 1), (2, 2)}
+        zoomed = {(zoom, rounds) for zoom in range(4) for rounds in range(zoom + 1)}
+        assert {(budget.zoom, budget.rounds) for budget in budgets} == zoomed
         small = [encoding.draw_budget(rng, tiny) for _ in range(500)]
-        assert sum(budget.zoom == 2 for budget in small) > 250 and sum(budget.zoom > 0 for budget in budgets) < 750
+        assert sum(budget.zoom > 1 for budget in small) > 250 and sum(budget.zoom > 0 for budget in budgets) < 1000
 
     def test_zooms_boxes_are_scouts_and_closer_ones_about_what_is_sought(self):
         inside = 0
@@ -517,7 +518,7 @@ def test_an_output_that_can_be_no_folder_is_refused_before_hours_of_training(tmp
         ("tower_width=100", "tower_width Input should be a multiple of 32"),
         ("width=16", "width Input should be a multiple of 32"),
         ("tower.steps=3700", "tower .*warmup 300 and decay 3500 together exceed the 3700 steps: lower them"),
-        ("language_model.decay=6000", "warmup 100 and decay 6000 together exceed the 6000 steps"),
+        ("language_model.decay=900", "warmup 50 and decay 900 together exceed the 900 steps"),
     ],
 )
 def test_sizes_and_steps_that_cannot_be_are_refused(override, reason):
@@ -557,6 +558,7 @@ def run_recipe(output) -> dict[str, dict[int, float]]:
         "num_images": 4,
         "num_tested": 2,
         "earlier": "[]",
+        "averaged": 0,
         "start": "null",
         "photographs": "null",
         "objects": "null",
@@ -728,6 +730,36 @@ def test_a_round_goes_on_with_another_tower_other_scenes_and_more_layers(tmp_pat
         language_model.train_tiny(recipe)
 
 
+@pytest.mark.slow
+def test_a_round_may_keep_the_mean_of_what_it_began_with_and_of_several_trainings(tmp_path, monkeypatch):
+    monkeypatch.setattr(language_model, "SCENES_FOR_HEADS", 2)
+    stage = Stage(steps=1, decay=0, learning_rate=1e-2, batch_size=2, warmup=0, seed=5)
+    sizes = {"tower_width": 32, "tower_layers": 3, "width": 32, "layers": 3, "workers": 0}
+    recipe = language_model.TinyRecipe(
+        str(tmp_path / "tiny"),
+        stage,
+        stage,
+        num_images=3,
+        short_steps=0,
+        averaged=2,
+        num_tested=2,
+        earlier=({"averaged": 0},),
+        **sizes,
+    )
+    mean = load_file(language_model.train_tiny(recipe) / "model.safetensors")
+    work = tmp_path / "tiny-work"
+    folders = "round-1", *(f"language_model-2/seed-{seed}/checkpoint-1" for seed in (5, 6))
+    states = [load_file(work / folder / "model.safetensors") for folder in folders]
+    name = "multi_modal_projector.linear_1.weight"
+    assert len({tuple(state[name].flatten().tolist()) for state in states}) == 3
+    for name, value in mean.items():
+        expected = torch.stack([state[name].float() for state in states]).mean(0)
+        torch.testing.assert_close(value.float(), expected, rtol=0.01, atol=1e-3, msg=name)
+    for changed in ({"layers": 3, "tower": {"steps": 1}}, {}):
+        with pytest.raises(ValueError, match="averaged is 2 in a round that does not begin with the weights of the"):
+            replace(recipe, layers=4, earlier=(changed,) if changed else ()).rounds()
+
+
 def test_what_differs_in_a_round_is_checked():
     stage = Stage(steps=4, decay=1, learning_rate=1e-3, batch_size=2, warmup=1)
     recipe = language_model.TinyRecipe("tiny", stage, stage, num_images=3, short_steps=1)
@@ -739,9 +771,10 @@ def test_what_differs_in_a_round_is_checked():
         ({"layers": 5}, "layers is 5 in one round and 4 in the next one"),
         (
             {"layer": 4},
-            "rounds may differ in tower.steps, layers, short_steps, num_images, language_model, not in layer",
+            "rounds may differ in tower.steps, layers, short_steps, num_images, averaged, language_model, not in lay",
         ),
         ({"num_images": 4}, "num_images is 4 in one round and 3 in the next one"),
+        ({"averaged": 1}, "averaged is 1 in a round that does not begin with the weights of the same tower"),
         ({"num_tested": 4}, "not in num_tested"),
         ({"tower": {"learning_rate": 1e-2, "steps": 3}}, "not in tower.learning_rate"),
         ({"tower": 3}, "tower must be settings such as {steps: 1000}, got 3"),

@@ -51,8 +51,8 @@ def draw_budget(rng: random.Random, scene: Scene) -> Budget:
     if rng.random() < 0.5:
         num_tokens = round(math.exp(rng.uniform(math.log(FEWEST_TOKENS), math.log(MOST_TOKENS))))
     smallest = min(thing.glyph for thing in scene.things) * SIDE / scene.height
-    if rng.random() < (0.8 if smallest < 1.6 else 0.3):
-        zoom = 2 if rng.random() < (0.8 if smallest < 0.8 else 0.3) else 1
+    if rng.random() < (0.8 if smallest < 1.6 else 0.45):
+        zoom = rng.choice((2, 3)) if rng.random() < (0.8 if smallest < 0.8 else 0.4) else 1
         # What is asked between the rounds is learned too.
         rounds = zoom if rng.random() < 0.75 else rng.randrange(zoom)
         return Budget(rng.choice(ZOOM_BUDGETS), num_tokens, zoom, rounds)

@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import random
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -56,7 +57,8 @@ FIRST_TESTED = 10**6  # the first scenes of the test split are the study's
 SCENES_FOR_HEADS, ZOOM_HEADS = 300, 2  # scenes that zoom's heads are measured on, and how many are kept
 SETTINGS_FILE = "recipe.json"
 LENGTHS = ("steps", "decay", "save_steps")  # of a stage, which may change while it is made
-EARLIER = ("tower.steps", "layers", "short_steps", "num_images", "language_model")  # what rounds may differ in
+# What rounds may differ in.
+EARLIER = ("tower.steps", "layers", "short_steps", "num_images", "averaged", "language_model")
 
 
 @checked
@@ -70,6 +72,9 @@ class TinyRecipe:
         language_model: the stage for everything else, on whole scenes.
         num_images: how many scenes are encoded for the language model in a round.
         short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
+        averaged: train that many language models with seeds from `language_model.seed` on, and take the mean of their
+            weights and of those that the round began with, which answers better than each (model soups, arXiv
+            2203.05482). With 0, one is trained and kept as it is.
         earlier: for each round before the last one, the values that differ, such as `{"layers": 4, "tower": {"steps":
             8000}}`, of `EARLIER`. A round trains the tower up to its number of steps, encodes scenes with it (new ones
             if the tower was trained further, or more of the same), and trains the rest on them.
@@ -88,6 +93,7 @@ class TinyRecipe:
     language_model: Stage
     num_images: PositiveInt
     short_steps: NonNegativeInt
+    averaged: NonNegativeInt = 0
     num_tested: PositiveInt = 200
     earlier: tuple[dict, ...] = ()
     start: str | None = None
@@ -106,7 +112,8 @@ class TinyRecipe:
 
         Raises:
             ValueError: if a value of `earlier` is invalid or may not differ, or a round has fewer layers, a shorter
-                tower's training, or fewer images of the same tower than the one before it.
+                tower's training, or fewer images of the same tower than the one before it, or averages weights with
+                those of a round of another tower or with fewer layers.
         """
         values = TypeAdapter(TinyRecipe).dump_python(self, mode="json") | {"earlier": ()}
         rounds = [build_recipe(TinyRecipe, merge(values, changes)) for changes in (*self.earlier, {})]
@@ -121,6 +128,12 @@ class TinyRecipe:
                         f"earlier: {name} is {first} in one round and {then} in the next one, which needs at least as "
                         "many"
                     )
+        for before, after in pairwise([None, *rounds]):
+            if after.averaged and (before is None or alike(before) != alike(after)):
+                raise ValueError(
+                    f"averaged is {after.averaged} in a round that does not begin with the weights of the same tower "
+                    "and as many layers, whose mean means nothing: set it to 0, or add an earlier round"
+                )
         return rounds
 
     def materials(self) -> Materials | None:
@@ -134,6 +147,11 @@ class TinyRecipe:
                 "a folder, or the others to null too"
             )
         return Materials(self.photographs, self.objects, self.fonts) if self.photographs else None
+
+
+def alike(recipe: TinyRecipe) -> tuple[int, int]:
+    """What two rounds must have in common for a mean of their weights."""
+    return recipe.tower.steps, recipe.layers
 
 
 def merge(values: dict, changes: dict) -> dict:
@@ -369,7 +387,8 @@ def folder_settings(rounds: list[TinyRecipe], number: int) -> dict[str, dict]:
     tower["photographs, objects and fonts"] = materials and materials.digest()
     steps = {f"tower.{name}": values["tower"][name] for name in ("steps", "decay")}
     images = tower | steps | {"scenes": scenes_digest(materials), "first seed": seeds_of(rounds, number).start}
-    language_model |= images | {name: values[name] for name in ("width", "layers", "num_images", "short_steps")}
+    names = ("width", "layers", "num_images", "short_steps", "averaged")
+    language_model |= images | {name: values[name] for name in names}
     language_model["earlier rounds"] = [differing(earlier) for earlier in rounds[: number - 1]]
     return {"tower": tower, f"images-{recipe.tower.steps}": images, f"language_model-{number}": language_model}
 
@@ -378,7 +397,7 @@ def differing(recipe: TinyRecipe) -> dict:
     """The settings of a round that differ from another's and that its model depends on."""
     values = TypeAdapter(TinyRecipe).dump_python(recipe, mode="json")
     stage = {name: value for name, value in values["language_model"].items() if name != "save_steps"}
-    stage |= {name: values[name] for name in ("layers", "short_steps", "num_images")}
+    stage |= {name: values[name] for name in ("layers", "short_steps", "num_images", "averaged")}
     return stage | {"tower.steps": recipe.tower.steps}
 
 
@@ -480,7 +499,28 @@ def train_round(
     record_settings(folder, folders[folder.name])
     if not start:
         whiten_projector(model.model.multi_modal_projector, images)
-    train_language_model(
-        model, processor, images, folder, recipe.language_model, recipe.short_steps, recipe.num_tested, materials
-    )
+    train_members(model, processor, images, folder, recipe, materials)
     return model
+
+
+def train_members(
+    model, processor, images: list[CachedImage], folder: Path, recipe: TinyRecipe, materials: Materials | None
+):
+    """Train a round's language models, and leave the mean of their weights in `model`, see `TinyRecipe.averaged`."""
+    begun, stage = copy.deepcopy(model.state_dict()), recipe.language_model
+    states = [begun] if recipe.averaged else []
+    for seed in range(stage.seed, stage.seed + max(1, recipe.averaged)):
+        model.load_state_dict(begun)
+        output = folder / f"seed-{seed}" if recipe.averaged else folder
+        train_language_model(
+            model,
+            processor,
+            images,
+            output,
+            replace(stage, seed=seed),
+            recipe.short_steps,
+            recipe.num_tested,
+            materials,
+        )
+        states.append(copy.deepcopy(model.state_dict()))
+    model.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in begun})
