@@ -64,8 +64,8 @@ def _cut_images(
     images: list[Image.Image], plans: list[list[Crop]], side: int, resample: int, table: np.ndarray
 ) -> np.ndarray:
     """
-    float32[crops, 3, side, side]: the values in `table`, float32[3, 256], of the bytes of all crops. A picture that
-    is there several times, as in a batch of questions about it, is cut once.
+    float32[crops, 3, side, side]: the values in `table`, float32[3, 256], of the bytes of all crops. The same image
+    object with the same boxes, as in a batch of questions about it, is cut once.
     """
     pixel_values = np.empty((sum(map(len, plans)), 3, side, side), dtype=np.float32)
     starts = accumulate(map(len, plans), initial=0)
@@ -86,7 +86,7 @@ def _cut_images(
 def _cut_tensors(
     pictures: list[torch.Tensor], plans: list[list[Crop]], side: int, table: torch.Tensor
 ) -> torch.Tensor:
-    """The same on a device, for pictures uint8[height, width, 3], with the bicubic filter."""
+    """The same on a device, for pictures uint8[height, width, 3], with the bicubic filter. Each picture is cut."""
     pixel_values = table.new_empty((sum(map(len, plans)), 3, side, side))
     starts = accumulate(map(len, plans), initial=0)
     for picture, plan, start in zip(pictures, plans, starts):

@@ -1,6 +1,7 @@
 """The study, with a random model and a few scenes."""
 
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +11,7 @@ import torch
 from helpers import picture, write_untrained_tiny
 from PIL import Image
 
-from mc_llava import MCLlavaConfig, scenes
+from mc_llava import MCLlavaConfig, MCLlavaImageProcessor, scenes
 from mc_llava.estimate import estimate
 from mc_llava.evaluation import running
 from mc_llava.evaluation.tasks import PHOTOGRAPH_KINDS
@@ -134,6 +135,15 @@ def test_pictures_are_drawn_once_and_their_questions_are_in_different_batches(fo
     alone = running.evaluate("scenes", engine(measured, Setting(4, 40)), tmp_path, model="", revision="", limit=12)
     replies = {record["id"]: record["reply"] for record in alone["questions"]}
     assert replies == {record["id"]: record["reply"] for record in more}
+
+
+def test_with_zoom_the_questions_about_a_picture_are_in_one_batch_and_cut_it_once(folder, tmp_path, monkeypatch):
+    cut, module = [], sys.modules[MCLlavaImageProcessor.__module__]
+    cut_each = module.cut_each
+    monkeypatch.setattr(module, "cut_each", lambda image, *args: cut.append(image) or cut_each(image, *args))
+    records = Study(str(folder), tmp_path / "work", 2).ask(Setting(10, 40, zoom=1))
+    assert [record["id"] for record in records] == [f"{kind}-{seed}" for seed in range(2) for kind in scenes.KINDS]
+    assert len(cut) == 2
 
 
 def test_too_many_scenes_and_failed_questions_are_refused(folder, tmp_path, monkeypatch):

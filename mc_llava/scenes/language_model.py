@@ -72,9 +72,9 @@ class TinyRecipe:
         language_model: the stage for everything else, on whole scenes.
         num_images: how many scenes are encoded for the language model in a round.
         short_steps: the language model's first steps, which show one token a crop, see `SceneCollator`.
-        averaged: train that many language models with seeds from `language_model.seed` on, and take the mean of their
-            weights and of those that the round began with, which answers better than each (model soups, arXiv
-            2203.05482). With 0, one is trained and kept as it is.
+        averaged: train that many language models, with seeds counted from `language_model.seed`, and keep the mean of
+            their weights and of those the round began with, which usually answers better (model soups, arXiv
+            2203.05482). With 0, train one and keep it as it is.
         earlier: for each round before the last one, the values that differ, such as `{"layers": 4, "tower": {"steps":
             8000}}`, of `EARLIER`. A round trains the tower up to its number of steps, encodes scenes with it (new ones
             if the tower was trained further, or more of the same), and trains the rest on them.
@@ -112,8 +112,8 @@ class TinyRecipe:
 
         Raises:
             ValueError: if a value of `earlier` is invalid or may not differ, or a round has fewer layers, a shorter
-                tower's training, or fewer images of the same tower than the one before it, or averages weights with
-                those of a round of another tower or with fewer layers.
+                tower's training, or fewer images of the same tower than the one before it. If a round with `averaged`
+                has another tower or more layers than the one before it, or is the first.
         """
         values = TypeAdapter(TinyRecipe).dump_python(self, mode="json") | {"earlier": ()}
         rounds = [build_recipe(TinyRecipe, merge(values, changes)) for changes in (*self.earlier, {})]
@@ -128,11 +128,11 @@ class TinyRecipe:
                         f"earlier: {name} is {first} in one round and {then} in the next one, which needs at least as "
                         "many"
                     )
-        for before, after in pairwise([None, *rounds]):
+        for number, (before, after) in enumerate(pairwise([None, *rounds]), 1):
             if after.averaged and (before is None or alike(before) != alike(after)):
                 raise ValueError(
-                    f"averaged is {after.averaged} in a round that does not begin with the weights of the same tower "
-                    "and as many layers, whose mean means nothing: set it to 0, or add an earlier round"
+                    f"averaged is {after.averaged} in round {number}, but there is no mean with weights of another "
+                    "tower or with fewer layers: set averaged to 0 there, or add a round with the same before it"
                 )
         return rounds
 

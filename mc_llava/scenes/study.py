@@ -102,9 +102,10 @@ class Study:
             return islice(TASKS[name].read(source or "")[1], count)
 
         def read(source: str | None) -> tuple[int, Iterator[Question]]:
-            if name in FILES and name not in self.kept:  # others are asked under few settings, about large pictures
+            if name not in self.kept:
                 self.kept.clear()
-                self.kept[name] = list(questions(source))  # drawing takes longer than answering
+                if name in FILES:  # drawing takes longer than answering; others have few settings, and large pictures
+                    self.kept[name] = list(questions(source))
             found = iter(self.kept[name]) if name in self.kept else questions(source)
             return count, found if zoom else in_turns(found, kinds)
 
