@@ -780,13 +780,11 @@ def test_what_differs_in_a_round_is_checked():
         ({"layers": 5}, "layers is 5 in one round and 4 in the next one"),
         (
             {"layer": 4},
-            "rounds may differ in tower.steps, layers, short_steps, num_images, averaged, language_model, not in lay",
+            "rounds may differ in tower.steps, layers, short_steps, num_images, averaged, language_model, "
+            "not in layer",
         ),
         ({"num_images": 4}, "num_images is 4 in one round and 3 in the next one"),
-        (
-            {"averaged": 1},
-            "averaged is 1 in round 1, but there is no mean",
-        ),
+        ({"averaged": 1}, "averaged is 1 in round 1, but there is no mean with weights of another tower"),
         ({"num_tested": 4}, "not in num_tested"),
         ({"tower": {"learning_rate": 1e-2, "steps": 3}}, "not in tower.learning_rate"),
         ({"tower": 3}, "tower must be settings such as {steps: 1000}, got 3"),
