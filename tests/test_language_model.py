@@ -731,7 +731,7 @@ def test_a_round_goes_on_with_another_tower_other_scenes_and_more_layers(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_round_may_keep_the_mean_of_what_it_began_with_and_of_several_trainings(tmp_path, monkeypatch):
+def test_a_round_may_keep_the_mean_of_what_it_began_with_and_of_several_trainings(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(language_model, "SCENES_FOR_HEADS", 2)
     stage = Stage(steps=1, decay=0, learning_rate=1e-2, batch_size=2, warmup=0, seed=5)
     sizes = {"tower_width": 32, "tower_layers": 3, "width": 32, "layers": 3, "workers": 0}
@@ -747,6 +747,8 @@ def test_a_round_may_keep_the_mean_of_what_it_began_with_and_of_several_training
         **sizes,
     )
     mean = load_file(language_model.train_tiny(recipe) / "model.safetensors")
+    # What is measured of the mean stands beside what was measured of each training.
+    assert capsys.readouterr().out.count("{'mean of': 3, 'crops': {'ocr': ") == 1
     work = tmp_path / "tiny-work"
     folders = "round-1", *(f"language_model-2/seed-{seed}/checkpoint-1" for seed in (5, 6))
     states = [load_file(work / folder / "model.safetensors") for folder in folders]

@@ -10,6 +10,7 @@ import json
 import os
 import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -326,6 +327,18 @@ def tested_images(model, processor, number: int, materials: Materials | None) ->
     return found
 
 
+def measure_tested(
+    trainee: LanguageModelTrainee, processor, tested: dict[str, list[CachedImage]], objects: tuple[str, ...]
+) -> dict[str, dict[str, float]]:
+    """What `measure_language_model` finds on each of the `tested_images` and on images that were trained on."""
+    found = {}
+    for name, images in tested.items():
+        benchmark = name in ("crops", "whole", "most")
+        kinds, names = (KINDS, None) if benchmark else (KINDS_ON_PHOTOGRAPHS, objects)
+        found[name] = measure_language_model(trainee, processor, images, kinds, names)
+    return found
+
+
 def train_language_model(
     model,
     processor,
@@ -333,22 +346,17 @@ def train_language_model(
     output: Path,
     stage: Stage,
     short_steps: int,
-    num_tested: int,
-    materials: Materials | None = None,
+    tested: dict[str, list[CachedImage]],
+    objects: tuple[str, ...] = (),
 ):
-    """Train all but the tower on cached images, or resume from the last checkpoint in `output`."""
+    """
+    Train all but the tower on cached images, or resume from the last checkpoint in `output`.
+
+    Args:
+        tested: what to measure during training, see `measure_tested`.
+        objects: the names of all cut-out objects.
+    """
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(output / "logs")
-    objects = tuple(materials.renderings) if materials else ()
-    tested = tested_images(model, processor, num_tested, materials) | {"seen": images[:num_tested]}
-
-    def measured(trainee):
-        found = {}
-        for name, seen in tested.items():
-            benchmark = name in ("crops", "whole", "most")
-            kinds, names = (KINDS, None) if benchmark else (KINDS_ON_PHOTOGRAPHS, objects)
-            found[name] = measure_language_model(trainee, processor, seen, kinds, names)
-        return found
-
     torch.manual_seed(stage.seed)  # of the head, however many stages were finished before
     trainee = LanguageModelTrainee(copy.deepcopy(model.config), objects)  # Trainer sets its use_cache
     trainee.begin_with(model)
@@ -357,6 +365,7 @@ def train_language_model(
         layer.compile()  # saves time on a CPU; needs a C++ compiler
     set_trainable(trainee, ("coordinates", "projector", "language_model"))
     trainee.reading_head.requires_grad_(True)
+    measured = partial(measure_tested, processor=processor, tested=tested, objects=objects)
     trainer = SceneTrainer(
         trainee,
         TrainingArguments(**stage.options(output), train_sampling_strategy="sequential"),
@@ -506,8 +515,13 @@ def train_round(
 def train_members(
     model, processor, images: list[CachedImage], folder: Path, recipe: TinyRecipe, materials: Materials | None
 ):
-    """Train a round's language models, and leave the mean of their weights in `model`, see `TinyRecipe.averaged`."""
+    """
+    Train a round's language models, and leave the mean of their weights in `model`, see `TinyRecipe.averaged`. What is
+    measured of the mean is printed.
+    """
     begun, stage = copy.deepcopy(model.state_dict()), recipe.language_model
+    objects = tuple(materials.renderings) if materials else ()
+    tested = tested_images(model, processor, recipe.num_tested, materials) | {"seen": images[: recipe.num_tested]}
     states = [begun] if recipe.averaged else []
     for seed in range(stage.seed, stage.seed + max(1, recipe.averaged)):
         model.load_state_dict(begun)
@@ -519,8 +533,12 @@ def train_members(
             output,
             replace(stage, seed=seed),
             recipe.short_steps,
-            recipe.num_tested,
-            materials,
+            tested,
+            objects,
         )
         states.append(copy.deepcopy(model.state_dict()))
-    model.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in begun})
+    if recipe.averaged:
+        model.load_state_dict({name: torch.stack([state[name] for state in states]).mean(0) for name in begun})
+        trainee = LanguageModelTrainee(model.config, objects)
+        trainee.begin_with(model)
+        print({"mean of": len(states)} | measure_tested(trainee, processor, tested, objects), flush=True)
