@@ -73,6 +73,14 @@ def is_set(name: str, value) -> bool:
     return value is not None and value is not False and not is_neutral
 
 
+def find_option(model, name: str, generation_config, options: dict):
+    """The value of an option that `generate` uses: the call's, or else a given or the saved configuration's, or None."""
+    if name in options:
+        return options[name]
+    given = [getattr(config, name, None) for config in (generation_config, model.generation_config)]
+    return next((value for value in given if value is not None), None)
+
+
 def check_cache(cache: Cache, input_ids: torch.LongTensor) -> int:
     """The number of tokens in a cache. Raises a ValueError unless `input_ids`, which start with them, have more."""
     known, length = int(cache.get_seq_length()), input_ids.shape[1]
@@ -388,7 +396,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
         The attention mask of prompts that came without one: int64[batch, length], 0 for padding. As in transformers,
         nothing is taken for padding if the pad token also ends a turn.
         """
-        pad, ends = (self._option(name, generation_config, kwargs or {}) for name in ("pad_token_id", "eos_token_id"))
+        pad, ends = (
+            find_option(self, name, generation_config, kwargs or {}) for name in ("pad_token_id", "eos_token_id")
+        )
         pad = self.config.pad_token_id if pad is None else pad
         ends = ends.tolist() if hasattr(ends, "tolist") else ends  # of a tensor, as transformers takes it
         if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
@@ -439,7 +449,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             )
         cache, prompts = prefix_cache.load(self, kwargs["inputs_embeds"], request.attention_mask)
         names = ("num_beams", "num_return_sequences")
-        repeats = max(self._option(name, generation_config, kwargs) or 1 for name in names)
+        repeats = max(find_option(self, name, generation_config, kwargs) or 1 for name in names)
         if repeats > 1:
             cache.batch_repeat_interleave(repeats)
         kwargs[CACHE] = cache
@@ -462,7 +472,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         """The stopping criteria with one more, which ends each row where the context ends."""
         context = self.config.text_config.max_position_embeddings
         # Assisted decoding accepts several tokens between two checks of a criterion.
-        max_new_tokens = self._option("max_new_tokens", generation_config, kwargs)
+        max_new_tokens = find_option(self, "max_new_tokens", generation_config, kwargs)
         if max_new_tokens is not None and max_new_tokens > (most := context - min(request.lengths)):
             kwargs["max_new_tokens"] = most
         room = context - request.attention_mask.sum(-1)
@@ -471,23 +481,16 @@ class MCLlavaGenerationMixin(GenerationMixin):
     def _refuse_with_prefixes(self, generation_config, kwargs: dict):
         """Raise a ValueError for what can't be combined with a prefix cache."""
         refuse_prefixes(self)
-        value = partial(self._option, generation_config=generation_config, kwargs=kwargs)
+        value = partial(find_option, self, generation_config=generation_config, options=kwargs)
         refused = [name for name in NOT_WITH_PREFIXES if is_set(name, value(name))]
         if value("use_cache") is False:
             refused.append("use_cache=False")
         if refused:
             raise ValueError(f"prefix_cache can't be combined with {', '.join(refused)}: leave one of them out")
 
-    def _option(self, name: str, generation_config, kwargs: dict):
-        """The value of an option for `generate`: the call's, or else a configuration's, or None."""
-        if name in kwargs:
-            return kwargs[name]
-        given = [getattr(config, name, None) for config in (generation_config, self.generation_config)]
-        return next((value for value in given if value is not None), None)
-
     def _refuse_options(self, is_short: bool, generation_config, kwargs: dict):
         """Raise a ValueError for options that would silently give wrong results."""
-        value = partial(self._option, generation_config=generation_config, kwargs=kwargs)
+        value = partial(find_option, self, generation_config=generation_config, options=kwargs)
         # Drafts would ignore the images, or consist of <image> tokens; healing decodes the prompt without them.
         for name in ("assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens", "token_healing"):
             if is_set(name, value(name)):
@@ -559,5 +562,6 @@ __all__ = [
     "MCLlavaGenerationMixin",
     "SuppressToken",
     "check_context",
+    "find_option",
     "one_cache",
 ]

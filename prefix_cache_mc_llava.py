@@ -381,10 +381,10 @@ def refuse_prefixes(model):
             )
 
 
-def can_keep_prefixes(model, generation_config=None) -> bool:
-    """Whether `generate` accepts a `prefix_cache` with this model, its saved defaults and a configuration."""
+def can_keep_prefixes(model, generation_config=None, **options) -> bool:
+    """Whether `generate` accepts a `prefix_cache` with this model, its saved defaults and these options."""
     try:
-        model._refuse_with_prefixes(generation_config, {})
+        model._refuse_with_prefixes(generation_config, options)
     except ValueError:
         return False
     return True

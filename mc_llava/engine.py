@@ -8,6 +8,7 @@ through it; a new way to serve the model starts here.
 import math
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -17,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from . import (
-    NOT_WITH_PREFIXES,
     Crop,
     EncodedImages,
     FeatureCache,
@@ -29,6 +29,7 @@ from . import (
     check_context,
     check_knob,
     check_weights,
+    find_option,
     input_device,
     is_encoded,
     is_prepared,
@@ -39,6 +40,7 @@ from . import (
 
 # Options of `Engine.answer` for reproducible replies, whatever the checkpoint's defaults are.
 GREEDY = {"do_sample": False, "num_beams": 1}
+ONE_REPLY = {"num_return_sequences": 1, "return_dict_in_generate": False}  # whatever was saved or a configuration says
 Asked = TypeVar("Asked")
 
 
@@ -55,7 +57,7 @@ class Reply(NamedTuple):
     images: list[EncodedImages]  # one for each image of the conversation: its crops' boxes and tokens
     prompt_tokens: int  # visual ones included
     new_tokens: int
-    finish_reason: str  # "stop" at the end of the turn, "length" if a bound cut it off
+    finish_reason: str  # "length" if max_new_tokens or the context cut it off, otherwise "stop"
 
     @property
     def crops(self) -> int:
@@ -163,7 +165,7 @@ class Engine:
         Raises:
             ValueError: if a message is malformed or holds a special token, or the text alone fills the context.
         """
-        check_prompts(self.processor, self.model.config, [conversation])
+        check_prompts(self.processor, self.model.config, [to_plain(conversation)])
 
     def answer(self, conversations: list[list[dict]], streamer=None, **options) -> list[Reply]:
         """
@@ -171,7 +173,8 @@ class Engine:
 
         Args:
             streamer: one of transformers', for a single conversation.
-            options: for `generate`. `max_new_tokens` is by default the engine's.
+            options: for `generate`. `max_new_tokens` is by default that of a given `generation_config`, or else the
+                engine's.
 
         Raises:
             ValueError: if a message, an image or an option is refused, images were encoded with other weights, or
@@ -179,44 +182,47 @@ class Engine:
         """
         if not conversations:
             return []
-        if refused := sorted({"num_return_sequences", "return_dict_in_generate"} & set(options)):
+        if refused := sorted(set(ONE_REPLY) & set(options)):
             raise ValueError(f"{', '.join(refused)}: each conversation has one reply, leave them out")
-        conversations = [to_plain(conversation) for conversation in conversations]
         for conversation in conversations:
             self.check(conversation)
         conversations = self._encode_parts(conversations)
         images = [images_of(conversation) for conversation in conversations]
         prompts = [self._write_prompt(conversation, add_generation_prompt=True) for conversation in conversations]
         inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt").to(input_device(self.model))
+        options = self._fill_options(options)
         output = self.model.generate(
-            **inputs,
-            image_features=[image.features for image in chain(*images)],
-            streamer=streamer,
-            **{"max_new_tokens": self.max_new_tokens, "prefix_cache": self._prefixes_for(options), **options},
+            **inputs, image_features=[image.features for image in chain(*images)], streamer=streamer, **options
         )
         new_tokens = output[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
         lengths = inputs["attention_mask"].sum(-1).tolist()
         return [
-            Reply(text.strip(), encoded, length, *self._end_of(ids))
+            Reply(text.strip(), encoded, length, *self._end_of(ids, length, options))
             for text, encoded, length, ids in zip(texts, images, lengths, new_tokens.tolist())
         ]
 
-    def _prefixes_for(self, options: dict) -> PrefixCache | None:
-        """The prefix cache, or None if an option can't be combined with it."""
-        if self.prefix_cache is None or set(NOT_WITH_PREFIXES) & set(options) or options.get("use_cache") is False:
-            return None
-        return self.prefix_cache if can_keep_prefixes(self.model, options.get("generation_config")) else None
+    def _fill_options(self, options: dict) -> dict:
+        """All options for `generate`: without the prefix cache if a caller's can't be combined with it."""
+        is_kept = self.prefix_cache is not None and can_keep_prefixes(self.model, **options)
+        defaults = {"prefix_cache": self.prefix_cache if is_kept else None}
+        if getattr(options.get("generation_config"), "max_new_tokens", None) is None:
+            defaults["max_new_tokens"] = self.max_new_tokens
+        return {**defaults, **options, **ONE_REPLY}
 
-    def _end_of(self, new_ids: list[int]) -> tuple[int, str]:
+    def _end_of(self, new_ids: list[int], prompt_tokens: int, options: dict) -> tuple[int, str]:
         """How many tokens a row's answer has, the end of its turn included, and why it ended. Padding follows."""
-        ends = self.model.generation_config.eos_token_id  # one id, or several
-        ends = ends if isinstance(ends, list) else [ends]
+        find = partial(find_option, self.model, generation_config=options.get("generation_config"), options=options)
+        ends = find("eos_token_id")  # one id, or several, or none
+        ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
         end = next((index for index, id in enumerate(new_ids) if id in ends), None)
         if end is not None:
             return end + 1, "stop"
-        padding = self.processor.tokenizer.pad_token_id  # where a row filled its context before the others ended
-        return next((n for n in range(len(new_ids), 0, -1) if new_ids[n - 1] != padding), 0), "length"
+        padding = self.processor.tokenizer.pad_token_id
+        count = next((n for n in range(len(new_ids), 0, -1) if new_ids[n - 1] != padding), 0)
+        room = self.model.config.text_config.max_position_embeddings - prompt_tokens
+        # A stop string, or a criterion, ends an answer before its bound.
+        return count, "stop" if count < min(find("max_new_tokens") or 0, room) else "length"
 
     def stream(self, conversation: list[dict], stopping_criteria=(), **options) -> Iterator[str]:
         """The pieces of an answer as they are generated. Closing the iterator stops the generation."""
@@ -270,7 +276,8 @@ class Engine:
             lengths.append(len(answer_ids))
         limit = self.model.config.text_config.max_position_embeddings
         if (longest := max(map(len, rows))) > limit:
-            raise ValueError(f"question and option have {longest} tokens, the context {limit}: lower num_tokens")
+            remedy = "lower num_tokens" if images_of(conversation) else "shorten the text"
+            raise ValueError(f"question and option have {longest} tokens, the context {limit}: {remedy}")
 
         likelihoods = []
         for start in range(0, len(rows), self.batch_size):
@@ -310,6 +317,7 @@ class Engine:
 
     def _encode_parts(self, conversations: list[list[dict]]) -> list[list[dict]]:
         """The conversations with an `EncodedImages` in every image part. Those without one are encoded in one call."""
+        conversations = [to_plain(conversation) for conversation in conversations]
         held = [image for conversation in conversations for image in images_of(conversation)]
         given = [image for image in held if is_encoded(image)]
         if any(len(image.crops_per_image) != 1 for image in given):
@@ -351,6 +359,7 @@ class Engine:
         Args:
             knobs: `max_crops`, `num_tokens` and `zoom` instead of the engine's.
         """
+        conversations = [to_plain(conversation) for conversation in conversations]
         if not any(map(images_of, conversations)):
             return []
         inputs = self.processor.apply_chat_template(

@@ -1,6 +1,7 @@
 """The engine: conversations in, replies out, with what was encoded for them."""
 
 import threading
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -171,6 +172,57 @@ def test_why_an_answer_ended(engine, model, processor, monkeypatch):
         stopped, other = engine.answer(asked, max_new_tokens=9, **GREEDY)
         assert (stopped.new_tokens, stopped.finish_reason) == (2, "stop"), "padding is not counted"
         assert other.new_tokens > 2
+
+
+def test_the_ends_that_a_call_names(engine, model, processor, monkeypatch):
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    asked = [ask_about([SMALL], "What is it?")]
+    ids = model.generate(**processor("What is it?", SMALL, max_crops=4, num_tokens=18), max_new_tokens=4, **GREEDY)
+    first, second = ids[0, -4:-2].tolist()
+    config = GenerationConfig(**{**model.generation_config.to_dict(), "max_new_tokens": 3})
+    for options, new_tokens, reason in (
+        ({"eos_token_id": second}, 1 + (first != second), "stop"),
+        ({"eos_token_id": torch.tensor([second])}, 1 + (first != second), "stop"),
+        ({"stopping_criteria": [lambda ids, scores, **kwargs: torch.ones(len(ids), dtype=torch.bool)]}, 1, "stop"),
+        ({}, 6, "length"),  # the engine's bound
+        ({"generation_config": config}, 3, "length"),
+        ({"generation_config": config, "max_new_tokens": 2}, 2, "length"),
+    ):
+        (reply,) = engine.answer(asked, **GREEDY, **options)
+        assert (reply.new_tokens, reply.finish_reason) == (new_tokens, reason), options
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_each_conversation_has_one_reply_whatever_a_configuration_says(engine, model, monkeypatch, saved):
+    asked = [ask_about([SMALL], "What is it?"), ask_about([WIDE], "And this?")]
+    expected = engine.answer(asked, **GREEDY)
+    several = {"num_return_sequences": 2, "num_beams": 2, "return_dict_in_generate": True}
+    config = GenerationConfig(**{**model.generation_config.to_dict(), **several})
+    if saved:
+        monkeypatch.setattr(model, "generation_config", config)
+    replies = engine.answer(asked, num_beams=1, **({} if saved else {"generation_config": config}))
+    assert [(reply.text, reply.crops) for reply in replies] == [(reply.text, reply.crops) for reply in expected]
+
+
+def test_messages_may_be_objects(engine):
+    @dataclass
+    class Part:
+        type: str
+        text: str | None = None
+        image: object = None
+
+    @dataclass
+    class Message:
+        role: str
+        content: list
+
+    plain = ask_about([SMALL], "Which color?")
+    objects = [Message("user", [Part("image", image=SMALL), Part("text", text="Which color?")])]
+    engine.check(objects)
+    assert engine.answer([objects], **GREEDY)[0].text == engine.answer([plain], **GREEDY)[0].text
+    assert engine.likelihoods(objects, ("red", "blue")) == engine.likelihoods(plain, ("red", "blue"))
+    found, expected = (engine.look([asked], zoom=1) for asked in (objects, plain))
+    assert [image.looked_at for image in found] == [image.looked_at for image in expected] != []
 
 
 def test_images_that_recur_pass_the_tower_once(engine, passes):
