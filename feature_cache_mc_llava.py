@@ -16,7 +16,7 @@ from PIL import Image
 from .crops_mc_llava import Box, Crop, check_plans
 from .encoded_images_mc_llava import EncodedImages, describe_crops, input_device, without_peft
 from .hashing_mc_llava import describe_encoder, picture_key
-from .image_loading_mc_llava import load_image
+from .image_loading_mc_llava import load_images
 from .image_processing_mc_llava import square_side
 from .resizing_mc_llava import CROPS_PER_LOOK_UP, cut_to, look_up_bytes
 from .threads_mc_llava import one_ahead
@@ -156,9 +156,7 @@ class FeatureCache:
         given = {"plans": plans, **{name: value for name, value in options.items() if value is not None}}
         options = image_processor.check_kwargs(given)
         check_processor(model, image_processor, options)
-        loaded = [
-            image if is_prepared(image) else load_image(image, options.get("input_data_format")) for image in images
-        ]
+        loaded = load_unprepared(images, options.get("input_data_format"))
         sizes = [image.picture.size if is_prepared(image) else image.size for image in loaded]
         found, values = [], image_processor.values_of_bytes(options)
         side = square_side(options.get("size", image_processor.size))
@@ -331,4 +329,10 @@ def is_prepared(value) -> bool:
     return hasattr(value, "cut_ahead")
 
 
-__all__ = ["FeatureCache", "PreparedImage", "check_processor", "is_prepared"]
+def load_unprepared(images: list, input_data_format: str | None = None) -> list:
+    """The images loaded, except those that `FeatureCache.prepare` returned."""
+    loaded = iter(load_images([image for image in images if not is_prepared(image)], input_data_format))
+    return [image if is_prepared(image) else next(loaded) for image in images]
+
+
+__all__ = ["FeatureCache", "PreparedImage", "check_processor", "is_prepared", "load_unprepared"]

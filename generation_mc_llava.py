@@ -74,7 +74,7 @@ def is_set(name: str, value) -> bool:
 
 
 def find_option(model, name: str, generation_config, options: dict):
-    """The value of an option that `generate` uses: the call's, or else a given or the saved configuration's, or None."""
+    """The value of an option of `generate`: the call's, or else a given or the saved configuration's, or None."""
     if name in options:
         return options[name]
     given = [getattr(config, name, None) for config in (generation_config, model.generation_config)]

@@ -130,6 +130,7 @@ class EndpointHandler:
             for name in ("load_image", "open_image")
         )
         self.check_unicode = get_class_from_dynamic_module("processing_mc_llava.check_unicode", path)
+        self.check_context = get_class_from_dynamic_module("generation_mc_llava.check_context", path)
 
     def __call__(self, data: dict) -> list[dict] | dict:
         """
@@ -392,13 +393,14 @@ class EndpointHandler:
         prompt_length = inputs["input_ids"].shape[1]
         if prompt_length >= limit:
             raise ValueError(f"the text has {prompt_length} tokens, the context {limit}: shorten the text")
-        encoded, looked_at = self._encode(prompt, self._load(conversation), knobs, limit)
+        encoded, looked_at = self._encode(prompt, self._load(conversation), knobs, prompt_length)
         output = self.model.generate(
             **inputs,
             image_features=[image.features for image in encoded],
             **options,
             do_sample=False,
             num_beams=1,
+            num_return_sequences=1,
             stopping_criteria=StoppingCriteriaList([StopTexts(stops, prompt_length, self._decode)] if stops else []),
             return_dict_in_generate=True,
             output_logits=True,
@@ -428,18 +430,15 @@ class EndpointHandler:
         eos = self.model.generation_config.eos_token_id  # one id, or several
         return text, bool(len(new_ids)) and new_ids[-1].item() in (eos if isinstance(eos, list) else [eos])
 
-    def _encode(self, prompt: str, images: list[Image.Image], knobs: dict, limit: int) -> tuple[list, list | None]:
-        """The encoded images, and where guided zoom looked, None without it."""
-        plans = [self.processor.image_processor.plan(*image.size, **knobs) for image in images]
-        if (tokens := sum(crop.num_tokens for plan in plans for crop in plan)) >= limit:  # before any is encoded
-            raise ValueError(
-                f"{len(images)} images have {tokens} tokens, the context {limit}: pass fewer, or num_tokens="
-                f"{limit // (len(images) + 1)}"
-            )
-        if images and knobs.get("zoom", self.processor.image_processor.zoom):
+    def _encode(self, prompt: str, images: list[Image.Image], knobs: dict, length: int) -> tuple[list, list | None]:
+        """The encoded images of a prompt of some length, and where guided zoom looked, None without it."""
+        if images and self.processor.image_processor.asks_to_zoom(knobs):
             inputs = self.processor(prompt, [images], **knobs).to(self.model.device)
             looked = self.model.zoom(**inputs, feature_cache=self.cache)
             return looked.unbind(), looked.looked_at
+        plans = [self.processor.image_processor.plan(*image.size, **knobs) for image in images]
+        tokens = sum(crop.num_tokens for plan in plans for crop in plan)
+        self.check_context(self.model.config, [length - len(images) + tokens], [tokens], [len(images)])
         return self.cache.encode(self.model, self.processor.image_processor, images, plans=plans), None
 
 

@@ -71,6 +71,13 @@ def load_image(image, input_data_format: str | None = None) -> Image.Image:
     )
 
 
+def load_images(images: list, input_data_format: str | None = None) -> list[Image.Image]:
+    """Load each with `load_image`; one that comes again, as the same object or path, is loaded once."""
+    keys = [image if isinstance(image, (str, os.PathLike)) else id(image) for image in images]
+    loaded = {key: load_image(image, input_data_format) for key, image in dict(zip(keys, images)).items()}
+    return [loaded[key] for key in keys]
+
+
 def flatten_images(images) -> list:
     """Flatten an image, a batch [B, H, W, C] or [B, C, H, W], or (nested) lists of them into one list."""
     if isinstance(images, (list, tuple)):
@@ -279,4 +286,4 @@ def _from_rows(array, read, name: str, input_data_format: str | None, prefer_fir
     return array_to_rgb(rows, (width, height), name)
 
 
-__all__ = ["FORMATS", "MAX_IMAGE_SIDE", "flatten_images", "load_image", "open_image"]
+__all__ = ["FORMATS", "MAX_IMAGE_SIDE", "flatten_images", "load_image", "load_images", "open_image"]

@@ -36,7 +36,7 @@ from .crops_mc_llava import (
     refuse_unknown,
 )
 from .encoded_images_mc_llava import describe_crops
-from .image_loading_mc_llava import MAX_IMAGE_SIDE, flatten_images, load_image
+from .image_loading_mc_llava import MAX_IMAGE_SIDE, flatten_images, load_images
 from .resizing_mc_llava import CROPS_PER_LOOK_UP, can_cut_on, cut_each, cut_on_device, look_up_bytes, look_up_crop
 from .zoom_plan_mc_llava import count_closer, plan_scouts
 
@@ -303,7 +303,7 @@ class MCLlavaImageProcessor(PilBackend):
             raise ValueError(f"an option has a wrong value: {error}") from error
 
     def _prepare_image_like_inputs(self, images, *, input_data_format=None, **kwargs) -> list[Image.Image]:
-        return [load_image(image, input_data_format) for image in flatten_images(images)]
+        return load_images(flatten_images(images), input_data_format)
 
     def _preprocess(
         self,
@@ -336,7 +336,9 @@ class MCLlavaImageProcessor(PilBackend):
         if device.type != "cpu" and return_tensors != "pt":
             raise ValueError(f'tensors on {device} need return_tensors="pt", got {return_tensors!r}')
         if can_cut_on(device, resample):
-            images = [torch.from_numpy(np.array(image)).to(device) for image in images]
+            distinct = {id(image): image for image in images}
+            moved = {key: torch.from_numpy(np.array(image)).to(device) for key, image in distinct.items()}
+            images = [moved[id(image)] for image in images]
             pixel_values = _cut_tensors(images, plans, side, torch.from_numpy(table).to(device))
         else:
             pixel_values = _cut_images(images, plans, side, resample, table)

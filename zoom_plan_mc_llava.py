@@ -57,7 +57,7 @@ def plan_rounds(crops: int, zoom: int, max_crops: int, num_tokens: int) -> tuple
     """
     rounds, _, regions, per_region = split_budget(min(max_crops, num_tokens - 1), zoom)
     room = min(max_crops + 1, num_tokens) - crops
-    return min(rounds, room // max(1, regions * per_region)) if crops > 1 else 0, regions, per_region
+    return min(rounds, room // max(1, regions * per_region)), regions, per_region
 
 
 def count_closer(width: int, height: int, zoom: int, max_crops: int, num_tokens: int, side: int) -> tuple[int, int]:

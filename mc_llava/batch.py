@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import FORMATS, FeatureCache, MCLlavaProcessor, check_knob, check_unicode, load_image
+from . import FORMATS, FeatureCache, MCLlavaProcessor, check_knob, check_unicode, load_images
 from .ahead import Ahead
 from .engine import GREEDY, Engine, answer_all, ask_about, count_bytes
 from .folders import find_model
@@ -441,7 +441,7 @@ class Worker:
             if files := [path for path in found if isinstance(path, Path)]:
                 # Before they are read, so that a file that is replaced meanwhile counts as changed.
                 record["files"] = [[str(path), stamp(path), digest_of(path)] for path in files]
-            images = [load_image(image) for image in found]
+            images = load_images(found)
         except (ValueError, OverflowError, RecursionError) as error:  # of a date out of range, a line of brackets
             record["error"] = str(error)
         return record, images
@@ -525,8 +525,8 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
     """
     Run a job, or resume an interrupted run of it, and write `output`: a record per row, in the order of the rows.
 
-    A record is `{"row", "id", "question", "answer", "crops", "tokens", "seconds"}`, with `error` in place of answer,
-    crops and tokens if the row failed.
+    A record is `{"row", "id", "question", "answer", "finish_reason", "crops", "tokens", "seconds"}`, with zoom also
+    `looked_at`. If the row failed, `error` stands in place of what an answer has.
 
     A run that has finished is not repeated if its settings were the same.
 

@@ -33,7 +33,8 @@ from . import (
     input_device,
     is_encoded,
     is_prepared,
-    load_image,
+    load_images,
+    load_unprepared,
     to_plain,
 )
 
@@ -155,7 +156,7 @@ class Engine:
             ValueError: as `encode` does.
         """
         if self.knobs["zoom"]:
-            return [load_image(image) for image in images]
+            return load_images(images)
         return self.feature_cache.prepare(self.model, self.processor.image_processor, images, **self.knobs)
 
     def check(self, conversation: list[dict]):
@@ -329,7 +330,7 @@ class Engine:
                 raise ValueError("zoom looks at all images of a batch: pass pictures, not encoded images, or zoom=0")
             encoded = iter(self.look(conversations))
         else:
-            pictures = [image if is_prepared(image) else load_image(image) for image in held if not is_encoded(image)]
+            pictures = load_unprepared([image for image in held if not is_encoded(image)])
             sizes = [image.picture.size if is_prepared(image) else image.size for image in pictures]
             plans = [self.processor.image_processor.plan(*size, **self.knobs) for size in sizes]  # none if it zooms
             self._check_room(conversations, plans)

@@ -575,7 +575,7 @@ def is_whole_checkpoint(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_bytes())
     except ValueError:
         return False
-    weights, states = checkpoint.glob("*.safetensors"), checkpoint.glob("*.pt")
+    weights, states = checkpoint.glob("*.safetensors"), checkpoint.glob("*.pt*")  # and .pth
     return all(map(is_whole, weights)) and all(map(zipfile.is_zipfile, states))
 
 

@@ -523,6 +523,18 @@ class TestFeatureCache:
         assert all(patches.untyped_storage().nbytes() == patches.nbytes for patches in kept)
         assert cache.nbytes == sum(patches.nbytes for patches in kept)
 
+    def test_the_crop_that_was_not_used_for_longest_loses_patches_first(self):
+        """A full cache of whole crops makes room for another one."""
+        size = 2 * PATCHES + 3  # patches: two whole crops, and the last few of a third
+        cache = FeatureCache(max_bytes=size * ROW)
+        for name in ("a", "b", "a", "c"):
+            cache.look_up([((name,), name)], [2], lambda missing: [torch.zeros(1, 1 + PATCHES, ROW // 4)])
+        assert {name: len(crop.patches) for (_, name), crop in cache._crops.items()} == {
+            "b": 2,
+            "a": PATCHES,
+            "c": PATCHES,
+        }
+
     @pytest.mark.parametrize("crops", [1, 3])
     def test_as_many_crops_must_come_as_were_missing(self, crops):
         keys = [(("picture",), (0, 0, side, side)) for side in (8, 9)]

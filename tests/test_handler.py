@@ -287,10 +287,15 @@ class TestShapes:
     def test_too_much_is_refused_before_it_is_encoded(self, handler, trial, module, monkeypatch):
         image = {"type": "image", "base64": encoded(trial)}
         misses = handler.cache.misses
-        with pytest.raises(
-            ValueError, match="16 images have 2048 tokens, the context 2048: pass fewer, or num_tokens=120"
-        ):
+        with pytest.raises(ValueError, match="no room for an answer: pass num_tokens=126 or less"):
             handler({"messages": [{"role": "user", "content": [image] * 16}]})
+        request = {"messages": [{"role": "user", "content": [image, {"type": "text", "text": "word " * 600}]}]}
+        with pytest.raises(ValueError, match=r"pass num_tokens=\d+ or less") as error:
+            handler({**request, "num_tokens": 2000})
+        assert handler.cache.misses == misses
+        fitting = int(str(error.value).split("num_tokens=")[1].split()[0])
+        handler({**request, "num_tokens": fitting, "max_new_tokens": 1})  # the remedy is one
+        misses = handler.cache.misses
         for question in ("a<image>", "word " * 3000):
             with pytest.raises(ValueError, match="special token|shorten the text"):
                 handler({"inputs": question, "image": encoded(trial)})
@@ -302,6 +307,13 @@ class TestShapes:
         monkeypatch.setattr(module, "MAX_IMAGE_BYTES", 1000)
         with pytest.raises(ValueError, match="may have 1000 bytes"):
             handler({"inputs": "What?", "image": encoded(trial)})
+
+    def test_there_is_one_answer_whatever_was_saved(self, handler, trial, monkeypatch):
+        request = {"inputs": "What?", "image": encoded(trial), "parameters": PARAMETERS}
+        expected = handler(request)
+        for name, value in (("do_sample", True), ("num_return_sequences", 2)):
+            monkeypatch.setattr(handler.model.generation_config, name, value)
+        assert handler(request) == expected
 
     def test_pixels_are_counted_before_they_are_decoded(self, handler, monkeypatch):
         """From headers alone: the files have no pixels."""

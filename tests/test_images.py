@@ -844,10 +844,11 @@ class TestImageProcessor:
         cut_each = module.cut_each
         monkeypatch.setattr(module, "cut_each", lambda image, *args: cut.append(image) or cut_each(image, *args))
         wide, tall = picture(1500, 900), picture(700, 1200)
-        images, plans = [wide, tall, wide, wide], [None, None, None, [(0, 0, 400, 400)]]
+        images = [wide, tall, wide, wide, wide]
+        plans = [None, None, None, [(0, 0, 400, 400)], [(100, 0, 400, 400)]]
         plans = [plan or self.processor.plan(*image.size, max_crops=5) for image, plan in zip(images, plans)]
         together = self.processor(images, plans=plans, return_tensors="pt")["pixel_values"]
-        assert cut == [wide, tall, wide]
+        assert cut == [wide, tall, wide, wide]
         alone = [
             self.processor(image, plans=[plan], return_tensors="pt")["pixel_values"]
             for image, plan in zip(images, plans)

@@ -6,10 +6,12 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import processes
 import pytest
 import torch
+from filelock import FileLock
 from helpers import ROOT
 from safetensors.torch import load_file
 from transformers import TrainingArguments
@@ -500,7 +502,7 @@ def test_folders_that_are_missing_or_do_not_fit_are_named(tmp_path, monkeypatch)
         language_model.train_tiny(replace(recipe, objects=None, start=str(ROOT / "tiny"), layers=5))
     with pytest.raises(ValueError, match="photographs: there is no folder nowhere"):
         language_model.train_tiny(replace(recipe, photographs="nowhere"))
-    assert not list(tmp_path.iterdir()), "a folder of a run that was refused has to be removed before the next one"
+    assert not list(filter(Path.is_dir, tmp_path.iterdir())), "a folder of a run that was refused has to be removed before the next one"
 
 
 def test_an_output_that_can_be_no_folder_is_refused_before_hours_of_training(tmp_path):
@@ -795,6 +797,15 @@ def test_what_differs_in_a_round_is_checked():
     ):
         with pytest.raises(ValueError, match=message):
             replace(recipe, earlier=(changes,)).rounds()
+
+
+def test_two_runs_do_not_make_one_model(tmp_path):
+    stage = Stage(steps=1, decay=0, learning_rate=1e-2, batch_size=2, warmup=0)
+    recipe = language_model.TinyRecipe(str(tmp_path / "runs/tiny"), stage, stage, num_images=2, short_steps=0)
+    (tmp_path / "runs").mkdir()
+    with FileLock(tmp_path / "runs/tiny.lock"), pytest.raises(ValueError, match="another run writes .*tiny: wait"):
+        language_model.train_tiny(recipe)
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny.lock"]
 
 
 def test_a_checkpoint_to_start_from_runs_no_code_of_its_folder(processor, monkeypatch):

@@ -90,15 +90,16 @@ class TestQuestionsAndPrompts:
         for images in (array, torch.from_numpy(array.copy()), [array / 255], np.stack([array])):
             assert torch.equal(processor("What?", images)["pixel_values"], processor("What?", WIDE)["pixel_values"])
 
-    def test_each_image_is_loaded_once(self, processor, monkeypatch):
+    def test_each_image_is_loaded_once(self, processor, monkeypatch, tmp_path):
         """Only the image processor loads pictures. If each was loaded twice, either loader could refuse it."""
         loaded = []
         module = sys.modules[type(processor.image_processor).__module__]
+        module = sys.modules[module.load_images.__module__]
+        assert not hasattr(sys.modules[type(processor).__module__], "load_images")
         load = module.load_image
         monkeypatch.setattr(
             module, "load_image", lambda image, *options: loaded.append(image) or load(image, *options)
         )
-        assert not hasattr(sys.modules[type(processor).__module__], "load_image")
         content = io.BytesIO()
         WIDE.save(content, "PNG")
         processor(["a", "b"], [content.getvalue(), SMALL])
@@ -106,6 +107,14 @@ class TestQuestionsAndPrompts:
             messages({"type": "image", "image": content.getvalue()}, part("a")), tokenize=True, return_dict=True
         )
         assert loaded == [content.getvalue(), SMALL, content.getvalue()]
+        loaded.clear()
+        path, gray = tmp_path / "a.png", WIDE.convert("L")
+        path.write_bytes(content.getvalue())
+        pictures = [path, str(path), gray, path, str(tmp_path) + "/a.png", gray]
+        together = processor(["a"] * len(pictures), pictures)["pixel_values"]
+        assert loaded == [path, str(path), gray]
+        alone = processor(["a", "a"], [WIDE, gray.copy()])["pixel_values"].chunk(2)
+        assert torch.equal(together, torch.cat([alone[index] for index in (0, 0, 1, 0, 0, 1)]))
 
     def test_the_return_type(self, processor):
         out = processor(["a", "b b"], [SMALL, WIDE], return_tensors=None, padding=False)

@@ -451,14 +451,15 @@ def test_a_checkpoint_whose_last_file_is_torn_is_not_whole(tmp_path):
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "rng_state.pth"])
 @pytest.mark.parametrize("share", [0, 0.9])
 def test_a_checkpoint_of_which_any_large_file_is_cut_is_not_whole(tmp_path, name, share):
     for step in (2, 4):
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         save_file({"weight": torch.ones(1000)}, checkpoint / "model.safetensors")
-        torch.save({"state": torch.ones(1000)}, checkpoint / "optimizer.pt")
+        for state in ("optimizer.pt", "rng_state.pth"):
+            torch.save({"state": torch.ones(1000)}, checkpoint / state)
         (checkpoint / "trainer_state.json").write_text("{}")
     assert last_checkpoint(tmp_path) == str(checkpoint)
     content = (checkpoint / name).read_bytes()

@@ -105,6 +105,7 @@ def describe_engine(engine: Engine) -> dict:
         **engine.knobs,
         "batch_size": engine.batch_size,
         "max_new_tokens": engine.max_new_tokens,
+        "prefix_cache": engine.prefix_cache is not None,
         "generation": engine.model.generation_config.to_diff_dict(),
         "dtype": str(engine.model.dtype).removeprefix("torch."),
         "quantization": quantization and quantization.to_dict(),

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PhiConfig, PreTrainedTokenizerFast, SiglipVisionConfig, TrainingArguments
 
 from .. import MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaImageProcessor, MCLlavaProcessor
-from ..journal import RUN_AGAIN, storing, write_json
+from ..journal import RUN_AGAIN, lock, storing, write_json
 from ..training import StopIfDiverged, build_recipe, checked, last_checkpoint, set_trainable, steps_of
 from ..zoom_heads import choose_heads, find_config, write_heads
 from ..zoom_heads import measure as measure_heads
@@ -446,12 +446,19 @@ def train_tiny(recipe: TinyRecipe) -> Path:
     Make `tiny`, or resume an interrupted call. Zoom's heads are measured at the end. Returns the model's folder.
 
     Raises:
-        ValueError: if the earlier call had a recipe that this one can't resume, or `output` can't be a folder.
+        ValueError: if the earlier call had a recipe that this one can't resume, another call is making the same model,
+            or `output` can't be a folder.
         OSError: if the disk is full. What was made stays.
     """
     output, rounds = Path(recipe.output), recipe.rounds()
     if output.name in ("", "..") or (output.exists() and not output.is_dir()):
         raise ValueError(f"{recipe.output} can't be the folder of a model: name another output")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with lock(output.absolute()):
+        return _train_tiny(recipe, rounds, output)
+
+
+def _train_tiny(recipe: TinyRecipe, rounds: list[TinyRecipe], output: Path) -> Path:
     work = output.with_name(output.name + "-work")
     for number in range(1, len(rounds) + 1):
         for name, wanted in folder_settings(rounds, number).items():
