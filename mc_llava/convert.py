@@ -43,8 +43,6 @@ def convert(source: str, target: str, revision: str | None = None, push_to_hub: 
     if folder.is_dir():
         if revision is not None:
             raise ValueError(f"{source} is a folder, which has no revision {revision}: leave the revision out")
-    elif source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise ValueError(f"{source} is neither a folder nor a Hub id such as visheratin/MC-LLaVA-3b")
     else:
         patterns = ["*.json", "*.safetensors", "*.txt"]
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))

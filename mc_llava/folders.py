@@ -1,6 +1,7 @@
 """Model folders and Hub ids: the part that needs neither torch nor transformers."""
 
 import json
+import re
 from pathlib import Path
 
 from . import KNOB_MINIMA, MAX_CROPS, NUM_TOKENS, PATCH_SIZE, ROOT, SIDE, check_knob
@@ -16,17 +17,27 @@ def find_model(name: str) -> str:
     The path or Hub id to load for a model's name: "tiny" is the bundled checkpoint, all else is unchanged.
 
     Raises:
-        ValueError: if the name can only be a path, and no folder is there.
+        ValueError: if no such folder is there, and the name does not have the form of a Hub id, owner/name.
     """
     if name == "tiny":
         return str(TINY)
     text = str(name)
-    is_id = not text.startswith((".", "/", "~")) and text.count("/") <= 1 and "\\" not in text
+    # All else would be looked up on the Hub, which takes minutes when it is out of reach.
+    is_id = re.fullmatch(r"[^./~\\][^/\\]*/[^/\\]+", text) is not None
     if not text or not Path(text).is_dir() and (not is_id or Path(text).exists()):
         raise ValueError(
-            f"{text[:200]!r} is neither a folder nor a Hub id such as visheratin/MC-LLaVA-3b: pass one, or tiny"
+            f"{text[:200]!r} is neither a folder nor a Hub id, which has the form owner/name: pass the path of a "
+            "model folder, an id such as visheratin/MC-LLaVA-3b, or tiny"
         )
     return text
+
+
+def describe_missing(folder: str) -> str:
+    """A message about the kinds of files that a folder lacks to be a model's; empty if it has all."""
+    kinds = (("config.json",), PROCESSOR_FILES, ("tokenizer.json", "vocab.json"), (WEIGHTS, INDEX))
+    missing = [names[0] for names in kinds if not any(Path(folder, name).is_file() for name in names)]
+    remedy = "pass a whole model folder, such as one that mc-llava convert made"
+    return f"the folder {folder} has no {', '.join(missing)}: {remedy}" if missing else ""
 
 
 def read_plan_options(model: str | None = None) -> dict[str, int]:

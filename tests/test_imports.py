@@ -127,9 +127,11 @@ def test_the_help_names_all_tasks():
     assert TASK_NAMES == tuple(TASKS)
 
 
-@pytest.mark.parametrize("name", ["/nosuch/dir", "./nosuch", "~/nosuch", "a/b/c", "nosuch/dir/", "README.md", ""])
+@pytest.mark.parametrize(
+    "name", ["/nosuch/dir", "./nosuch", "~/nosuch", "a/b/c", "nosuch/dir/", "nosuch", "nosuch/", "README.md", ""]
+)
 def test_a_folder_that_is_not_there(name, monkeypatch):
-    """It is not sent to the Hub as an id."""
+    """It is not sent to the Hub as an id: when out of reach, the Hub is asked again for minutes."""
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="is neither a folder nor a Hub id"):
         folders.find_model(name)
