@@ -16,7 +16,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import ROOT, ROOT_FILES, MCLlavaConfig, MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype
-from .folders import INDEX, WEIGHTS, find_model, list_weights
+from .folders import INDEX, WEIGHTS, describe_missing, find_model, list_weights
 from .journal import hash_file
 
 
@@ -65,7 +65,7 @@ def find_whole_model(path: str) -> str:
     """
     path = find_model(path)
     if Path(path).is_dir() and not Path(path, "config.json").is_file():
-        raise ValueError(f"{path} has no config.json: pass a whole model folder")
+        raise ValueError(describe_missing(path))
     return path
 
 
@@ -190,13 +190,17 @@ def load_processor(path: str, revision: str | None = None) -> MCLlavaProcessor:
     A model's processor, whose chat template was tried.
 
     Raises:
-        ValueError: if a file is damaged.
+        ValueError: if a file is missing or damaged.
     """
     try:
         processor = MCLlavaProcessor.from_pretrained(find_model(path), revision=revision or "main")
         processor.apply_chat_template([{"role": "user", "content": [{"type": "text", "text": "Hello"}]}])
     except (json.JSONDecodeError, AttributeError, TypeError, TemplateError) as error:
         raise ValueError(f"the processor of {path} can't be loaded ({error}): fetch its files again") from error
+    except (OSError, ValueError) as error:
+        if Path(path).is_dir() and (missing := describe_missing(path)):  # transformers' message is about the Hub
+            raise ValueError(missing) from error
+        raise
     return processor
 
 

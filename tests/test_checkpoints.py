@@ -448,7 +448,7 @@ class TestConversion:
         small_model().save_pretrained(tmp_path)
         processor.save_pretrained(tmp_path)
         (tmp_path / "config.json").unlink()
-        with pytest.raises(ValueError, match="has no config.json: pass a whole model folder"):
+        with pytest.raises(ValueError, match="has no config.json: pass a whole model folder, such as"):
             load_model(str(tmp_path))
 
     def test_hub_ids_revisions_and_uploads(self, checkpoint, tmp_path, monkeypatch):
@@ -677,6 +677,19 @@ def test_a_damaged_file_of_a_processor_is_an_error_that_names_the_folder(convert
     (tmp_path / "model" / name).write_bytes(content)
     with pytest.raises(ValueError, match="processor of .*/model can't be loaded .*fetch its files again"):
         load_processor(str(tmp_path / "model"))
+
+
+def test_what_a_folder_lacks_to_be_a_models(tmp_path):
+    with pytest.raises(
+        ValueError, match="has no config.json, processor_config.json, tokenizer.json, model.safetensors: p"
+    ):
+        load_processor(str(tmp_path))
+    with pytest.raises(
+        ValueError, match=f"the folder {ROOT} has no tokenizer.json, model.safetensors: pass a whole mo"
+    ):
+        load_processor(str(ROOT))
+    shutil.copytree(ROOT / "tiny", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    assert load_processor(str(tmp_path / "model")), "it needs no weights"
 
 
 class TestASavedImageProcessor:

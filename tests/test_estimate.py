@@ -137,7 +137,7 @@ def test_the_command(converted):
 
 def test_a_folder_without_a_configuration_is_not_taken_for_the_3b(tmp_path, processor):
     processor.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="has no config.json: pass a whole model folder"):
+    with pytest.raises(ValueError, match="has no config.json, model.safetensors: pass a whole model folder"):
         cli.estimate(HUBBLE, model=str(tmp_path))
 
 
