@@ -502,7 +502,9 @@ def test_folders_that_are_missing_or_do_not_fit_are_named(tmp_path, monkeypatch)
         language_model.train_tiny(replace(recipe, objects=None, start=str(ROOT / "tiny"), layers=5))
     with pytest.raises(ValueError, match="photographs: there is no folder nowhere"):
         language_model.train_tiny(replace(recipe, photographs="nowhere"))
-    assert not list(filter(Path.is_dir, tmp_path.iterdir())), "a folder of a run that was refused has to be removed before the next one"
+    assert not list(filter(Path.is_dir, tmp_path.iterdir())), (
+        "a folder of a run that was refused has to be removed before the next one"
+    )
 
 
 def test_an_output_that_can_be_no_folder_is_refused_before_hours_of_training(tmp_path):
