@@ -64,14 +64,25 @@ def count_closer(width: int, height: int, zoom: int, max_crops: int, num_tokens:
     """
     How often zoom looks closer at a picture of this size, and at how many crops at most in all.
 
-    Both are 0 if the usual grid shows every pixel already, if the picture has no grid, or if there are too few crops.
+    Both are 0 if `explain_no_zoom` has a reason.
     """
-    limit = min(max_crops, num_tokens - 1)
-    rounds, _, regions, per_region = split_budget(limit, zoom)
-    base, columns, rows = plan_grid(width, height, limit, side)
-    if rounds < 1 or columns * rows == 1 or base == side:
+    if explain_no_zoom(width, height, zoom, max_crops, num_tokens, side):
         return 0, 0
+    rounds, _, regions, per_region = split_budget(min(max_crops, num_tokens - 1), zoom)
     return rounds, rounds * regions * per_region
+
+
+def explain_no_zoom(width: int, height: int, zoom: int, max_crops: int, num_tokens: int, side: int) -> str:
+    """Why zoom never looks closer at a picture of this size; empty if it may."""
+    limit = min(max_crops, num_tokens - 1)
+    base, columns, rows = plan_grid(width, height, limit, side)
+    if zoom < 1:
+        return "zoom is 0"
+    if split_budget(limit, zoom)[0] < 1:
+        return f"it needs max_crops of at least {2 * FEW} and num_tokens of at least {2 * FEW + 1}"
+    if columns * rows == 1:
+        return "the picture is too small for a grid"
+    return "the grid shows every pixel already, unless max_crops is lower" if base == side else ""
 
 
 def tile(region: Box, most: int, overlap: tuple[int, int], least: int = 1) -> list[Box]:
@@ -230,6 +241,7 @@ def look_closer(
 
 __all__ = [
     "count_closer",
+    "explain_no_zoom",
     "look_closer",
     "pays",
     "plan_rounds",

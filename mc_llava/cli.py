@@ -85,6 +85,9 @@ def ask(
         raise ValueError("got a question without an image: pass IMAGE... and then the question")
     if not question.strip():
         raise ValueError("the question is empty: pass IMAGE... and then the question")
+    from .folders import find_model
+
+    find_model(model)  # before torch is imported and pictures are read
     from .crop_grid import draw_looks
     from .engine import Engine, ask_about, check_prompts
     from .loading import load_config, load_model, load_processor
@@ -99,8 +102,8 @@ def ask(
     plans, _, closer = zip(*(plan_picture(processor.image_processor, image, knobs) for image in images))
     counts = [sum(crop.num_tokens for crop in plan) for plan in plans]  # zoom moves tokens but adds none
     check_prompts(processor, load_config(model), [ask_about(images, question)], [counts])  # before weights are loaded
-    for source, image, plan, more in zip(sources, images, plans, closer):
-        say_crops(source, image, plan, more)
+    for source, image in zip(sources, images):
+        say_crops(source, image, processor.image_processor, knobs)
     network = load_model(model, dtype, device, quantize=quantize)
     engine = Engine(network, processor, max_new_tokens=max_new_tokens, prefix_bytes=0, **knobs)
 
@@ -138,6 +141,9 @@ def chat(
     The picture is encoded once, or with --zoom looked at again for each question.
     Earlier turns are remembered without being computed again; /new forgets them.
     """
+    from .folders import find_model
+
+    find_model(model)  # before torch is imported and the picture is read
     from . import load_image
     from .engine import Engine
     from .loading import load_model, load_processor
@@ -146,7 +152,7 @@ def chat(
     processor = load_processor(model)
     knobs = processor.image_processor.fill_knobs(max_crops, num_tokens, zoom)
     plan, _, closer = plan_picture(processor.image_processor, picture, knobs)
-    say_crops(image, picture, plan, closer)
+    say_crops(image, picture, processor.image_processor, knobs)
     network = load_model(model, dtype, device, quantize=quantize)
     engine = Engine(network, processor, max_new_tokens=max_new_tokens, **knobs)
     sys.stdin.reconfigure(errors="surrogateescape")  # a line that is not UTF-8 is refused like any other bad question
@@ -504,8 +510,14 @@ def plan_picture(
     return processor.plan(*picture.size, **knobs), *count_closer(*picture.size, side=processor.size["height"], **knobs)
 
 
-def say_crops(source: str, picture: "Image.Image", plan: "list[Crop]", closer: int):
-    say(f"{source}: {picture.width} x {picture.height} pixels, {describe(plan, closer)}")
+def say_crops(source: str, picture: "Image.Image", processor: "MCLlavaImageProcessor", knobs: dict[str, int]):
+    from . import explain_no_zoom
+
+    plan, rounds, closer = plan_picture(processor, picture, knobs)
+    zoomed = f"; zoom adds up to {closer} crops where the question points (rounds: up to {rounds})" if rounds else ""
+    if knobs["zoom"] and (reason := explain_no_zoom(*picture.size, side=processor.size["height"], **knobs)):
+        zoomed = f"; zoom changes nothing here: {reason}"
+    say(f"{source}: {picture.width} x {picture.height} pixels, {describe(plan)}{zoomed}")
 
 
 def answer_streamer(processor: "MCLlavaProcessor") -> "TextStreamer":
@@ -596,12 +608,11 @@ def read_question() -> str:
     return sys.stdin.readline().strip()
 
 
-def describe(plan: "list[Crop]", closer: int = 0) -> str:
-    """A line about the crops of a plan, and how many zoom may add."""
+def describe(plan: "list[Crop]") -> str:
+    """A line about the crops of a plan."""
     tokens = sum(crop.num_tokens for crop in plan)
     grid = f" and a grid of {len(plan) - 1}" if len(plan) > 1 else ""
-    zoomed = f", up to {closer} where the question points" if closer else ""
-    return f"crops: {len(plan)} (the whole image{grid}){zoomed}, tokens: {tokens}"
+    return f"crops: {len(plan)} (the whole image{grid}), tokens: {tokens}"
 
 
 def in_units(value: float, unit: str, digits: int) -> str:

@@ -103,6 +103,9 @@ def test_ask_zooms_and_shows_where(tmp_path):
         assert before.size == after.size and ImageChops.difference(before.convert("RGB"), after).getbbox()
         left, top, _, _ = next(crop["box"] for crop in answer["looked_at"] if crop["round"] == 1)
         assert after.getpixel((left, top)) == (255, 200, 0)
+    assert b"zoom adds up to 9 crops where the question points (rounds: up to 1)" in result.stderr
+    few = run("ask", scene, "Which?", "--zoom", 1, "--max-crops", 4, "--max-new-tokens", 1)
+    assert b"tokens: 128; zoom changes nothing here: it needs max_crops of at least 8" in few.stderr
     refused = run("ask", scene, scene, "Which?", "--show", shown)
     assert refused.returncode == 1 and b"--show draws one picture, got 2" in refused.stderr
 
@@ -258,6 +261,11 @@ class TestChat:
             answers.append(processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
             turns.append({"role": "assistant", "content": answers[-1]})
         return answers
+
+
+@pytest.mark.parametrize("command", [["ask", "no-such.jpg", "What?"], ["chat", "no-such.jpg"]])
+def test_a_model_that_is_not_there_is_told_before_anything_is_read(command):
+    assert "'./nope' is neither a folder nor a Hub id" in error_of(*command, "--model", "./nope")
 
 
 def test_errors_are_one_line(checkpoint, tmp_path):

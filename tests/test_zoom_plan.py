@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from mc_llava import (
     count_closer,
+    explain_no_zoom,
     look_closer,
     pays,
     plan_crops,
@@ -134,6 +135,22 @@ def test_what_a_grid_shows_in_full_is_not_scouted():
     assert plan_scouts(1024, 768, 2, 100, 728, 384, 14) == plan_crops(1024, 768, 100, 728, 384, 14)
     rounds, closer = count_closer(4240, 2832, 2, 64, 728, 384)
     assert rounds == 2 and closer == 36 and len(plan_scouts(4240, 2832, 2, 64, 728, 384, 14)) <= 64 - closer + 1
+
+
+@pytest.mark.parametrize(
+    ("size", "knobs", "reason"),
+    [
+        ((4240, 2832), (0, 64, 728), "zoom is 0"),
+        ((4240, 2832), (1, 7, 728), "at least 8 and num_tokens of at least 9"),
+        ((4240, 2832), (1, 64, 8), "at least 8 and num_tokens of at least 9"),
+        ((500, 400), (1, 64, 728), "too small for a grid"),
+        ((1024, 768), (1, 100, 728), "shows every pixel already"),
+        ((4240, 2832), (1, 64, 728), ""),
+    ],
+)
+def test_why_zoom_changes_nothing(size, knobs, reason):
+    found = explain_no_zoom(*size, *knobs, 384)
+    assert reason in found and bool(found) == (count_closer(*size, *knobs, 384) == (0, 0)) == bool(reason)
 
 
 def test_a_small_picture_has_no_scouts_and_odd_knobs_are_refused():
