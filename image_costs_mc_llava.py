@@ -52,10 +52,13 @@ def check_dimensions(width: int, height: int, name: str):
     if max(width, height) > MAX_IMAGE_SIDE:
         raise ValueError(f"{name} has {width} x {height} pixels, a side may have {MAX_IMAGE_SIDE}: resize it first")
     if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
-        raise ValueError(
-            f"{name} has {width} x {height} pixels, more than Pillow's limit of {Image.MAX_IMAGE_PIXELS}: resize it "
-            "first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
-        )
+        raise ValueError(f"{name} has {width} x {height} pixels, {explain_limit()}")
+
+
+def explain_limit() -> str:
+    """How to go on with a picture of more pixels than Pillow allows."""
+    limit = f"more than Pillow's limit of {Image.MAX_IMAGE_PIXELS} pixels"
+    return f"{limit}: resize it first, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it"
 
 
 def check_header(file, name: str):

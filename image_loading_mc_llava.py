@@ -12,7 +12,7 @@ from urllib.parse import quote, urlsplit, urlunsplit
 import numpy as np
 from PIL import Image
 
-from .image_costs_mc_llava import MAX_IMAGE_SIDE, check_dimensions, check_header, check_work
+from .image_costs_mc_llava import MAX_IMAGE_SIDE, check_dimensions, check_header, check_work, explain_limit
 from .image_pixels_mc_llava import array_to_rgb, image_to_rgb
 
 
@@ -166,8 +166,8 @@ def open_image(file, name: str) -> Image.Image:
         raise ValueError(f"cannot read the image {name}: {error}") from error
     try:
         image = _open(file)
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {error} Resize it first") from None
+    except Image.DecompressionBombError:  # Pillow's message names twice the limit, up to which it only warns
+        raise ValueError(f"{name} has {explain_limit()}") from None
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise many kinds of errors for a broken header

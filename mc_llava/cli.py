@@ -10,6 +10,7 @@ import os
 import reprlib
 import sys
 import time
+import warnings
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -674,6 +675,9 @@ def crop_progress(model: "MCLlavaForConditionalGeneration", crops: int):
 
 def main():
     sys.stdout.reconfigure(errors="backslashreplace")  # names and rows may hold bytes that are not UTF-8
+    # Pillow's warning adds nothing to our error. `open_image` can't hide it: pictures are read in threads, which share
+    # the filters of warnings.
+    warnings.filterwarnings("ignore", ".*decompression bomb")
     try:
         app()
     except (ValueError, OSError, RuntimeError) as error:

@@ -268,6 +268,13 @@ def test_a_model_that_is_not_there_is_told_before_anything_is_read(command):
     assert "'./nope' is neither a folder nor a Hub id" in error_of(*command, "--model", "./nope")
 
 
+@pytest.mark.parametrize("size", [(10_000, 9_000), (14_000, 14_000)])  # Pillow only warns of the smaller one
+def test_a_picture_of_too_many_pixels_gets_one_message(size, tmp_path):
+    Image.new("1", size).save(tmp_path / "large.png")
+    refused = run("crops", tmp_path / "large.png", "-o", tmp_path / "grid.png")
+    assert refused.stderr.count(b"\n") == 1 and b"more than Pillow's limit of 89478485 pixels: re" in refused.stderr
+
+
 def test_errors_are_one_line(checkpoint, tmp_path):
     assert error_of("ask", "What?") == "error: got a question without an image: pass IMAGE... and then the question"
     assert error_of("ask", COFFEE, " ") == "error: the question is empty: pass IMAGE... and then the question"

@@ -630,7 +630,10 @@ def test_too_little_memory_is_not_a_broken_picture(monkeypatch, name):
 def test_a_decompression_bomb(monkeypatch):
     content = encode(Image.new("1", (2000, 2000)))
     # Pillow itself warns of the first and refuses the second.
-    for limit, message in ((3_000_000, "2000 x 2000 pixels, .* 3000000: resize it"), (1000, "too large.*Resize it")):
+    for limit in (3_000_000, 1000):
+        message = (
+            f"(has|2000 x 2000 pixels,) more than Pillow's limit of {limit} pixels: resize it first, or raise PIL"
+        )
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         with warnings.catch_warnings(), pytest.raises(ValueError, match=message):
             warnings.simplefilter("ignore")
