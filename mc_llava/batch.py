@@ -71,7 +71,12 @@ class JsonLines:
     def __getitem__(self, index: int) -> dict:
         with open(self.path, "rb") as file:
             file.seek(self.starts[index])
-            row = json.loads(file.readline())
+            line = file.readline()
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:  # whose text counts the end of this line as a second one
+            reason = f"{error.msg} at character {error.pos}"
+            raise ValueError(f"the row is not JSON ({reason}): write one object per line") from error
         if not isinstance(row, dict):
             raise ValueError(f"a line must hold an object with image and question, got {str(row)[:80]}")
         return row
@@ -555,18 +560,22 @@ def run(job: Job, output: str | os.PathLike, *, use_ray: bool = False, workers: 
     output = Path(output)
     if output.is_dir():
         raise ValueError(f"{output} is a folder: name a file, which may be in it")
+    if output.exists() and not origin_of(output).exists():  # before a lock is left next to the user's file
+        raise ValueError(f"{output} already exists: choose another output")
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock(output):
         return _run(job, rows, output, use_ray, workers)
+
+
+def origin_of(output: Path) -> Path:
+    return output.with_name(output.name + ".origin")
 
 
 def _run(
     job: Job, rows: JsonLines | Parquet | Folder, output: Path, use_ray: bool, workers: int | None
 ) -> tuple[int, int]:
     unfinished = output.with_name(output.name + ".partial")
-    origin = output.with_name(output.name + ".origin")
-    if output.exists() and not origin.exists():
-        raise ValueError(f"{output} already exists: choose another output")
+    origin = origin_of(output)
     processor = load_processor(job.model, job.revision)
     settings = describe_run(job, rows, processor, use_ray)
     if output.exists():
@@ -629,8 +638,8 @@ def describe_run(job: Job, rows: JsonLines | Parquet | Folder, processor: MCLlav
         "revision": commit,
         "dtype": dtype,
         "device": job.device if use_ray else find_device(job.device),  # Ray's workers may have others
+        "digest": rows.digest,  # before what depends on it, see `difference`
         "rows": len(rows),
-        "digest": rows.digest,
         "versions": versions(),
         "code": identify_code(*CODE),
     }

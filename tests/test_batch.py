@@ -59,7 +59,7 @@ def folder(tmp_path_factory) -> Path:
 ERRORS = {
     1: "is corrupt",
     3: "special token <|im_end|>",
-    11: "Expecting property name",
+    11: "the row is not JSON (Expecting property name enclosed in double quotes at character 1): write one object per",
     12: "is not fetched",
     13: "surrogates",
     14: "recursion",
@@ -372,6 +372,27 @@ def test_two_runs_on_one_output(folder, converted, tmp_path):
     assert not output.exists()
 
 
+@pytest.mark.parametrize("finished", [False, True])
+def test_rows_that_changed_since_an_earlier_run(converted, tmp_path, monkeypatch, finished):
+    source, output = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"question": "What is a galaxy?"}\n')
+    asked = job(tmp_path, converted, batch_size=1, max_new_tokens=1)
+    with monkeypatch.context() as patch:
+        if not finished:
+            patch.setattr(batch, "finish", lambda *paths: None)
+        run(asked, output)
+    source.write_text(2 * '{"question": "What is a star?"}\n')
+    with pytest.raises(ValueError, match="has other rows, because .*rows.jsonl has changed since"):
+        run(asked, output)
+
+
+def test_an_input_is_not_overwritten_and_gets_no_lock(folder, converted, tmp_path):
+    shutil.copy(folder / "rows.jsonl", tmp_path)
+    with pytest.raises(ValueError, match="rows.jsonl already exists: choose another output"):
+        run(job(tmp_path, converted), tmp_path / "rows.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
 def test_an_output_that_is_a_folder(folder, converted, tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="out is a folder: name a file"):
@@ -500,7 +521,7 @@ class TestStartedAgain:
         with pytest.raises(ValueError, match=message):
             run(asked, output)
         (pictures / "1.png").unlink()
-        with pytest.raises(ValueError, match="1.png has changed|has digest|has rows"):
+        with pytest.raises(ValueError, match="1.png has changed|has other rows, because .*images has changed"):
             run(asked, output)
         (pictures / "1.png").write_bytes(before)  # at another time
         run(asked, output)
