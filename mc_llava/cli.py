@@ -553,6 +553,8 @@ def check_picture_file(path: Path, source: str):
 
     if not path.parent.is_dir() or path.is_dir():
         raise ValueError(f"the picture {path} can't be written: name a file in a folder that is there")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"the picture {path} can't be written for lack of permission: name a file in another folder")
     if source != "-" and os.path.exists(source) and path.exists() and path.samefile(source):
         raise ValueError(f"{path} is the picture to read, which must not be overwritten: name another file")
     try:  # some formats are only read, or hold no colors
@@ -569,7 +571,7 @@ def write_picture(picture: "Image.Image", path: Path):
         picture.save(path)
     except (ValueError, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the disk's
-            raise
+            raise OSError(f"the picture {path} can't be written ({error}): name a file in another folder") from error
         size = f"{picture.width} x {picture.height} pixels"
         raise ValueError(
             f"the picture of {size} can't be written to {path} ({error}): end its name in .png"

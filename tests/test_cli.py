@@ -1,5 +1,6 @@
 """The command line, started as users start it."""
 
+import errno
 import io
 import json
 import re
@@ -126,6 +127,22 @@ def test_a_picture_that_can_not_be_written_is_refused_before_anything_is_asked(t
     for refused in (asked, drawn):
         assert refused.returncode == 1 and refused.stdout == b"" and reason in refused.stderr
         assert b"pixels" not in refused.stderr and b"computing" not in refused.stderr
+
+
+def test_a_folder_that_takes_no_picture(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.os, "access", lambda path, mode: path != tmp_path)  # root may write everywhere
+        with pytest.raises(
+            ValueError, match="looks.png can't be written for lack of permission: name a file in another"
+        ):
+            cli.ask(["no-such.jpg", "What?"], show=tmp_path / "looks.png")
+
+    def fail(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match=r"picture .*looks.png can't be written \(.*No space .*: name a file in another"):
+        cli.write_picture(Image.new("RGB", (1, 1)), tmp_path / "looks.png")
 
 
 @pytest.mark.parametrize("name", ["grid.wmf", "grid.msp", "grid.xbm", "grid.bufr", "grid.H5", "grid.psd"])
