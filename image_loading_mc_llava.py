@@ -90,6 +90,8 @@ def flatten_images(images) -> list:
 def _read(source: str | os.PathLike, name: str):
     """A binary file for a path, http(s) URL, data URI or base64 text."""
     text = os.fsdecode(source)
+    if not text.strip():
+        raise ValueError("the path of an image is empty: pass a file, an http(s) URL, a data URI or base64 text")
     try:
         if (url := text.strip()).lower().startswith(("http://", "https://")):
             return _download(_quote(url))
@@ -200,7 +202,8 @@ def _explain(file, error: Exception) -> str:
     except Exception:  # it is closed
         head = None
     if head == b"":
-        return "it is empty or was read to its end: pass all of its bytes"
+        is_path = not isinstance(file, io.BytesIO)
+        return "the file is empty" if is_path else "it is empty or was read to its end: pass all of its bytes"
     if head is not None and head[4:8] == b"ftyp" and head[8:12] not in (b"avif", b"avis"):
         return "HEIF needs a plugin, such as pillow-heif with its register_heif_opener(): or save it as JPEG"
     return "save it as PNG or JPEG"

@@ -90,7 +90,8 @@ def check_unicode(text: str, name: str = "the text"):
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} can't be encoded as UTF-8 ({error}): pass decoded text") from None
+        reason = f"character {error.start} is a byte in another encoding, or half of a surrogate pair"
+        raise ValueError(f"{name} can't be encoded as UTF-8, {reason}: pass text in UTF-8") from None
 
 
 class GenerationTag(Extension):

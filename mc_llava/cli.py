@@ -61,6 +61,23 @@ BatchSize = Annotated[int, typer.Option(help="How many questions to ask at once.
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.")]
 
 
+def print_version(is_asked: bool):
+    if is_asked:
+        from .journal import versions
+
+        print(versions()["mc-llava"] or "unknown, because mc-llava is not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version.")
+    ] = False,
+):
+    pass
+
+
 @app.command()
 def ask(
     images_and_question: Annotated[
@@ -292,7 +309,8 @@ def train(
             from .loading import load_processor
 
             rows = training.check(finetune, load_processor(finetune.model))
-            say(f"good rows: {len(rows.good)}, broken rows: {len(rows.broken)}, listed in {rows.report}")
+            listed = f", listed in {rows.report}" if rows.broken else ""
+            say(f"good rows: {len(rows.good)}, broken rows: {len(rows.broken)}{listed}")
         else:
             with extra("train"):
                 output = training.train(finetune)

@@ -17,9 +17,9 @@ import random
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import torch
 import yaml
@@ -199,8 +199,18 @@ def build_recipe(kind: type, values: dict):
     try:
         return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
-        reasons = (f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() for e in error.errors())
+        reasons = [f"{'.'.join(map(str, e['loc']))} {e['msg']}".strip() + name_known(kind, e) for e in error.errors()]
         raise ValueError(f"the recipe is invalid: {'; '.join(reasons)}") from None
+
+
+def name_known(kind: type, error: dict) -> str:
+    """The names to choose from, after the error that one is unknown: those of a recipe's class or of a part of it."""
+    if error["type"] != "unexpected_keyword_argument":
+        return ""
+    for part in error["loc"][:-1]:
+        hint = get_type_hints(kind)[part]
+        kind = next(filter(is_dataclass, get_args(hint)), hint)
+    return f", choose from {', '.join(field.name for field in fields(kind))}"
 
 
 # Rows

@@ -61,7 +61,7 @@ ERRORS = {
     3: "special token <|im_end|>",
     11: "the row is not JSON (Expecting property name enclosed in double quotes at character 1): write one object per",
     12: "is not fetched",
-    13: "surrogates",
+    13: "the question can't be encoded as UTF-8, character 13 is a byte in another encoding, or half of a surrogate",
     14: "recursion",
 }
 

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -290,6 +291,10 @@ def test_a_picture_of_too_many_pixels_gets_one_message(size, tmp_path):
     Image.new("1", size).save(tmp_path / "large.png")
     refused = run("crops", tmp_path / "large.png", "-o", tmp_path / "grid.png")
     assert refused.stderr.count(b"\n") == 1 and b"more than Pillow's limit of 89478485 pixels: re" in refused.stderr
+
+
+def test_the_version():
+    assert run("--version").stdout.decode().strip() == version("mc-llava")
 
 
 def test_errors_are_one_line(checkpoint, tmp_path):

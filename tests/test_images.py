@@ -669,6 +669,15 @@ def test_open_files_that_give_no_picture(content, message):
         load_image(OpenFile(content))
 
 
+def test_empty_files_and_paths(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(ValueError, match="empty.jpg is not an image that can be read: the file is empty$"):
+        load_image(tmp_path / "empty.jpg")
+    for path in ("", " "):
+        with pytest.raises(ValueError, match="the path of an image is empty: pass a file"):
+            load_image(path)
+
+
 def test_files_opened_for_something_else(tmp_path):
     path = tmp_path / "image.png"
     path.write_bytes(encode(picture(7, 5)))

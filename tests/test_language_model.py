@@ -794,7 +794,7 @@ def test_what_differs_in_a_round_is_checked():
         ({"num_tested": 4}, "not in num_tested"),
         ({"tower": {"learning_rate": 1e-2, "steps": 3}}, "not in tower.learning_rate"),
         ({"tower": 3}, "tower must be settings such as {steps: 1000}, got 3"),
-        ({"language_model": {"step": 3}}, "language_model.step Unexpected keyword argument"),
+        ({"language_model": {"step": 3}}, "language_model.step Unexpected keyword argument, choose from steps"),
         ({"tower": {"steps": 0}}, "tower.steps Input should be greater than 0"),
     ):
         with pytest.raises(ValueError, match=message):

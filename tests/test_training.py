@@ -275,7 +275,7 @@ def row(value="<image>\nWhat?", answer="That.", image="00000/000000000.jpg", **c
         (row(conversations=[{"from": ["human"], "value": "Hi."}]), "a turn must have from"),
         (row(conversations=["Hi."]), "a turn must have from"),
         (row(conversations=[{"from": "gpt", "value": "Hi."}]), "must alternate"),
-        (row(answer="\ud800"), "surrogates not allowed"),
+        (row(answer="\ud800"), "half of a surrogate pair"),
         (row(value="<image>" + 2040 * "7"), "tokens, there is room for 2031"),
         (row(image=["a.jpg", "b.jpg"]), "image must be one path"),
         (row(image=None, value="What?") | {"images": ["cut.jpg"]}, "no image, but 'images', which holds one"),
@@ -544,7 +544,12 @@ def test_the_command_checks_and_trains_nothing(recipe):
     path.write_text(json.dumps(values | {"num_tokens": [8, 16]}))
     result = processes.run("-m", "mc_llava", "train", path, "--check", text=True)
     assert result.returncode == 0, result.stderr
-    assert f"good rows: 9, broken rows: 0, listed in {recipe.output}" in result.stderr
+    assert result.stderr.splitlines()[-1] == "good rows: 9, broken rows: 0"
+    rows = Path(recipe.output).with_name("rows.json")
+    rows.write_text(json.dumps([*json.loads(Path(recipe.data).read_text()), {"id": "broken"}]))
+    overrides = (f"data={rows}", "max_broken=1")
+    result = processes.run("-m", "mc_llava", "train", path, "--check", *overrides, text=True)
+    assert f"good rows: 9, broken rows: 1, listed in {recipe.output}" in result.stderr
     assert [file.name for file in Path(recipe.output).iterdir()] == ["broken.jsonl"]
 
 
@@ -845,7 +850,7 @@ def test_a_recipe_is_read_with_overrides(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["learning=1"], "learning Unexpected keyword argument"),
+        (["learning=1"], "learning Unexpected keyword argument, choose from model, .*, learning_rate, .*, resume$"),
         (["train=[eyes]"], r"unknown parts \['eyes'\]"),
         (["train=[]"], "nothing learns"),
         (["num_tokens=[8, 4]"], "lower one first"),
@@ -853,7 +858,7 @@ def test_a_recipe_is_read_with_overrides(tmp_path):
         (["train=[language_model]", "lora={r: 4}"], "lora trains the language model"),
         (["quantize=nf4"], "weights in nf4 can't learn: set lora"),
         (["quantize=int8", "lora={r: 4}"], "quantize Input should be 'nf4'"),
-        (["lora={rank: 4}"], "lora.rank Unexpected keyword argument"),
+        (["lora={rank: 4}"], "lora.rank Unexpected keyword argument, choose from r, alpha, dropout$"),
         (["dtype=int8"], "dtype Input should be 'float32' or 'bfloat16'"),
         (["batch_size"], "must read name=value"),
         (["batch_size=" + "[" * 2000], "is not YAML"),
