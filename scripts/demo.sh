@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PIP_CONSTRAINT=scripts/pins/demo.txt PIP_BUILD_CONSTRAINT=scripts/pins/demo.txt
+echo "Installing the package and its requirements into .venv-demo. The first time, this takes minutes." >&2
 python3 -m venv .venv-demo
 .venv-demo/bin/pip install --quiet .
 # From another folder, so that the installed package answers and not the checkout.
