@@ -81,6 +81,12 @@ def find_option(model, name: str, generation_config, options: dict):
     return next((value for value in given if value is not None), None)
 
 
+def find_ends(model, generation_config, options: dict) -> list[int]:
+    """The ids that end an answer. transformers takes one, several, a tensor of them, or None."""
+    ends = find_option(model, "eos_token_id", generation_config, options)
+    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+
+
 def check_cache(cache: Cache, input_ids: torch.LongTensor) -> int:
     """The number of tokens in a cache. Raises a ValueError unless `input_ids`, which start with them, have more."""
     known, length = int(cache.get_seq_length()), input_ids.shape[1]
@@ -396,12 +402,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
         The attention mask of prompts that came without one: int64[batch, length], 0 for padding. As in transformers,
         nothing is taken for padding if the pad token also ends a turn.
         """
-        pad, ends = (
-            find_option(self, name, generation_config, kwargs or {}) for name in ("pad_token_id", "eos_token_id")
-        )
+        pad = find_option(self, "pad_token_id", generation_config, kwargs or {})
         pad = self.config.pad_token_id if pad is None else pad
-        ends = ends.tolist() if hasattr(ends, "tolist") else ends  # of a tensor, as transformers takes it
-        if pad is None or pad in (ends if isinstance(ends, (list, tuple)) else [ends]):
+        if pad is None or pad in find_ends(self, generation_config, kwargs or {}):
             return torch.ones_like(input_ids, dtype=torch.long)
         return (input_ids != pad).long()
 
@@ -562,6 +565,7 @@ __all__ = [
     "MCLlavaGenerationMixin",
     "SuppressToken",
     "check_context",
+    "find_ends",
     "find_option",
     "one_cache",
 ]

@@ -8,7 +8,6 @@ through it; a new way to serve the model starts here.
 import math
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -29,6 +28,7 @@ from . import (
     check_context,
     check_knob,
     check_weights,
+    find_ends,
     find_option,
     input_device,
     is_encoded,
@@ -213,17 +213,16 @@ class Engine:
 
     def _end_of(self, new_ids: list[int], prompt_tokens: int, options: dict) -> tuple[int, str]:
         """How many tokens a row's answer has, the end of its turn included, and why it ended. Padding follows."""
-        find = partial(find_option, self.model, generation_config=options.get("generation_config"), options=options)
-        ends = find("eos_token_id")  # one id, or several, or none
-        ends = [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+        config = options.get("generation_config")
+        ends = find_ends(self.model, config, options)
         end = next((index for index, id in enumerate(new_ids) if id in ends), None)
         if end is not None:
             return end + 1, "stop"
         padding = self.processor.tokenizer.pad_token_id
         count = next((n for n in range(len(new_ids), 0, -1) if new_ids[n - 1] != padding), 0)
         room = self.model.config.text_config.max_position_embeddings - prompt_tokens
-        # A stop string, or a criterion, ends an answer before its bound.
-        return count, "stop" if count < min(find("max_new_tokens") or 0, room) else "length"
+        most = find_option(self.model, "max_new_tokens", config, options) or 0
+        return count, "stop" if count < min(most, room) else "length"  # a stop string or a criterion ended it
 
     def stream(self, conversation: list[dict], stopping_criteria=(), **options) -> Iterator[str]:
         """The pieces of an answer as they are generated. Closing the iterator stops the generation."""
