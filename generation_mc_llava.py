@@ -31,6 +31,8 @@ CACHE = next(
 )
 
 
+# Options of a single answer, whatever was saved.
+GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
 # Options that look at the ids of the prompt, with the values that change nothing. transformers ignores them if it gets
 # embeddings, as with the short form and with a `PrefixCache`.
 ABOUT_PROMPT_IDS = {"encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1}
@@ -315,8 +317,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             ValueError: as `generate` does.
         """
         kept = PrefixCache() if prefix_cache is None else prefix_cache
-        greedy = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}  # whatever was saved
-        self.generate(**inputs, **greedy, max_new_tokens=1, prefix_cache=kept)
+        self.generate(**inputs, **GREEDY, max_new_tokens=1, prefix_cache=kept)
         return kept
 
     def _prepare_request(self, inputs, image_features, generation_config, kwargs: dict) -> GenerationRequest:

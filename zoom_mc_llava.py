@@ -3,7 +3,8 @@ Guided zoom: look at the whole picture and a coarse grid, then more closely wher
 
     round 0    whole picture, scouts              the image processor's crops
     round 1    attention from the prompt's last token to each crop -> the most relevant crops, covered by smaller ones;
-               no further rounds if it goes only to crops of which a closer look would show nothing more: see `pays`
+               no further rounds if it goes only to crops of which a closer look would show nothing more, see `pays`,
+               or if a draft of the answer is probable already, see `SURE`
     ...
     answer     all crops of all rounds, in the same number of `<image>` tokens
 
@@ -19,12 +20,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
+from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.masking_utils import create_causal_mask
 from transformers.utils import logging
 
 from .crops_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS, Box, Crop
 from .encoded_images_mc_llava import UNKNOWN, EncodedImages, describe_crops, read_integers, sum_per_image
-from .generation_mc_llava import CACHE
+from .generation_mc_llava import CACHE, GREEDY, find_option
 from .hashing_mc_llava import adapter_names, describe_encoder, picture_key
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device, look_up_bytes
 from .zoom_plan_mc_llava import look_closer, pays, plan_rounds, share_evenly
@@ -34,6 +36,9 @@ if TYPE_CHECKING:  # at run time it would import the loading of images
     from .feature_cache_mc_llava import FeatureCache
 
 logger = logging.get_logger(__name__)
+# The least probability of a whole answer, of at most `DRAFT` tokens, after which zoom looks no further. Chosen on
+# development scenes, see docs/tiny.md.
+SURE, DRAFT = 0.98, 16
 READ_FIELDS = ("crop_num_tokens", "image_grid_thw", "crop_boxes", "zoom_options")  # integers
 
 
@@ -86,6 +91,7 @@ class View:
     patches: list[torch.Tensor]  # for each crop, float[most tokens that are needed of it, vision_hidden]
     crop_rounds: list[int]
     relevance: list[float]
+    features: torch.Tensor | None = None  # float[tokens, hidden], None after crops were added
     key: tuple | None = None  # of the picture in a `FeatureCache`
     covered: set[Box] = field(default_factory=set)
 
@@ -98,11 +104,37 @@ class View:
         self.plan = share_evenly(self.boxes + boxes, sum(crop.num_tokens for crop in self.plan))
         self.crop_rounds += [number] * len(boxes)
         self.relevance += [float("nan")] * len(boxes)
+        self.features = None
 
     @property
     def size(self) -> tuple[int, int]:
         height, width, _ = self.pixels.shape
         return width, height
+
+
+class Doubt(StoppingCriteria):
+    """
+    Stops each greedy answer of a batch as soon as it is less probable than `SURE`.
+
+    Args:
+        ends: int[ids], those that end an answer.
+
+    Attributes:
+        is_sure: bool[batch], whether an answer has ended and is at least as probable.
+    """
+
+    def __init__(self, ends: torch.LongTensor):
+        self.ends, self.log_probability, self.has_ended = ends, 0.0, False
+
+    def __call__(self, input_ids: torch.LongTensor, scores: tuple[torch.Tensor, ...], **kwargs) -> torch.BoolTensor:
+        new_ids = input_ids[:, -1:].to(scores[-1].device)
+        step = scores[-1].float().log_softmax(-1).gather(-1, new_ids).squeeze(-1)
+        step = step.masked_fill(torch.as_tensor(self.has_ended, device=step.device), 0)  # padding follows
+        self.log_probability = self.log_probability + step
+        self.has_ended = torch.isin(new_ids, self.ends.to(step.device)).squeeze(-1) | self.has_ended
+        is_unsure = self.log_probability < math.log(SURE)
+        self.is_sure = self.has_ended & ~is_unsure
+        return is_unsure.to(input_ids.device)
 
 
 class MCLlavaZoomMixin:
@@ -173,16 +205,34 @@ class MCLlavaZoomMixin:
             lambda chosen: scouts if len(chosen) == len(scouts) else scouts[sorted(chosen)],
             feature_cache,
         )
-        for number in range(1, 1 + max(view.rounds for view in views)):
-            active = [view for view in views if view.rounds >= number]
-            if not active:  # the gate has ended all of them
-                break
+
+        def prompts_of(some: list[View]) -> tuple:
+            """The rows of views, their ids and mask, and all of their views."""
             # PEFT needs all rows for which it has the names of adapters.
-            rows = sorted({view.row for view in active}) if names is None else list(range(len(ids)))
-            seen = [view for view in views if view.row in rows]
-            self._ask(input_ids[rows], attention_mask[rows], seen, [general[row] for row in rows])
-            self._look_closer(active, number, values, feature_cache)
+            rows = sorted({view.row for view in some}) if names is None else list(range(len(ids)))
+            return rows, input_ids[rows], attention_mask[rows], [view for view in views if view.row in rows]
+
+        active, number = views, 0
+        while active := [view for view in active if view.rounds > number]:
+            number += 1
+            active = self._pick(active, prompts_of, general)
+            active = self._look_closer(active, number, values, feature_cache)
         return Looks(views, self._project(views), weights_hash)
+
+    def _pick(self, views: list[View], prompts_of: Callable, general: list[list[int]]) -> list[View]:
+        """
+        Ask about pictures, and pick those at which a closer look pays. See `_look` for `prompts_of`, and
+        `_ask_in_general` for `general`.
+        """
+        side = self.config.vision_config.image_size
+        rows, *prompts = prompts_of(views)
+        self._ask(*prompts, [general[row] for row in rows])
+        views = [view for view in views if pays(view.boxes, view.relevance, view.covered, side)]
+        if not views:
+            return []
+        rows, *prompts = prompts_of(views)
+        sure = [row for row, is_sure in zip(rows, self._are_sure(*prompts)) if is_sure]
+        return [view for view in views if view.row not in sure]
 
     def _read_fields(self, input_ids, attention_mask, images: dict) -> list[list]:
         """
@@ -260,22 +310,19 @@ class MCLlavaZoomMixin:
             )
         return views
 
-    def _look_closer(self, views: list[View], number: int, values: torch.Tensor, feature_cache: "FeatureCache | None"):
-        """Encode the crops of round `number`, of all pictures at once."""
+    def _look_closer(
+        self, views: list[View], number: int, values: torch.Tensor, feature_cache: "FeatureCache | None"
+    ) -> list[View]:
+        """Encode the crops of round `number`, of all pictures at once. Returns the views that have got some."""
         side = self.config.vision_config.image_size
         added = [
             look_closer(view.boxes, view.relevance, view.covered, view.regions, view.per_region, side)
-            if pays(view.boxes, view.relevance, view.covered, side)
-            else []
             for view in views
         ]
         for view, boxes in zip(views, added):
-            if boxes:
-                view.add(boxes, number)
-            else:
-                view.rounds = number  # a closer look would show nothing more
+            view.add(boxes, number)
         if not any(added):
-            return
+            return []
 
         def pixels(chosen: set[int]) -> torch.Tensor:
             parts, start = [], 0
@@ -286,6 +333,7 @@ class MCLlavaZoomMixin:
             return look_up_bytes(torch.cat(parts).to(values.device), values)
 
         self._encode(views, added, pixels, feature_cache)
+        return [view for view, boxes in zip(views, added) if boxes]
 
     def _encode(
         self,
@@ -315,13 +363,14 @@ class MCLlavaZoomMixin:
 
     def _project(self, views: list[View]) -> list[torch.Tensor]:
         """One float[tokens, hidden] per view: the last patches of each crop, with its place, projected."""
-        features = []
         for view in views:
+            if view.features is not None:
+                continue
             kept = torch.cat([patches[-crop.num_tokens :] for patches, crop in zip(view.patches, view.plan)])
             fields = describe_crops([view.plan], [view.size], kept.device)
             placed = self.model.add_positions(kept, fields["crop_coords"], fields["crop_num_tokens"])
-            features.append(self.model.multi_modal_projector(placed))
-        return features
+            view.features = self.model.multi_modal_projector(placed)
+        return [view.features for view in views]
 
     def _ask(self, input_ids, attention_mask, views: list[View], general: list[list[int]]):
         """Set each view's relevance: what the prompt's last token attends to."""
@@ -343,6 +392,21 @@ class MCLlavaZoomMixin:
             raise ValueError("the model's attention is not finite: load it in another dtype, or pass zoom=0")
         for view in views:
             view.relevance, found = found[: len(view.boxes)], found[len(view.boxes) :]
+
+    def _are_sure(self, input_ids, attention_mask, views: list[View]) -> list[bool]:
+        """Whether the greedy answer to each prompt has at least the probability `SURE` already."""
+        ends = find_option(self, "eos_token_id", None, {})  # one id, or several, or none
+        doubt = Doubt(torch.as_tensor([] if ends is None else ends).flatten())
+        self.generate(
+            inputs_embeds=self.model.fill_places(input_ids, self._project(views)),
+            attention_mask=attention_mask,
+            stopping_criteria=StoppingCriteriaList([doubt]),
+            max_new_tokens=DRAFT,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **GREEDY,
+        )
+        return doubt.is_sure.tolist()
 
     def _ask_in_general(self, ids: list[int], kept: list[int], general_ids: list[int]) -> list[int]:
         """A prompt up to its last `<image>`, followed by a general question; without padding."""
@@ -502,4 +566,12 @@ def warn_unmeasured(name: str):
     )
 
 
-__all__ = ["MCLlavaZoomMixin", "ZoomedImages", "image_attention", "last_attention", "refuse_zoom", "relevant_heads"]
+__all__ = [
+    "DRAFT",
+    "MCLlavaZoomMixin",
+    "ZoomedImages",
+    "image_attention",
+    "last_attention",
+    "refuse_zoom",
+    "relevant_heads",
+]

@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from . import CROPS_PER_PASS, MCLlavaConfig, MCLlavaForConditionalGeneration, last_attention, relevant_heads
+from . import CROPS_PER_PASS, DRAFT, MCLlavaConfig, MCLlavaForConditionalGeneration, last_attention, relevant_heads
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,8 @@ class Estimate:
     """
     FLOPs count a multiplication and an addition as two, and attention as if no position were masked.
 
-    `look_flops` are those of guided zoom's looks at the prompt before the answer, in addition to `prefill_flops`.
+    `look_flops` are those of guided zoom before the answer, in addition to `prefill_flops`: its looks at the prompt
+    and its drafts of the answer.
     `activation_bytes` are the crops' pixels (float32, and those of one pass in the model's dtype, too) and the
     largest activations of a pass of the tower or the language model; `cache_bytes` the keys and values of prompt and
     answer.
@@ -41,6 +42,7 @@ def estimate(
     new_tokens: int = 200,
     dtype: torch.dtype = torch.float16,
     looks: int = 0,
+    drafts: int | None = None,
 ) -> Estimate:
     """
     Cost of one picture's crops and of one question about it.
@@ -53,6 +55,7 @@ def estimate(
         text_tokens: of the prompt without the picture; 27 are the card's prompt with a question of four words.
         new_tokens: of the answer.
         looks: rounds of guided zoom. `crops` are those of all rounds.
+        drafts: after how many of these looks zoom drafts the answer, by default after each of them.
 
     Raises:
         ValueError: if prompt and answer don't fit into the context.
@@ -76,12 +79,14 @@ def estimate(
     if looks:
         language_model, heads = model.model.language_model, relevant_heads(config)
         look_flops = _count_flops(lambda: last_attention(language_model, prompt, None, heads))
+        look_flops *= looks * (1 if config.zoom_heads else 2)  # also with a general question
+        look_flops += (looks if drafts is None else drafts) * (prefill_flops + DRAFT * flops_per_new_token)
     return Estimate(
         crops=crops,
         image_tokens=image_tokens,
         prompt_tokens=length,
         tower_flops=_tower_flops(model, crops, image_tokens),
-        look_flops=look_flops * looks * (1 if config.zoom_heads else 2),  # also with a general question
+        look_flops=look_flops,
         prefill_flops=prefill_flops,
         flops_per_new_token=flops_per_new_token,
         weight_bytes=sum(parameter.nbytes for parameter in model.parameters()),

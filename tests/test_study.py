@@ -184,13 +184,18 @@ def test_flops_are_the_mean_over_the_questions(folder):
 
 def test_looks_count(folder):
     config = MCLlavaConfig.from_pretrained(folder)
-    scout, closer = {"round": 0, "relevance": 0.5}, {"round": 1, "relevance": None}
+    scout = {"round": 0, "relevance": 0.5, "box": [0, 0, 400, 300]}
+    closer = {"round": 1, "relevance": None, "box": [0, 0, 100, 100]}
     assert study.count_looks([scout, closer]) == 1 and study.count_looks([scout]) == 1
     assert study.count_looks([scout, {**closer, "relevance": 0.1}, {"round": 2, "relevance": None}]) == 2
     assert study.count_looks([{**scout, "relevance": None}]) == 0, "a picture without a grid"
+    part = {**scout, "box": [0, 0, 200, 200]}
+    assert study.count_drafts([scout, part], 96) == study.count_drafts([scout, closer], 96) == 1
+    assert study.count_drafts([scout, {**part, "relevance": 0.0}], 96) == 0, "a closer look doesn't pay"
+    assert study.count_drafts([{**scout, "relevance": None}], 96) == 0
     record = {"crops": 9, "tokens": 64}
     look = estimate(config, 9, 64, new_tokens=8, dtype=torch.bfloat16, looks=1).look_flops
     difference = study.mean_flops(config, [{**record, "looked_at": [scout, closer]}]) - study.mean_flops(
         config, [record]
     )
-    assert difference == look > 0
+    assert difference == look > estimate(config, 9, 64, dtype=torch.bfloat16, looks=1, drafts=0).look_flops > 0

@@ -168,7 +168,7 @@ def test_a_feature_cache_without_zoom_goes_to_the_processor(zooming, processor):
 
 
 @pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
-def test_the_device_is_read_once_more_a_round(zooming, processor, heads, monkeypatch):
+def test_the_device_is_read_three_times_more_a_round(zooming, processor, heads, monkeypatch):
     monkeypatch.setattr(zooming.config, "zoom_heads", heads)
     reads = {}
     for texts, images in ((TEXTS[1], IMAGES[:1]), (TEXTS[:2], [IMAGES[:2], IMAGES[1:2]])):
@@ -181,7 +181,7 @@ def test_the_device_is_read_once_more_a_round(zooming, processor, heads, monkeyp
             counted = [read for read in counted.reads if not read.startswith("encoded_images_mc_llava")]
             reads.setdefault(rounds, set()).add(len(counted))
     assert [len(counts) for counts in reads.values()] == [1, 1]
-    assert reads[2] == {reads[1].pop() + 1}
+    assert reads[2] == {reads[1].pop() + 3}, "the relevance, the prompt of a draft, and whether it is probable"
 
 
 def contains(outer, inner) -> bool:
@@ -266,6 +266,41 @@ def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
     assert len(asked) == 2
     alone = zooming.zoom(**processor(TEXTS[1], IMAGES[:1], **KNOBS))
     assert len(alone.crop_boxes) == scouts[0] and len(asked) == 3, "no second round without a picture to look at"
+
+
+def test_it_looks_no_further_once_an_answer_is_probable(zooming, processor, monkeypatch):
+    texts, images = ["<image> What is it", "<image> And here"], [IMAGES[:1], IMAGES[1:2]]
+    inputs, drafts, generate = processor(texts, images, **KNOBS), [], zooming.generate
+    monkeypatch.setattr(zooming, "generate", lambda **options: drafts.append(generate(**options)) or drafts[-1])
+    expected = zooming.zoom(**inputs).unbind()
+    first, second = drafts[0].sequences[:, 0].tolist()
+    assert first != second and drafts[0].sequences.shape[1] == 1, "it is not drafted to its end"
+    monkeypatch.setattr(zooming.generation_config, "eos_token_id", first)
+    assert [image.plans for image in zooming.zoom(**inputs).unbind()] == [image.plans for image in expected]
+    monkeypatch.setattr(zoom_mc_llava, "SURE", 1e-300)
+    sure, unsure = zooming.zoom(**inputs).unbind()
+    assert not sure.crop_rounds.any() and sure.crop_relevance.isfinite().all()
+    assert sure.plans[0] != expected[0].plans[0] and unsure.plans == expected[1].plans
+    for text, own, found in zip(texts, images, (sure, unsure)):
+        assert zooming.zoom(**processor(text, own, **KNOBS)).plans == found.plans
+    assert len(drafts[-1].sequences[0]) == zoom_mc_llava.DRAFT, "an answer that doesn't end is not sure"
+
+
+def test_how_probable_a_draft_is():
+    doubt, end = zoom_mc_llava.Doubt(torch.tensor([7, 8])), 7
+
+    def step(*rows) -> list[bool]:
+        """Whether each row's answer stops after its token, (id, probability)."""
+        scores = torch.full((len(rows), 10), -1e4)
+        for row, (token, probability) in enumerate(rows):
+            scores[row, [token, 0]] = torch.tensor([probability, 1 - probability]).log() + row
+        return doubt(torch.tensor([[5, token] for token, _ in rows]), (None, scores)).tolist()
+
+    assert step((1, 0.99), (1, 0.99), (8, 0.99), (1, 0.97)) == [False, False, False, True]
+    assert step((end, 0.995), (end, 0.98), (1, 0.6), (end, 1.0)) == [False, True, False, True]
+    assert doubt.is_sure.tolist() == [True, False, True, False]
+    assert not doubt(torch.tensor([[5, 1]] * 4), (torch.zeros(4, 10),))[[0, 2]].any(), "what follows the end"
+    assert doubt.is_sure.tolist() == [True, False, True, False]
 
 
 def test_padding_is_seen_without_a_mask(zooming, processor):

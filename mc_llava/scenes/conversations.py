@@ -26,8 +26,8 @@ KIND_WEIGHTS = {
     "position": 0.8,
     "hard": 2.2,
     "object": 1.2,
-    "existence": 1.0,
-    "absent": 0.8,
+    "existence": 1.2,
+    "absent": 1.2,
     "large": 4.0,
 }
 MANY_CROPS = 8  # at least, of the scenes of the short steps
@@ -37,9 +37,7 @@ NAMING_LAYER, ANSWERING_LAYER = 1, 2
 LOOKING_HEADS = {NAMING_LAYER: 2, ANSWERING_LAYER: 4}
 # The targets of a crop that its token must tell the answering layer.
 READ = ("sign_texts", "sign_neighbors", "shape_colors", "objects")
-# Pixels of the tower from which it can be told whether there is such a thing, and a text or a name: the tower reads
-# three in five texts of 5.5 to 6.5.
-VISIBLE, TELLABLE = 4.5, 5.5
+TELLABLE = 5.5  # pixels of the tower from which a text or a name can be told: it reads three in five of 5.5 to 6.5
 UNTOLD = 0.1  # share of questions that may be about what no crop shows well enough
 VISUAL_TOKENS = 8192  # at most, of a batch: with many tokens an image it has fewer images, or a step takes a minute
 ALIKE_BATCHES = 16  # of as many batches, those of similar length go together
@@ -94,7 +92,8 @@ class SceneCollator:
 
     Each conversation also has the targets of `looking_loss` and `reading_loss`. Four heads look from the prompt's last
     token as well, where zoom asks: at the crops of everything that the question names. Crops that show the thing best
-    count where none shows it legibly, as among zoom's scouts. Answers that the crops don't show aren't learned.
+    count where none shows it legibly, as among zoom's scouts. Of an answer that the crops don't show, only the
+    first word is learned: zoom must be sure neither of "It says ..." nor of "There is no ...".
 
     Short batches show the last token of each crop alone, where the tower has learned to gather it: a step takes half
     the time. Their positions are spread as if the image had any number of tokens, so that the heads learn to look as
@@ -160,7 +159,9 @@ class SceneCollator:
                 looks += [Look(ANSWERING_LAYER, position, sorted(set(everything)), place) for position in positions]
             ids += asked["input_ids"] + replied
             told = can_tell(question, heights)
-            labels += [-100] * len(asked["input_ids"]) + (replied if told else [-100] * len(replied))
+            # Where a crop can't tell, the first word still says that there is such a thing.
+            known = len(replied) if told else 1
+            labels += [-100] * len(asked["input_ids"]) + replied[:known] + [-100] * (len(replied) - known)
         return ids, labels, looks
 
     def readings(self, images: list[CachedImage], input_ids: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -254,14 +255,11 @@ def _heights(image: CachedImage, group: tuple[Thing, ...]) -> list[tuple[Thing, 
 
 def can_tell(question: SceneQuestion, heights: dict[Thing, float]) -> bool:
     """
-    Whether a question can be answered from an image's crops: guesses of a color or a place are learned, those of a
-    text or a name are not. Whether something is there can be told where everything is visible: "yes" needs no more
-    than "no", or the crops would give the answer away.
+    Whether a question can be answered from an image's crops: guesses of a color, a place, or whether something is
+    there are learned, those of a text or a name are not.
     """
-    if question.kind in ("caption", "attribute", "position", "large"):
+    if question.kind in ("caption", "attribute", "position", "large", "existence", "absent"):
         return True
-    if question.kind in ("existence", "absent"):
-        return min(heights.values()) >= VISIBLE
     return all(heights[thing] >= TELLABLE for _, thing in question.named)
 
 

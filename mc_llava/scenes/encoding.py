@@ -30,7 +30,7 @@ SHARD = 500  # images of one file of the cache
 DIGESTED = 32  # scenes
 # How often the training scenes are cut with each max_crops, in percent, unless they are zoomed into.
 CROP_BUDGETS = {0: 4, 2: 4, 4: 5, 8: 10, 16: 16, 32: 40, 64: 12, 100: 9}
-ZOOM_BUDGETS = (9, 12, 16, 24, 32, 48, 70)
+ZOOM_BUDGETS = (9, 10, 12, 16, 16, 25, 32, 34, 48, 70)
 NUM_TOKENS, FEWEST_TOKENS, MOST_TOKENS = 128, 32, 728
 READABLE = 6.5  # pixels of the tower, of a glyph
 MISSED = 0.15  # how often a round of zoom looks elsewhere
