@@ -45,6 +45,7 @@ GRID = tuple(Setting(crops, tokens) for crops in STUDIED_CROPS for tokens in rev
 ZOOMED = (
     Setting(10, 32, zoom=1),
     Setting(16, 64, zoom=1),
+    Setting(25, 64, zoom=2),
     Setting(32, 128, zoom=1),
     Setting(34, 64, zoom=3),
 )
