@@ -31,8 +31,8 @@ CACHE = next(
 )
 
 
-# Options of a single answer, whatever was saved.
-GREEDY = {"do_sample": False, "num_beams": 1, "num_return_sequences": 1}
+# Options of `generate` for reproducible answers, whatever the checkpoint's defaults are.
+GREEDY = {"do_sample": False, "num_beams": 1}
 # Options that look at the ids of the prompt, with the values that change nothing. transformers ignores them if it gets
 # embeddings, as with the short form and with a `PrefixCache`.
 ABOUT_PROMPT_IDS = {"encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1}
@@ -86,7 +86,8 @@ def find_option(model, name: str, generation_config, options: dict):
 def find_ends(model, generation_config, options: dict) -> list[int]:
     """The ids that end an answer. transformers takes one, several, a tensor of them, or None."""
     ends = find_option(model, "eos_token_id", generation_config, options)
-    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+    ends = ends.tolist() if isinstance(ends, torch.Tensor) else ends
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 def check_cache(cache: Cache, input_ids: torch.LongTensor) -> int:
@@ -266,7 +267,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
 
         has_prompt = request.new_ids is not None
         is_kept = has_prompt and prefix_cache is not None
-        looked = self._pass_on_images(request, feature_cache, is_kept, kwargs)
+        looked = self._pass_on_images(request, feature_cache, prefix_cache, kwargs)
         if is_kept:
             prompts, repeats = self._load_prefixes(prefix_cache, request, generation_config, kwargs)
         if has_prompt:
@@ -317,7 +318,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             ValueError: as `generate` does.
         """
         kept = PrefixCache() if prefix_cache is None else prefix_cache
-        self.generate(**inputs, **GREEDY, max_new_tokens=1, prefix_cache=kept)
+        self.generate(**inputs, **GREEDY, num_return_sequences=1, max_new_tokens=1, prefix_cache=kept)
         return kept
 
     def _prepare_request(self, inputs, image_features, generation_config, kwargs: dict) -> GenerationRequest:
@@ -410,19 +411,21 @@ class MCLlavaGenerationMixin(GenerationMixin):
         return (input_ids != pad).long()
 
     def _pass_on_images(
-        self, request: GenerationRequest, feature_cache: "FeatureCache | None", as_features: bool, kwargs: dict
+        self,
+        request: GenerationRequest,
+        feature_cache: "FeatureCache | None",
+        prefix_cache: PrefixCache | None,
+        kwargs: dict,
     ):
         """
         Put the images into `kwargs` in the form in which transformers' `generate` takes them. Returns the `Looks` of
-        guided zoom, or None without it.
-
-        Args:
-            as_features: encode pixels here rather than in the model's forward pass.
+        guided zoom, or None without it. For a prefix cache, pixels are encoded here rather than in the forward pass.
         """
         zoom = {name: value for name in ZOOM_FIELDS if (value := kwargs.pop(name, None)) is not None}
         if zoom:
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
-            looked = self._look(request.new_ids, request.attention_mask, {**images, **zoom}, feature_cache)
+            prompts = request.new_ids, request.attention_mask
+            looked = self._look(*prompts, {**images, **zoom}, feature_cache, prefix_cache)
             kwargs["mm_encoder_outputs"] = {"image": BaseModelOutputWithPooling(pooler_output=looked.features)}
             return looked
         if feature_cache is not None and kwargs.get("pixel_values") is not None:
@@ -435,7 +438,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
             kwargs["inputs_embeds"] = self.model.fill_places(request.new_ids, request.encoded["image"].pooler_output)
         elif request.encoded:
             kwargs["mm_encoder_outputs"] = request.encoded
-        elif request.tokens_per_image and as_features:
+        elif request.tokens_per_image and prefix_cache is not None:
             images = {name: kwargs.pop(name, None) for name in IMAGE_FIELDS}
             kwargs["mm_encoder_outputs"] = {"image": self.get_image_features(**images, return_dict=True)}
 
@@ -560,6 +563,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
 __all__ = [
     "CACHE",
     "CACHE_NAMES",
+    "GREEDY",
     "NOT_WITH_PREFIXES",
     "ContextEnd",
     "GenerationRequest",

@@ -393,7 +393,9 @@ class EndpointHandler:
         prompt_length = inputs["input_ids"].shape[1]
         if prompt_length >= limit:
             raise ValueError(f"the text has {prompt_length} tokens, the context {limit}: shorten the text")
-        encoded, looked_at = self._encode(prompt, self._load(conversation), knobs, prompt_length)
+        encoded, looked_at = self._encode(
+            prompt, self._load(conversation), knobs, prompt_length, options["prefix_cache"]
+        )
         output = self.model.generate(
             **inputs,
             image_features=[image.features for image in encoded],
@@ -430,11 +432,13 @@ class EndpointHandler:
         eos = self.model.generation_config.eos_token_id  # one id, or several
         return text, bool(len(new_ids)) and new_ids[-1].item() in (eos if isinstance(eos, list) else [eos])
 
-    def _encode(self, prompt: str, images: list[Image.Image], knobs: dict, length: int) -> tuple[list, list | None]:
+    def _encode(
+        self, prompt: str, images: list[Image.Image], knobs: dict, length: int, prefix_cache
+    ) -> tuple[list, list | None]:
         """The encoded images of a prompt of some length, and where guided zoom looked, None without it."""
         if images and self.processor.image_processor.asks_to_zoom(knobs):
             inputs = self.processor(prompt, [images], **knobs).to(self.model.device)
-            looked = self.model.zoom(**inputs, feature_cache=self.cache)
+            looked = self.model.zoom(**inputs, feature_cache=self.cache, prefix_cache=prefix_cache)
             return looked.unbind(), looked.looked_at
         plans = [self.processor.image_processor.plan(*image.size, **knobs) for image in images]
         tokens = sum(crop.num_tokens for plan in plans for crop in plan)

@@ -26,8 +26,9 @@ from transformers.utils import logging
 
 from .crops_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS, Box, Crop
 from .encoded_images_mc_llava import UNKNOWN, EncodedImages, describe_crops, read_integers, sum_per_image
-from .generation_mc_llava import CACHE, GREEDY, find_option
+from .generation_mc_llava import CACHE, GREEDY, find_ends
 from .hashing_mc_llava import adapter_names, describe_encoder, picture_key
+from .prefix_cache_mc_llava import PrefixCache, can_keep_prefixes
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device, look_up_bytes
 from .zoom_plan_mc_llava import look_closer, pays, plan_rounds, share_evenly
 
@@ -39,6 +40,16 @@ logger = logging.get_logger(__name__)
 # The least probability of a whole answer, of at most `DRAFT` tokens, after which zoom looks no further. Chosen on
 # development scenes, see docs/tiny.md.
 SURE, DRAFT = 0.98, 16
+# A draft is greedy, whatever was saved, and can't have what needs a tokenizer or a prompt's ids.
+DRAFT_OPTIONS = {
+    **GREEDY,
+    "num_return_sequences": 1,
+    "max_new_tokens": DRAFT,
+    "min_new_tokens": None,
+    "min_length": 0,
+    "stop_strings": None,
+    "guidance_scale": None,
+}
 READ_FIELDS = ("crop_num_tokens", "image_grid_thw", "crop_boxes", "zoom_options")  # integers
 
 
@@ -146,6 +157,7 @@ class MCLlavaZoomMixin:
         input_ids: torch.LongTensor,
         attention_mask: torch.Tensor | None = None,
         feature_cache: "FeatureCache | None" = None,
+        prefix_cache: PrefixCache | None = None,
         **images,
     ) -> ZoomedImages:
         """
@@ -159,6 +171,8 @@ class MCLlavaZoomMixin:
             input_ids, attention_mask: int[batch, length], prompts with one `<image>` per visual token, padded on the
                 left.
             feature_cache: a `FeatureCache` of crops. Only crops that it lacks are encoded.
+            prefix_cache: a `PrefixCache` for the keys and values of drafts: `generate` with it doesn't compute those
+                of the last draft again.
             images: the other fields that the processor returned with `zoom` of at least 1.
 
         Raises:
@@ -169,7 +183,7 @@ class MCLlavaZoomMixin:
         check_fields(images)
         lengths, run_ends, *counts = self._read_prompts(input_ids, attention_mask, images)
         self._check_context(lengths, run_ends, sum_per_image(*counts))
-        return self._zoomed_images(self._look(input_ids, attention_mask, images, feature_cache))
+        return self._zoomed_images(self._look(input_ids, attention_mask, images, feature_cache, prefix_cache))
 
     def _zoomed_images(self, looks: Looks) -> ZoomedImages:
         """What `_look` found, as encoded images."""
@@ -186,7 +200,14 @@ class MCLlavaZoomMixin:
             weights_hash = UNKNOWN
         return ZoomedImages(features, **fields, weights_hash=weights_hash)
 
-    def _look(self, input_ids, attention_mask, images: dict, feature_cache: "FeatureCache | None" = None) -> Looks:
+    def _look(
+        self,
+        input_ids,
+        attention_mask,
+        images: dict,
+        feature_cache: "FeatureCache | None" = None,
+        prefix_cache: PrefixCache | None = None,
+    ) -> Looks:
         """All rounds before the answer."""
         check_fields(images)
         ids, kept, general_ids, *fields = self._read_fields(input_ids, attention_mask, images)
@@ -215,11 +236,17 @@ class MCLlavaZoomMixin:
         active, number = views, 0
         while active := [view for view in active if view.rounds > number]:
             number += 1
-            active = self._pick(active, prompts_of, general)
+            active = self._pick(active, prompts_of, general, prefix_cache)
             active = self._look_closer(active, number, values, feature_cache)
         return Looks(views, self._project(views), weights_hash)
 
-    def _pick(self, views: list[View], prompts_of: Callable, general: list[list[int]]) -> list[View]:
+    def _pick(
+        self,
+        views: list[View],
+        prompts_of: Callable,
+        general: list[list[int]],
+        prefix_cache: PrefixCache | None,
+    ) -> list[View]:
         """
         Ask about pictures, and pick those at which a closer look pays. See `_look` for `prompts_of`, and
         `_ask_in_general` for `general`.
@@ -231,7 +258,7 @@ class MCLlavaZoomMixin:
         if not views:
             return []
         rows, *prompts = prompts_of(views)
-        sure = [row for row, is_sure in zip(rows, self._are_sure(*prompts)) if is_sure]
+        sure = [row for row, is_sure in zip(rows, self._are_sure(*prompts, prefix_cache)) if is_sure]
         return [view for view in views if view.row not in sure]
 
     def _read_fields(self, input_ids, attention_mask, images: dict) -> list[list]:
@@ -393,18 +420,17 @@ class MCLlavaZoomMixin:
         for view in views:
             view.relevance, found = found[: len(view.boxes)], found[len(view.boxes) :]
 
-    def _are_sure(self, input_ids, attention_mask, views: list[View]) -> list[bool]:
+    def _are_sure(self, input_ids, attention_mask, views: list[View], prefix_cache: PrefixCache | None) -> list[bool]:
         """Whether the greedy answer to each prompt has at least the probability `SURE` already."""
-        ends = find_option(self, "eos_token_id", None, {})  # one id, or several, or none
-        doubt = Doubt(torch.as_tensor([] if ends is None else ends).flatten())
+        doubt = Doubt(torch.tensor(find_ends(self, None, {}), dtype=torch.long))
         self.generate(
             inputs_embeds=self.model.fill_places(input_ids, self._project(views)),
             attention_mask=attention_mask,
+            prefix_cache=prefix_cache if can_keep_prefixes(self, **DRAFT_OPTIONS) else None,
             stopping_criteria=StoppingCriteriaList([doubt]),
-            max_new_tokens=DRAFT,
             return_dict_in_generate=True,
             output_scores=True,
-            **GREEDY,
+            **DRAFT_OPTIONS,
         )
         return doubt.is_sure.tolist()
 

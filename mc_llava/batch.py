@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from . import FORMATS, FeatureCache, MCLlavaProcessor, check_knob, check_unicode, load_images
+from . import FORMATS, GREEDY, FeatureCache, MCLlavaProcessor, check_knob, check_unicode, load_images
 from .ahead import Ahead
-from .engine import GREEDY, Engine, answer_all, ask_about, count_bytes
+from .engine import Engine, answer_all, ask_about, count_bytes
 from .folders import find_model
 from .journal import append, check_utf8, difference, hash_file, lock, parse, replacing, resume, to_line, versions
 from .loading import UNKNOWN_COMMIT, find_device, identify, identify_code, load_model, load_processor, resolve_dtype

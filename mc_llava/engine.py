@@ -39,8 +39,6 @@ from . import (
 )
 
 
-# Options of `Engine.answer` for reproducible replies, whatever the checkpoint's defaults are.
-GREEDY = {"do_sample": False, "num_beams": 1}
 ONE_REPLY = {"num_return_sequences": 1, "return_dict_in_generate": False}  # whatever was saved or a configuration says
 Asked = TypeVar("Asked")
 
@@ -373,7 +371,7 @@ class Engine:
             processor_kwargs={**self.knobs, **knobs, "padding": True, "return_tensors": "pt"},
         )
         inputs = inputs.to(input_device(self.model))
-        return self.model.zoom(**inputs, feature_cache=self.feature_cache).unbind()
+        return self.model.zoom(**inputs, feature_cache=self.feature_cache, prefix_cache=self.prefix_cache).unbind()
 
     def _write_prompt(self, conversation: list[dict], add_generation_prompt: bool) -> str:
         """The prompt of a conversation about encoded images, with one `<image>` per visual token."""

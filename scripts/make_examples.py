@@ -16,7 +16,7 @@ from mc_llava.scenes.scene import outline
 FOLDER = Path(__file__).parent.parent / "examples"
 # File -> the scene's number and the kinds of questions. The longer side of each is at least 1,500 pixels.
 EXAMPLES = {"scene1.jpg": (1054, ("ocr", "attribute", "position")), "scene2.jpg": (1024, ("ocr", "attribute", "hard"))}
-PHOTOGRAPHS = {"cup.jpg": (9, ("object", "ocr", "position", "existence", "absent"))}
+PHOTOGRAPHS = {"cup.jpg": (9, ("ocr", "object", "position", "existence", "absent"))}
 
 
 def main(data: Path):

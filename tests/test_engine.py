@@ -9,6 +9,7 @@ from helpers import PATCH, SIDE, counting_crops, picture, small_config, small_mo
 from transformers import AutoModel, AutoProcessor, GenerationConfig
 
 from mc_llava import (
+    GREEDY,
     Crop,
     EncodedImages,
     FeatureCache,
@@ -16,7 +17,7 @@ from mc_llava import (
     MCLlavaImageProcessor,
     feature_cache_mc_llava,
 )
-from mc_llava.engine import GREEDY, Engine, ask_about
+from mc_llava.engine import Engine, ask_about
 
 
 WIDE, SMALL = picture(200, 120), picture(50, 40, seed=1)

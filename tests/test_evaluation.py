@@ -26,9 +26,9 @@ from filelock import FileLock
 from helpers import ROOT, picture, prompt
 from PIL import Image
 
-from mc_llava import MCLlavaForConditionalGeneration, cli, loading, scenes
+from mc_llava import GREEDY, MCLlavaForConditionalGeneration, cli, loading, scenes
 from mc_llava.ahead import Ahead
-from mc_llava.engine import GREEDY, Engine, ask_about
+from mc_llava.engine import Engine, ask_about
 from mc_llava.evaluation import running, tasks
 from mc_llava.evaluation.comparison import compare
 from mc_llava.evaluation.metrics import wilson_interval

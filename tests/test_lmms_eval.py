@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers import ROOT, picture, prompt
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor
-from mc_llava.engine import GREEDY, Engine, ask_about
+from mc_llava import GREEDY, MCLlavaForConditionalGeneration, MCLlavaProcessor
+from mc_llava.engine import Engine, ask_about
 from mc_llava.evaluation.running import evaluate
 from mc_llava.evaluation.tasks import SHORT
 

@@ -13,8 +13,8 @@ from torch.nn.utils import prune
 from transformers import TextIteratorStreamer
 from transformers.cache_utils import DynamicLayer
 
-from mc_llava import MCLlavaForConditionalGeneration, PrefixCache, prefix_cache_mc_llava
-from mc_llava.engine import GREEDY, Engine, ask_about
+from mc_llava import GREEDY, MCLlavaForConditionalGeneration, PrefixCache, prefix_cache_mc_llava
+from mc_llava.engine import Engine, ask_about
 from mc_llava.prefix_cache_mc_llava import ROOM, RoomyLayer, Segment, can_keep_prefixes
 
 

@@ -10,8 +10,8 @@ from helpers import EXAMPLES, ROOT
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 
-from mc_llava import scenes
-from mc_llava.engine import GREEDY, Engine, ask_about
+from mc_llava import GREEDY, scenes
+from mc_llava.engine import Engine, ask_about
 from mc_llava.folders import TINY
 from mc_llava.loading import load
 from mc_llava.scenes.study import MAX_NEW_TOKENS, NAMES

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -284,6 +285,43 @@ def test_it_looks_no_further_once_an_answer_is_probable(zooming, processor, monk
     for text, own, found in zip(texts, images, (sure, unsure)):
         assert zooming.zoom(**processor(text, own, **KNOBS)).plans == found.plans
     assert len(drafts[-1].sequences[0]) == zoom_mc_llava.DRAFT, "an answer that doesn't end is not sure"
+
+
+def test_an_answer_reuses_the_last_draft(zooming, processor, monkeypatch):
+    inputs, kept = processor("<image> What is it", IMAGES[:1], **KNOBS), PrefixCache()
+    monkeypatch.setattr(zoom_mc_llava, "SURE", 1e-300)
+    first = zooming.generate(**inputs, max_new_tokens=1)[0, -1].item()
+    monkeypatch.setattr(zooming.generation_config, "eos_token_id", first)
+    expected = zooming.generate(**inputs, max_new_tokens=4)
+    assert torch.equal(zooming.generate(**inputs, max_new_tokens=4, prefix_cache=kept), expected)
+    assert kept.reused == inputs["input_ids"].shape[1] - 1
+    text, kept = {name: inputs[name] for name in ("input_ids", "attention_mask")}, PrefixCache()
+    looked = zooming.zoom(**inputs, prefix_cache=kept)
+    assert not looked.crop_rounds.any() and not kept.reused
+    found = zooming.generate(**text, image_features=looked, max_new_tokens=4, prefix_cache=kept)
+    assert torch.equal(found, expected) and kept.reused == inputs["input_ids"].shape[1] - 1
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {"stop_strings": ["a"]},
+        {"guidance_scale": 2.0},
+        {"min_new_tokens": 99},
+        {"num_return_sequences": 2, "do_sample": True},
+    ],
+    ids=str,
+)
+def test_saved_options_do_not_concern_a_draft(zooming, processor, saved, monkeypatch):
+    inputs = processor(TEXTS[:2], NESTED[:2], **KNOBS)
+    expected = zooming.zoom(**inputs)
+    for name, value in saved.items():
+        monkeypatch.setattr(zooming.generation_config, name, value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert zooming.zoom(**inputs).plans == expected.plans
+    if "stop_strings" in saved:
+        zooming.generate(**inputs, max_new_tokens=2, tokenizer=processor.tokenizer)
 
 
 def test_how_probable_a_draft_is():

@@ -20,9 +20,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from .. import check_knob
+from .. import GREEDY, check_knob
 from ..ahead import Ahead
-from ..engine import GREEDY, Engine, answer_all, ask_about, count_bytes
+from ..engine import Engine, answer_all, ask_about, count_bytes
 from ..journal import append, check_settings, lock, resume, versions, write_json
 from ..loading import identify_code
 from .results import is_record, metric_names, read_results, summarize

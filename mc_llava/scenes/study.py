@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-from .. import FeatureCache, pays
-from ..engine import GREEDY, Engine, ask_about
+from .. import GREEDY, FeatureCache, pays
+from ..engine import Engine, ask_about
 from ..estimate import estimate
 from ..evaluation.metrics import wilson_interval
 from ..evaluation.running import evaluate
