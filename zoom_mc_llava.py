@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.masking_utils import create_causal_mask
-from transformers.utils import logging
+from transformers.utils import ModelOutput, logging
 
 from .crops_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS, Box, Crop
 from .encoded_images_mc_llava import UNKNOWN, EncodedImages, describe_crops, read_integers, sum_per_image
@@ -40,7 +40,7 @@ logger = logging.get_logger(__name__)
 # The least probability of a whole answer, of at most `DRAFT` tokens, after which zoom looks no further. Chosen on
 # development scenes, see docs/tiny.md.
 SURE, DRAFT = 0.98, 16
-# A draft is greedy, whatever was saved, and can't have what needs a tokenizer or a prompt's ids.
+# A draft is greedy, whatever was saved, and can't have what needs a tokenizer or a prompt's ids. Its keys are read.
 DRAFT_OPTIONS = {
     **GREEDY,
     "num_return_sequences": 1,
@@ -49,6 +49,9 @@ DRAFT_OPTIONS = {
     "min_length": 0,
     "stop_strings": None,
     "guidance_scale": None,
+    "prompt_lookup_num_tokens": None,
+    "use_cache": True,
+    "cache_implementation": None,
 }
 READ_FIELDS = ("crop_num_tokens", "image_grid_thw", "crop_boxes", "zoom_options")  # integers
 
@@ -253,13 +256,9 @@ class MCLlavaZoomMixin:
         """
         side = self.config.vision_config.image_size
         rows, *prompts = prompts_of(views)
-        self._ask(*prompts, [general[row] for row in rows])
-        views = [view for view in views if pays(view.boxes, view.relevance, view.covered, side)]
-        if not views:
-            return []
-        rows, *prompts = prompts_of(views)
-        sure = [row for row, is_sure in zip(rows, self._are_sure(*prompts, prefix_cache)) if is_sure]
-        return [view for view in views if view.row not in sure]
+        is_sure = dict(zip(rows, self._ask(*prompts, [general[row] for row in rows], prefix_cache)))
+        unsure = [view for view in views if not is_sure[view.row]]
+        return [view for view in unsure if pays(view.boxes, view.relevance, view.covered, side)]
 
     def _read_fields(self, input_ids, attention_mask, images: dict) -> list[list]:
         """
@@ -399,40 +398,61 @@ class MCLlavaZoomMixin:
             view.features = self.model.multi_modal_projector(placed)
         return [view.features for view in views]
 
-    def _ask(self, input_ids, attention_mask, views: list[View], general: list[list[int]]):
-        """Set each view's relevance: what the prompt's last token attends to."""
+    def _ask(
+        self,
+        input_ids,
+        attention_mask,
+        views: list[View],
+        general: list[list[int]],
+        prefix_cache: PrefixCache | None,
+    ) -> list[bool]:
+        """
+        Set each view's relevance: what the prompt's last token attends to. Returns for each prompt whether its greedy
+        answer is as probable as `SURE` already.
+        """
         features, heads = self._project(views), relevant_heads(self.config)
         counts = [crop.num_tokens for view in views for crop in view.plan]
 
-        def per_crop(*prompts) -> torch.Tensor:
-            attention = image_attention(self.model, *prompts, features, heads).mean(0)
-            return torch.stack([part.sum() for part in attention.split(counts)])
+        def per_crop(attention: torch.Tensor) -> torch.Tensor:
+            return torch.stack([part.sum() for part in attention.mean(0).split(counts)])
 
-        found = per_crop(input_ids, attention_mask)
+        draft, is_sure = self._draft(self.model.fill_places(input_ids, features), attention_mask, prefix_cache)
+        attention = drafted_attention(self.model.language_model, draft, attention_mask, heads)
+        found = per_crop(_to_images(attention, input_ids, self.config.image_token_id, features))
         if not self.config.zoom_heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
             warn_unmeasured(self.config.name_or_path)
             rows = [torch.tensor(ids, device=input_ids.device) for ids in general]
-            usual = per_crop(*self._pad_prompts(rows))
+            usual = per_crop(image_attention(self.model, *self._pad_prompts(rows), features, heads))
             found = found / usual.clamp(min=1e-6)
-        found = found.tolist()
+        read = torch.cat([found, is_sure.to(found)]).tolist()
+        found, are_sure = read[: len(counts)], read[len(counts) :]
         if not all(map(math.isfinite, found)):
             raise ValueError("the model's attention is not finite: load it in another dtype, or pass zoom=0")
         for view in views:
             view.relevance, found = found[: len(view.boxes)], found[len(view.boxes) :]
+        return [bool(value) for value in are_sure]
 
-    def _are_sure(self, input_ids, attention_mask, views: list[View], prefix_cache: PrefixCache | None) -> list[bool]:
-        """Whether the greedy answer to each prompt has at least the probability `SURE` already."""
+    def _draft(
+        self, inputs_embeds, attention_mask, prefix_cache: PrefixCache | None
+    ) -> tuple[ModelOutput, torch.Tensor]:
+        """The beginnings of greedy answers, and for each whether it is a whole one and probable: bool[batch]."""
         doubt = Doubt(torch.tensor(find_ends(self, None, {}), dtype=torch.long))
-        self.generate(
-            inputs_embeds=self.model.fill_places(input_ids, self._project(views)),
+        cache, prompts = None, None
+        if prefix_cache is not None and can_keep_prefixes(self, **DRAFT_OPTIONS):
+            cache, prompts = prefix_cache.load(self, inputs_embeds, attention_mask)
+        draft = self.generate(
+            inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            prefix_cache=prefix_cache if can_keep_prefixes(self, **DRAFT_OPTIONS) else None,
             stopping_criteria=StoppingCriteriaList([doubt]),
             return_dict_in_generate=True,
             output_scores=True,
+            output_hidden_states=True,
             **DRAFT_OPTIONS,
+            **{CACHE: cache},
         )
-        return doubt.is_sure.tolist()
+        if prompts is not None:
+            prefix_cache.keep(prompts, draft.cache)
+        return draft, doubt.is_sure
 
     def _ask_in_general(self, ids: list[int], kept: list[int], general_ids: list[int]) -> list[int]:
         """A prompt up to its last `<image>`, followed by a general question; without padding."""
@@ -482,10 +502,17 @@ def image_attention(
     """
     embeds = model.fill_places(input_ids, features)
     found = last_attention(model.language_model, embeds, attention_mask, heads)
+    return _to_images(found, input_ids, model.config.image_token_id, features)
+
+
+def _to_images(
+    attention: torch.Tensor, input_ids: torch.LongTensor, image_token_id: int, features: list[torch.Tensor]
+) -> torch.Tensor:
+    """Of attention to all tokens, float32[batch, heads, length], that to visual ones: float32[heads, tokens]."""
     # The places of <image>, in order. How many there are is known: a boolean index would read it.
-    others = (input_ids != model.config.image_token_id).flatten().byte()
+    others = (input_ids != image_token_id).flatten().byte()
     places = others.argsort(stable=True)[: sum(map(len, features))]
-    return found.transpose(0, 1).flatten(1)[:, places.to(found.device)]
+    return attention.transpose(0, 1).flatten(1)[:, places.to(attention.device)]
 
 
 def last_attention(
@@ -524,25 +551,53 @@ def last_attention(
     return torch.stack([found[head] for head in heads], dim=1)
 
 
+def drafted_attention(
+    language_model, draft: ModelOutput, attention_mask: torch.Tensor, heads: list[tuple[int, int]]
+) -> torch.Tensor:
+    """
+    `last_attention` of prompts that `generate` has continued, from its keys and `hidden_states`: nothing is computed
+    twice.
+    """
+    length, found = attention_mask.shape[1], {}
+    position_ids = attention_mask.sum(-1, keepdim=True) - 1  # of the last tokens
+    for index in sorted({layer for layer, _ in heads}):
+        chosen = [head for at, head in heads if at == index]
+        hidden = draft.hidden_states[0][index][:, -1:]
+        rotary = language_model.rotary_emb(hidden, position_ids.to(hidden.device))
+        keys = draft.cache.layers[index].keys[:, :, :length]
+        attention = _head_attention(language_model.layers[index], hidden, rotary, attention_mask, chosen, keys)
+        found |= {(index, head): attention[:, place] for place, head in enumerate(chosen)}
+    return torch.stack([found[head].to(attention_mask.device) for head in heads], dim=1)
+
+
 def _head_attention(
     layer,
     hidden: torch.Tensor,
     rotary: tuple[torch.Tensor, torch.Tensor],
     attention_mask: torch.Tensor,
     heads: list[int],
+    keys: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """For some heads of one of Phi's layers, the last token's attention to all tokens: [batch, heads, length]."""
+    """
+    For some heads of one of Phi's layers, the last token's attention to all tokens: [batch, heads, length].
+
+    Args:
+        hidden, rotary: of all tokens or, with `keys`, of the last one.
+        keys: float[batch, heads, length, head_dim], those in a cache.
+    """
     attention, norm = layer.self_attn, layer.input_layernorm
     # Layers may be on several devices. The hooks of offloaded ones, whose weights are "meta", move their inputs.
     states = norm(hidden if norm.weight.is_meta else hidden.to(norm.weight.device))
     shape = (*states.shape[:2], -1, attention.head_dim)
     query = attention.q_proj(states[:, -1:]).view(len(states), 1, -1, attention.head_dim).transpose(1, 2)
-    keys = attention.k_proj(states).view(shape).transpose(1, 2)
+    cos, sin = (part.unsqueeze(1).to(query.device) for part in rotary)
     if attention.qk_layernorm:
-        query, keys = attention.q_layernorm(query), attention.k_layernorm(keys)
-    cos, sin = (part.unsqueeze(1).to(keys.device) for part in rotary)
+        query = attention.q_layernorm(query)
     query = _rotate(query, cos[:, :, -1:], sin[:, :, -1:])
-    keys = _rotate(keys, cos, sin).repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
+    if keys is None:
+        keys = attention.k_proj(states).view(shape).transpose(1, 2)
+        keys = _rotate(attention.k_layernorm(keys) if attention.qk_layernorm else keys, cos, sin)
+    keys = keys.repeat_interleave(query.shape[1] // keys.shape[1], dim=1)
     # In float32: a float16 product of a few large values overflows.
     scores = (query.float() * attention.scaling @ keys.float().transpose(-1, -2)).squeeze(2)
     scores = scores.masked_fill(attention_mask[:, None].to(scores.device) == 0, -torch.inf).softmax(-1)

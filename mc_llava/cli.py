@@ -123,7 +123,8 @@ def ask(
     for source, image in zip(sources, images):
         say_crops(source, image, processor.image_processor, knobs)
     network = load_model(model, dtype, device, quantize=quantize)
-    engine = Engine(network, processor, max_new_tokens=max_new_tokens, prefix_bytes=0, **knobs)
+    kept = {} if knobs["zoom"] else {"prefix_bytes": 0}  # of one question, only zoom's drafts are used again
+    engine = Engine(network, processor, max_new_tokens=max_new_tokens, **knobs, **kept)
 
     start = time.perf_counter()
     streamer = None if as_json else answer_streamer(processor)

@@ -14,8 +14,8 @@ class Estimate:
     """
     FLOPs count a multiplication and an addition as two, and attention as if no position were masked.
 
-    `look_flops` are those of guided zoom before the answer, in addition to `prefill_flops`: its looks at the prompt
-    and its drafts of the answer.
+    `look_flops` are those of guided zoom's drafts before the answer, `prefill_flops` the answer's, which a
+    `PrefixCache` saves if the last draft was about the same crops.
     `activation_bytes` are the crops' pixels (float32, and those of one pass in the model's dtype, too) and the
     largest activations of a pass of the tower or the language model; `cache_bytes` the keys and values of prompt and
     answer.
@@ -42,7 +42,6 @@ def estimate(
     new_tokens: int = 200,
     dtype: torch.dtype = torch.float16,
     looks: int = 0,
-    drafts: int | None = None,
 ) -> Estimate:
     """
     Cost of one picture's crops and of one question about it.
@@ -55,7 +54,6 @@ def estimate(
         text_tokens: of the prompt without the picture; 27 are the card's prompt with a question of four words.
         new_tokens: of the answer.
         looks: rounds of guided zoom. `crops` are those of all rounds.
-        drafts: after how many of these looks zoom drafts the answer, by default after each of them.
 
     Raises:
         ValueError: if prompt and answer don't fit into the context.
@@ -77,10 +75,10 @@ def estimate(
     flops_per_new_token = _count_flops(lambda: model(inputs_embeds=token, cache=cache, logits_to_keep=1))
     look_flops = 0
     if looks:
+        look_flops = looks * (prefill_flops + min(DRAFT, new_tokens) * flops_per_new_token)
+    if looks and not config.zoom_heads:  # also with a general question
         language_model, heads = model.model.language_model, relevant_heads(config)
-        look_flops = _count_flops(lambda: last_attention(language_model, prompt, None, heads))
-        look_flops *= looks * (1 if config.zoom_heads else 2)  # also with a general question
-        look_flops += (looks if drafts is None else drafts) * (prefill_flops + DRAFT * flops_per_new_token)
+        look_flops += looks * _count_flops(lambda: last_attention(language_model, prompt, None, heads))
     return Estimate(
         crops=crops,
         image_tokens=image_tokens,

@@ -189,13 +189,10 @@ def test_looks_count(folder):
     assert study.count_looks([scout, closer]) == 1 and study.count_looks([scout]) == 1
     assert study.count_looks([scout, {**closer, "relevance": 0.1}, {"round": 2, "relevance": None}]) == 2
     assert study.count_looks([{**scout, "relevance": None}]) == 0, "a picture without a grid"
-    part = {**scout, "box": [0, 0, 200, 200]}
-    assert study.count_drafts([scout, part], 96) == study.count_drafts([scout, closer], 96) == 1
-    assert study.count_drafts([scout, {**part, "relevance": 0.0}], 96) == 0, "a closer look doesn't pay"
-    assert study.count_drafts([{**scout, "relevance": None}], 96) == 0
     record = {"crops": 9, "tokens": 64}
-    look = estimate(config, 9, 64, new_tokens=8, dtype=torch.bfloat16, looks=1).look_flops
-    difference = study.mean_flops(config, [{**record, "looked_at": [scout, closer]}]) - study.mean_flops(
-        config, [record]
+    cost = estimate(config, 9, 64, new_tokens=8, dtype=torch.bfloat16, looks=1)
+    grid, closer, drafted = (
+        study.mean_flops(config, [{**record, "looked_at": found}]) for found in ([], [scout, closer], [scout])
     )
-    assert difference == look > estimate(config, 9, 64, dtype=torch.bfloat16, looks=1, drafts=0).look_flops > 0
+    assert closer - grid == cost.look_flops > 0
+    assert closer - drafted == cost.prefill_flops > 0, "what the answer reuses of a draft"

@@ -169,7 +169,7 @@ def test_a_feature_cache_without_zoom_goes_to_the_processor(zooming, processor):
 
 
 @pytest.mark.parametrize("heads", [HEADS, None], ids=["measured", "unmeasured"])
-def test_the_device_is_read_three_times_more_a_round(zooming, processor, heads, monkeypatch):
+def test_the_device_is_read_twice_more_a_round(zooming, processor, heads, monkeypatch):
     monkeypatch.setattr(zooming.config, "zoom_heads", heads)
     reads = {}
     for texts, images in ((TEXTS[1], IMAGES[:1]), (TEXTS[:2], [IMAGES[:2], IMAGES[1:2]])):
@@ -182,7 +182,7 @@ def test_the_device_is_read_three_times_more_a_round(zooming, processor, heads, 
             counted = [read for read in counted.reads if not read.startswith("encoded_images_mc_llava")]
             reads.setdefault(rounds, set()).add(len(counted))
     assert [len(counts) for counts in reads.values()] == [1, 1]
-    assert reads[2] == {reads[1].pop() + 3}, "the relevance, the prompt of a draft, and whether it is probable"
+    assert reads[2] == {reads[1].pop() + 2}, "the prompt of a draft, and what it looks at and whether it is probable"
 
 
 def contains(outer, inner) -> bool:
@@ -251,13 +251,13 @@ def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
     """If attention goes to a whole picture, it gets no further crops, and its scouts are still reported."""
     asked = []
 
-    def attention(model, input_ids, attention_mask, features, heads):
+    def to_images(attention, input_ids, image_token_id, features):
         asked.append([len(of_image) for of_image in features])
-        found = torch.full((len(heads), sum(asked[-1])), 1e-5)
+        found = torch.full((attention.shape[1], sum(asked[-1])), 1e-5)
         found[:, : asked[-1][0] // 20] = 1.0  # some of the tokens of the first picture's whole
         return found
 
-    monkeypatch.setattr(zoom_mc_llava, "image_attention", attention)
+    monkeypatch.setattr(zoom_mc_llava, "_to_images", to_images)
     inputs = processor(TEXTS[0], IMAGES[:2], **KNOBS)
     first, second = zooming.zoom(**inputs).unbind()
     scouts = inputs["image_grid_thw"][:, 0].tolist()

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from matplotlib.figure import Figure
 
-from .. import GREEDY, FeatureCache, pays
+from .. import GREEDY, FeatureCache
 from ..engine import Engine, ask_about
 from ..estimate import estimate
 from ..evaluation.metrics import wilson_interval
@@ -235,38 +235,28 @@ def majority(records: list[dict]) -> dict[str, dict]:
 
 def mean_flops(config, records: list[dict]) -> float:
     """
-    FLOPs of the tower, zoom's looks and drafts, the prompt and an answer of `ANSWER_TOKENS` tokens, averaged over the
-    questions.
+    FLOPs of the tower, zoom's drafts, the prompt and an answer of `ANSWER_TOKENS` tokens, averaged over the questions,
+    as if each were asked alone: if zoom has looked at all crops, the answer reuses the draft's keys and values.
     """
 
     @cache
-    def flops(crops: int, tokens: int, looks: int, drafts: int) -> int:
-        cost = estimate(config, crops, tokens, 27, ANSWER_TOKENS, torch.bfloat16, looks, drafts)
-        prompts = cost.look_flops + cost.prefill_flops + ANSWER_TOKENS * cost.flops_per_new_token
-        return cost.tower_flops + prompts
+    def flops(crops: int, tokens: int, looks: int, is_reused: bool) -> int:
+        cost = estimate(config, crops, tokens, new_tokens=ANSWER_TOKENS, dtype=torch.bfloat16, looks=looks)
+        prompts = cost.look_flops + cost.prefill_flops * (not is_reused)
+        return cost.tower_flops + prompts + ANSWER_TOKENS * cost.flops_per_new_token
 
-    side, costs = config.vision_config.image_size, []
+    costs = []
     for record in records:
         looked_at = record.get("looked_at", ())
-        costs.append(flops(record["crops"], record["tokens"], count_looks(looked_at), count_drafts(looked_at, side)))
+        looks = count_looks(looked_at)
+        is_reused = looks > max((crop["round"] for crop in looked_at), default=0)
+        costs.append(flops(record["crops"], record["tokens"], looks, is_reused))
     return sum(costs) / len(costs)
 
 
 def count_looks(looked_at: list[dict]) -> int:
     """How often zoom looked before it answered: a crop of round n has its relevance from look n + 1."""
     return max((1 + crop["round"] for crop in looked_at if crop["relevance"] is not None), default=0)
-
-
-def count_drafts(looked_at: list[dict], side: int) -> int:
-    """
-    How often zoom drafted the answer: after each look after which a closer one might pay. Only of the first look can
-    this be told afterwards; others count.
-    """
-    looks = count_looks(looked_at)
-    if looks != 1 or any(crop["round"] for crop in looked_at):
-        return looks
-    boxes, relevance = zip(*((tuple(crop["box"]), crop["relevance"]) for crop in looked_at))
-    return int(pays(boxes, relevance, set(), side))
 
 
 def markdown(study: dict) -> str:
