@@ -2,9 +2,9 @@
 Guided zoom: look at the whole picture and a coarse grid, then more closely where the question points.
 
     round 0    whole picture, scouts              the image processor's crops
-    round 1    attention from the prompt's last token to each crop -> the most relevant crops, covered by smaller ones;
-               no further rounds if it goes only to crops of which a closer look would show nothing more, see `pays`,
-               or if a draft of the answer is probable already, see `SURE`
+    round 1    a draft of the answer: attention from the prompt's last token to each crop -> the most relevant crops,
+               covered by smaller ones; no further rounds if the draft is probable already, see `SURE`, or attention
+               goes only to crops of which a closer look would show nothing more, see `pays`
     ...
     answer     all crops of all rounds, in the same number of `<image>` tokens
 
