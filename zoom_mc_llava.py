@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation import StoppingCriteria, StoppingCriteriaList
 from transformers.masking_utils import create_causal_mask
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from .crops_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS, Box, Crop
 from .encoded_images_mc_llava import UNKNOWN, EncodedImages, describe_crops, read_integers, sum_per_image
@@ -40,19 +42,8 @@ logger = logging.get_logger(__name__)
 # The least probability of a whole answer, of at most `DRAFT` tokens, after which zoom looks no further. Chosen on
 # development scenes, see docs/tiny.md.
 SURE, DRAFT = 0.98, 16
-# A draft is greedy, whatever was saved, and can't have what needs a tokenizer or a prompt's ids. Its keys are read.
-DRAFT_OPTIONS = {
-    **GREEDY,
-    "num_return_sequences": 1,
-    "max_new_tokens": DRAFT,
-    "min_new_tokens": None,
-    "min_length": 0,
-    "stop_strings": None,
-    "guidance_scale": None,
-    "prompt_lookup_num_tokens": None,
-    "use_cache": True,
-    "cache_implementation": None,
-}
+DRAFT_OPTIONS = {**GREEDY, "num_return_sequences": 1, "max_new_tokens": DRAFT, "use_cache": True}
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 READ_FIELDS = ("crop_num_tokens", "image_grid_thw", "crop_boxes", "zoom_options")  # integers
 
 
@@ -146,7 +137,7 @@ class Doubt(StoppingCriteria):
         step = step.masked_fill(torch.as_tensor(self.has_ended, device=step.device), 0)  # padding follows
         self.log_probability = self.log_probability + step
         self.has_ended = torch.isin(new_ids, self.ends.to(step.device)).squeeze(-1) | self.has_ended
-        is_unsure = self.log_probability < math.log(SURE)
+        is_unsure = ~(self.log_probability >= math.log(SURE))  # NaN is
         self.is_sure = self.has_ended & ~is_unsure
         return is_unsure.to(input_ids.device)
 
@@ -255,10 +246,25 @@ class MCLlavaZoomMixin:
         `_ask_in_general` for `general`.
         """
         side = self.config.vision_config.image_size
-        rows, *prompts = prompts_of(views)
-        is_sure = dict(zip(rows, self._ask(*prompts, [general[row] for row in rows], prefix_cache)))
-        unsure = [view for view in views if not is_sure[view.row]]
-        return [view for view in unsure if pays(view.boxes, view.relevance, view.covered, side)]
+        rows, input_ids, attention_mask, seen = prompts_of(views)
+        embeds, known, prompts = self.model.fill_places(input_ids, self._project(seen)), None, None
+        if prefix_cache is not None and can_keep_prefixes(self, **DRAFT_OPTIONS):
+            known, prompts = prefix_cache.load(self, embeds, attention_mask)
+        cache, is_sure = self._draft(embeds, attention_mask, known)
+        attention = last_attention(
+            self.model.language_model, embeds, attention_mask, relevant_heads(self.config), cache
+        )
+        attention = _to_images(attention, input_ids, self.config.image_token_id, self._project(seen))
+        are_sure = self._set_relevance(seen, attention, is_sure, [general[row] for row in rows])
+        sure = {row for row, is_one in zip(rows, are_sure) if is_one}
+        picked = [view for view in views if view.row not in sure]
+        picked = [view for view in picked if pays(view.boxes, view.relevance, view.covered, side)]
+        if prompts is not None:
+            for place, row in enumerate(rows):
+                if any(view.row == row for view in picked):  # its next prompt has other crops
+                    prompts.names[place] = []
+            prefix_cache.keep(prompts, cache)
+        return picked
 
     def _read_fields(self, input_ids, attention_mask, images: dict) -> list[list]:
         """
@@ -398,61 +404,59 @@ class MCLlavaZoomMixin:
             view.features = self.model.multi_modal_projector(placed)
         return [view.features for view in views]
 
-    def _ask(
-        self,
-        input_ids,
-        attention_mask,
-        views: list[View],
-        general: list[list[int]],
-        prefix_cache: PrefixCache | None,
+    def _draft(self, inputs_embeds, attention_mask, cache: Cache | None) -> tuple[Cache, torch.Tensor]:
+        """
+        Begin greedy answers. Returns the keys and values, and for each whether it is a whole answer and probable:
+        bool[batch].
+
+        Args:
+            cache: keys and values of the prompts' beginnings, or None.
+        """
+        doubt = Doubt(torch.tensor(find_ends(self, None, {}), dtype=torch.long))
+        # Nothing that was saved concerns a draft: it may need a tokenizer, or make any answer probable.
+        saved = [name for name in self.generation_config.to_diff_dict() if name not in TOKEN_IDS and name[0] != "_"]
+        draft = self.generate(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            stopping_criteria=StoppingCriteriaList([doubt]),
+            **dict.fromkeys(saved)
+            | DRAFT_OPTIONS
+            | {"return_dict_in_generate": True, "output_scores": True, CACHE: cache},
+        )
+        return draft.cache, doubt.is_sure
+
+    def _set_relevance(
+        self, views: list[View], attention: torch.Tensor, is_sure: torch.Tensor, general: list[list[int]]
     ) -> list[bool]:
         """
-        Set each view's relevance: what the prompt's last token attends to. Returns for each prompt whether its greedy
-        answer is as probable as `SURE` already.
+        Set the relevance of each view's crops.
+
+        Args:
+            attention: float32[heads, tokens], from the prompts' last tokens to the visual tokens of all views.
+            is_sure: bool[batch].
+            general: ids of general prompts about the same images.
+
+        Returns:
+            `is_sure`, which is read from the device with the relevance.
         """
-        features, heads = self._project(views), relevant_heads(self.config)
         counts = [crop.num_tokens for view in views for crop in view.plan]
 
         def per_crop(attention: torch.Tensor) -> torch.Tensor:
             return torch.stack([part.sum() for part in attention.mean(0).split(counts)])
 
-        draft, is_sure = self._draft(self.model.fill_places(input_ids, features), attention_mask, prefix_cache)
-        attention = drafted_attention(self.model.language_model, draft, attention_mask, heads)
-        found = per_crop(_to_images(attention, input_ids, self.config.image_token_id, features))
+        found = per_crop(attention)
         if not self.config.zoom_heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
             warn_unmeasured(self.config.name_or_path)
-            rows = [torch.tensor(ids, device=input_ids.device) for ids in general]
-            usual = per_crop(image_attention(self.model, *self._pad_prompts(rows), features, heads))
-            found = found / usual.clamp(min=1e-6)
+            prompts = self._pad_prompts([torch.tensor(ids, device=found.device) for ids in general])
+            usual = image_attention(self.model, *prompts, self._project(views), relevant_heads(self.config))
+            found = found / per_crop(usual).clamp(min=1e-6)
         read = torch.cat([found, is_sure.to(found)]).tolist()
         found, are_sure = read[: len(counts)], read[len(counts) :]
         if not all(map(math.isfinite, found)):
             raise ValueError("the model's attention is not finite: load it in another dtype, or pass zoom=0")
         for view in views:
             view.relevance, found = found[: len(view.boxes)], found[len(view.boxes) :]
-        return [bool(value) for value in are_sure]
-
-    def _draft(
-        self, inputs_embeds, attention_mask, prefix_cache: PrefixCache | None
-    ) -> tuple[ModelOutput, torch.Tensor]:
-        """The beginnings of greedy answers, and for each whether it is a whole one and probable: bool[batch]."""
-        doubt = Doubt(torch.tensor(find_ends(self, None, {}), dtype=torch.long))
-        cache, prompts = None, None
-        if prefix_cache is not None and can_keep_prefixes(self, **DRAFT_OPTIONS):
-            cache, prompts = prefix_cache.load(self, inputs_embeds, attention_mask)
-        draft = self.generate(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            stopping_criteria=StoppingCriteriaList([doubt]),
-            return_dict_in_generate=True,
-            output_scores=True,
-            output_hidden_states=True,
-            **DRAFT_OPTIONS,
-            **{CACHE: cache},
-        )
-        if prompts is not None:
-            prefix_cache.keep(prompts, draft.cache)
-        return draft, doubt.is_sure
+        return [value == 1 for value in are_sure]
 
     def _ask_in_general(self, ids: list[int], kept: list[int], general_ids: list[int]) -> list[int]:
         """A prompt up to its last `<image>`, followed by a general question; without padding."""
@@ -516,7 +520,11 @@ def _to_images(
 
 
 def last_attention(
-    language_model, inputs_embeds: torch.Tensor, attention_mask: torch.Tensor | None, heads: list[tuple[int, int]]
+    language_model,
+    inputs_embeds: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    heads: list[tuple[int, int]],
+    cache: Cache | None = None,
 ) -> torch.Tensor:
     """
     Attention of the last token in some heads: float32[batch, heads, length].
@@ -528,46 +536,32 @@ def last_attention(
         inputs_embeds, attention_mask: float[batch, length, hidden] and int[batch, length], padded on the left; None
             without padding.
         heads: (layer, head), both counted from 0.
+        cache: keys and values of these tokens, and maybe of others after them. Then only the last token is run.
     """
     places = torch.ones_like(inputs_embeds[..., 0]).long() if attention_mask is None else attention_mask
     position_ids = (places.cumsum(-1) - 1).clamp(min=0)
+    length, deepest = places.shape[1], max(layer for layer, _ in heads)
+    hidden, before = inputs_embeds, None
+    if cache is not None:
+        hidden, position_ids = hidden[:, -1:], position_ids[:, -1:]
+        before = DynamicCache(config=language_model.config)
+        for index, layer in enumerate(cache.layers[:deepest]):
+            before.update(layer.keys[:, :, : length - 1], layer.values[:, :, : length - 1], index)
     mask = create_causal_mask(
-        config=language_model.config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        **{CACHE: None},
+        config=language_model.config, inputs_embeds=hidden, attention_mask=attention_mask, **{CACHE: before}
     )
-    rotary = language_model.rotary_emb(inputs_embeds, position_ids)
+    rotary = language_model.rotary_emb(hidden, position_ids)
     found = {}
-    deepest = max(layer for layer, _ in heads)
-    hidden = inputs_embeds
     for index, layer in enumerate(language_model.layers[: deepest + 1]):
         if chosen := [head for at, head in heads if at == index]:
-            attention = _head_attention(layer, hidden, rotary, places, chosen).to(inputs_embeds.device)
+            keys = None if cache is None else cache.layers[index].keys[:, :, :length]
+            attention = _head_attention(layer, hidden, rotary, places, chosen, keys).to(inputs_embeds.device)
             found |= {(index, head): attention[:, place] for place, head in enumerate(chosen)}
         if index < deepest:
-            hidden = layer(hidden, attention_mask=mask, position_ids=position_ids, position_embeddings=rotary)
+            options = {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": rotary}
+            hidden = layer(hidden, **options, **{CACHE: before})
             hidden = hidden[0] if isinstance(hidden, tuple) else hidden
     return torch.stack([found[head] for head in heads], dim=1)
-
-
-def drafted_attention(
-    language_model, draft: ModelOutput, attention_mask: torch.Tensor, heads: list[tuple[int, int]]
-) -> torch.Tensor:
-    """
-    `last_attention` of prompts that `generate` has continued, from its keys and `hidden_states`: nothing is computed
-    twice.
-    """
-    length, found = attention_mask.shape[1], {}
-    position_ids = attention_mask.sum(-1, keepdim=True) - 1  # of the last tokens
-    for index in sorted({layer for layer, _ in heads}):
-        chosen = [head for at, head in heads if at == index]
-        hidden = draft.hidden_states[0][index][:, -1:]
-        rotary = language_model.rotary_emb(hidden, position_ids.to(hidden.device))
-        keys = draft.cache.layers[index].keys[:, :, :length]
-        attention = _head_attention(language_model.layers[index], hidden, rotary, attention_mask, chosen, keys)
-        found |= {(index, head): attention[:, place] for place, head in enumerate(chosen)}
-    return torch.stack([found[head].to(attention_mask.device) for head in heads], dim=1)
 
 
 def _head_attention(

@@ -129,8 +129,8 @@ def ask(
     start = time.perf_counter()
     streamer = None if as_json else answer_streamer(processor)
     with crop_progress(engine.model, sum(map(len, plans)) + sum(closer)):
-        asked = images if knobs["zoom"] else engine.encode(images, plans)
-        (reply,) = engine.answer([ask_about(asked, question)], streamer)
+        encoded = engine.look([ask_about(images, question)]) if knobs["zoom"] else engine.encode(images, plans)
+    (reply,) = engine.answer([ask_about(encoded, question)], streamer)
     if as_json:
         seconds = round(time.perf_counter() - start, 3)
         looked_at = {"looked_at": reply.looked_at} if knobs["zoom"] else {}
@@ -164,7 +164,7 @@ def chat(
 
     find_model(model)  # before torch is imported and the picture is read
     from . import load_image
-    from .engine import Engine
+    from .engine import Engine, map_image_parts
     from .loading import load_model, load_processor
 
     picture = load_image(image)  # standard input is for questions
@@ -190,9 +190,12 @@ def chat(
                     (encoded,) = engine.encode([picture], [plan])
             if not turns:
                 content.insert(0, {"type": "image", "image": encoded})
-            asked = [*turns, {"role": "user", "content": content}]
-            with crop_progress(engine.model, len(plan) + closer):  # of zoom, which looks only now
-                (reply,) = engine.answer([asked], streamer)
+            asked = looked_at = [*turns, {"role": "user", "content": content}]
+            if knobs["zoom"]:
+                with crop_progress(engine.model, len(plan) + closer):
+                    (looked,) = engine.look([asked])
+                looked_at = map_image_parts(asked, lambda part, image=looked: {**part, "image": image})
+            (reply,) = engine.answer([looked_at], streamer)
             say_if_cut(reply)
         except ValueError as error:  # what was said before is not lost
             say(f"error: {error}")
@@ -675,23 +678,17 @@ def crop_progress(model: "MCLlavaForConditionalGeneration", crops: int):
                 bar_format="{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}",
             )
         bar.update(len(output))
-        if bar.n >= bar.total:
-            finish()
-
-    def finish(*_):
-        if bar is not None and not bar.disable:
-            bar.total = bar.n  # zoom may have found less to look at, or crops that were known
-            bar.set_description_str(f"Encoding crops: {bar.n // len(layers)}")
-            bar.close()
 
     hooks = [layer.register_forward_hook(advance) for layer in layers]
-    hooks.append(model.lm_head.register_forward_pre_hook(finish))  # before the answer begins to stream
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        finish()
+        if bar is not None and not bar.disable:
+            bar.total = bar.n  # zoom may have found less to look at, or crops that were known
+            bar.set_description_str(f"Encoding crops: {bar.n // len(layers)}")
+            bar.close()
 
 
 def main():

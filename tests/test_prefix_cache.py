@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 from transformers import TextIteratorStreamer
 from transformers.cache_utils import DynamicLayer
 
-from mc_llava import GREEDY, MCLlavaForConditionalGeneration, PrefixCache, prefix_cache_mc_llava
+from mc_llava import GREEDY, MCLlavaForConditionalGeneration, PrefixCache, prefix_cache_mc_llava, zoom_mc_llava
 from mc_llava.engine import Engine, ask_about
 from mc_llava.prefix_cache_mc_llava import ROOM, RoomyLayer, Segment, can_keep_prefixes
 
@@ -564,6 +564,16 @@ class TestEngine:
         monkeypatch.setattr(model.generation_config, "use_cache", False)
         engine = Engine(model, processor, max_new_tokens=3)
         assert engine.prefix_cache is None and engine.answer([ask_about([IMAGES[0]], "What?")])
+
+    def test_an_answer_reuses_the_last_draft(self, model, processor, monkeypatch):
+        engine = Engine(model, processor, 20, 40, max_new_tokens=1, zoom=1)
+        asked = [ask_about([picture(400, 300)], "What?")]
+        monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+        monkeypatch.setattr(zoom_mc_llava, "SURE", 1e-300)
+        monkeypatch.setattr(zoom_mc_llava, "find_ends", lambda *args: range(model.config.text_config.vocab_size))
+        (reply,) = engine.answer(asked, **GREEDY)
+        assert not any(crop["round"] for crop in reply.looked_at)
+        assert engine.prefix_cache.reused == reply.prompt_tokens - 1
 
     def test_with_zoom(self, model, processor):
         engine, plain = (

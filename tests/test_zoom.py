@@ -18,6 +18,7 @@ from mc_llava import (
     ZoomedImages,
     can_keep_prefixes,
     check_plan,
+    image_attention,
     last_attention,
     scenes,
     zoom_mc_llava,
@@ -269,6 +270,25 @@ def test_a_closer_look_must_pay(zooming, processor, monkeypatch):
     assert len(alone.crop_boxes) == scouts[0] and len(asked) == 3, "no second round without a picture to look at"
 
 
+def test_relevance_with_a_hook_on_a_layer(zooming, processor, monkeypatch):
+    """As of steering vectors. It is seen whether or not zoom was used before."""
+    monkeypatch.setattr(zoom_mc_llava, "pays", lambda *args: False)
+    inputs = processor(TEXTS[0], IMAGES[:2], **KNOBS)
+    plain = zooming.zoom(**inputs)
+    hook = zooming.model.language_model.layers[0].register_forward_hook(lambda layer, args, output: output.sin())
+    try:
+        looked = zooming.zoom(**inputs)
+        prompt = inputs["input_ids"], inputs["attention_mask"]
+        with torch.no_grad():
+            features = [image.features for image in looked.unbind()]
+            expected = image_attention(zooming.model, *prompt, features, [(0, 1), (1, 2)]).mean(0)
+    finally:
+        hook.remove()
+    parts = expected.split(inputs["crop_num_tokens"].tolist())
+    torch.testing.assert_close(looked.crop_relevance, torch.stack([part.sum() for part in parts]))
+    assert not torch.allclose(looked.crop_relevance, plain.crop_relevance, rtol=0.1)
+
+
 def test_it_looks_no_further_once_an_answer_is_probable(zooming, processor, monkeypatch):
     texts, images = ["<image> What is it", "<image> And here"], [IMAGES[:1], IMAGES[1:2]]
     inputs, drafts, generate = processor(texts, images, **KNOBS), [], zooming.generate
@@ -300,6 +320,9 @@ def test_an_answer_reuses_the_last_draft(zooming, processor, monkeypatch):
     assert not looked.crop_rounds.any() and not kept.reused
     found = zooming.generate(**text, image_features=looked, max_new_tokens=4, prefix_cache=kept)
     assert torch.equal(found, expected) and kept.reused == inputs["input_ids"].shape[1] - 1
+    monkeypatch.setattr(zoom_mc_llava, "SURE", 2)
+    kept = PrefixCache()
+    assert zooming.zoom(**inputs, prefix_cache=kept).crop_rounds.max() == 2 and not kept.nbytes, "no draft is of use"
 
 
 @pytest.mark.parametrize(
@@ -309,10 +332,16 @@ def test_an_answer_reuses_the_last_draft(zooming, processor, monkeypatch):
         {"guidance_scale": 2.0},
         {"min_new_tokens": 99},
         {"num_return_sequences": 2, "do_sample": True},
+        {"max_length": 200},
+        {"prefill_chunk_size": 8},
+        {"forced_eos_token_id": 7, "eos_token_id": 7, "sequence_bias": [[[9], 99.0]]},
+        {"token_healing": True},
+        {"cache_implementation": "static"},
+        {"use_cache": False},
     ],
     ids=str,
 )
-def test_saved_options_do_not_concern_a_draft(zooming, processor, saved, monkeypatch):
+def test_saved_options_do_not_concern_a_draft(zooming, processor, saved, monkeypatch, caplog):
     inputs = processor(TEXTS[:2], NESTED[:2], **KNOBS)
     expected = zooming.zoom(**inputs)
     for name, value in saved.items():
@@ -320,6 +349,7 @@ def test_saved_options_do_not_concern_a_draft(zooming, processor, saved, monkeyp
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert zooming.zoom(**inputs).plans == expected.plans
+    assert not caplog.records
     if "stop_strings" in saved:
         zooming.generate(**inputs, max_new_tokens=2, tokenizer=processor.tokenizer)
 
@@ -339,6 +369,8 @@ def test_how_probable_a_draft_is():
     assert doubt.is_sure.tolist() == [True, False, True, False]
     assert not doubt(torch.tensor([[5, 1]] * 4), (torch.zeros(4, 10),))[[0, 2]].any(), "what follows the end"
     assert doubt.is_sure.tolist() == [True, False, True, False]
+    broken = zoom_mc_llava.Doubt(torch.tensor([0]))
+    assert broken(torch.tensor([[5, 0]]), (torch.full((1, 10), torch.nan),)).all() and not broken.is_sure.any()
 
 
 def test_padding_is_seen_without_a_mask(zooming, processor):
@@ -425,9 +457,12 @@ def test_attention_is_that_of_the_language_model(zooming, processor):
         ).attentions
         for attention in ("eager", "sdpa"):
             zooming.set_attn_implementation(attention)
-            found = last_attention(zooming.model.language_model, embeds, mask, heads)
-            for place, (layer, head) in enumerate(heads):
-                torch.testing.assert_close(found[:, place], expected[layer][:, head, -1], rtol=1e-4, atol=1e-5)
+            options = {"max_new_tokens": 3, "return_dict_in_generate": True, "eos_token_id": None}
+            answers = zooming.generate(inputs_embeds=embeds, attention_mask=mask, **options)
+            for cache in (None, answers.cache):  # of prompts and answers
+                found = last_attention(zooming.model.language_model, embeds, mask, heads, cache)
+                for place, (layer, head) in enumerate(heads):
+                    torch.testing.assert_close(found[:, place], expected[layer][:, head, -1], rtol=1e-4, atol=1e-5)
     zooming.set_attn_implementation("eager")
 
 
