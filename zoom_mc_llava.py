@@ -43,7 +43,7 @@ logger = logging.get_logger(__name__)
 # development scenes, see docs/tiny.md.
 SURE, DRAFT = 0.98, 16
 DRAFT_OPTIONS = {**GREEDY, "num_return_sequences": 1, "max_new_tokens": DRAFT, "use_cache": True}
-TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")  # all saved options that a draft has
 READ_FIELDS = ("crop_num_tokens", "image_grid_thw", "crop_boxes", "zoom_options")  # integers
 
 
@@ -119,13 +119,13 @@ class View:
 
 class Doubt(StoppingCriteria):
     """
-    Stops each greedy answer of a batch as soon as it is less probable than `SURE`.
+    Stops each greedy answer of a batch as soon as it is less probable than `SURE`. Needs `output_scores=True`.
 
     Args:
         ends: int[ids], those that end an answer.
 
     Attributes:
-        is_sure: bool[batch], whether an answer has ended and is at least as probable.
+        is_sure: bool[batch], whether an answer has ended and is at least as probable; set by the first call.
     """
 
     def __init__(self, ends: torch.LongTensor):

@@ -466,7 +466,7 @@ class TestStop:
 
 
 class TestSeed:
-    HOT = {"temperature": 5, "top_k": 0, "max_tokens": 8}
+    HOT = {"temperature": 5, "top_k": 0, "max_tokens": 12}
 
     def test_it_repeats_an_answer_and_nothing_else_draws(self, handler, trial):
         state = torch.random.get_rng_state()

@@ -93,7 +93,7 @@ class SceneCollator:
     Each conversation also has the targets of `looking_loss` and `reading_loss`. Four heads look from the prompt's last
     token as well, where zoom asks: at the crops of everything that the question names. Crops that show the thing best
     count where none shows it legibly, as among zoom's scouts. Of an answer that the crops don't show, only the
-    first word is learned: zoom must be sure neither of "It says ..." nor of "There is no ...".
+    first token is learned: that there is such a thing, but not what can't be read.
 
     Short batches show the last token of each crop alone, where the tower has learned to gather it: a step takes half
     the time. Their positions are spread as if the image had any number of tokens, so that the heads learn to look as
@@ -159,7 +159,7 @@ class SceneCollator:
                 looks += [Look(ANSWERING_LAYER, position, sorted(set(everything)), place) for position in positions]
             ids += asked["input_ids"] + replied
             told = can_tell(question, heights)
-            # Where a crop can't tell, the first word still says that there is such a thing.
+            # Where no crop tells, the first token still says that there is such a thing.
             known = len(replied) if told else 1
             labels += [-100] * len(asked["input_ids"]) + replied[:known] + [-100] * (len(replied) - known)
         return ids, labels, looks
