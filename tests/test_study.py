@@ -107,6 +107,11 @@ def test_a_named_thing_is_inside_if_a_closer_crop_holds_all_of_it():
     assert zoom_study.is_inside(record, 35) == 0
     record["looked_at"].append({"box": [left, top, right, bottom], "round": 2})
     assert zoom_study.is_inside(record, 35) == 1 and zoom_study.is_inside(record, 70) == 0
+    whole, *_ = record["looked_at"]
+    scout = {"box": [left - 9, top, right, bottom], "round": 0}
+    assert zoom_study.is_inside({**record, "looked_at": [whole, scout]}, 35) == 1, "it didn't look closer"
+    record["looked_at"][2]["box"] = [0, 0, 9, 9]
+    assert zoom_study.is_inside({**record, "looked_at": [whole, scout, *record["looked_at"][1:]]}, 35) == 0
 
 
 @pytest.mark.slow

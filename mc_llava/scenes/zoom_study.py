@@ -35,8 +35,8 @@ def run_zoom_study(study: Study, output: Path) -> dict:
 
     Returns:
         The contents of `study_zoom.json`: for each row the knobs, means over the questions, the accuracy by kind as in
-        `study.json`, also of "all" kinds together, and with zoom `inside`: how often all things that a question names
-        lay whole in a crop of a later round, in percent. A row about signs of 1/35 includes large things.
+        `study.json`, also of "all" kinds together, and with zoom `inside`, see `is_inside`, in percent. A row about
+        signs of 1/35 includes large things.
     """
     large = {setting: setting._replace(task="large") for setting in SETTINGS if setting.task == "scenes"}
     asked = {setting: study.ask(setting) for setting in (*SETTINGS, *large.values())}
@@ -55,11 +55,15 @@ def run_zoom_study(study: Study, output: Path) -> dict:
 
 
 def is_inside(record: dict, size: int) -> float:
-    """1 if each of the things that a record's question names lies whole in a crop of a later round, else 0."""
+    """
+    1 if each of the things that a record's question names lies whole in a crop of a later round, or in a scout if there
+    was none, else 0.
+    """
     kind, _, seed = record["id"].partition("-")
-    closer = [crop["box"] for crop in record["looked_at"] if crop["round"]]
+    _, *scouts = (crop["box"] for crop in record["looked_at"] if not crop["round"])
+    final = [crop["box"] for crop in record["looked_at"] if crop["round"]] or scouts
     named = benchmark_question(int(seed), kind, size).named
-    return float(all(any(contains(box, thing.box) for box in closer) for _, thing in named))
+    return float(all(any(contains(box, thing.box) for box in final) for _, thing in named))
 
 
 def markdown(study: dict) -> str:
