@@ -522,7 +522,7 @@ def test_an_output_that_can_be_no_folder_is_refused_before_hours_of_training(tmp
         ("tower_width=100", "tower_width Input should be a multiple of 32"),
         ("width=16", "width Input should be a multiple of 32"),
         ("tower.steps=3700", "tower .*warmup 300 and decay 3500 together exceed the 3700 steps: lower them"),
-        ("language_model.decay=900", "warmup 50 and decay 900 together exceed the 900 steps"),
+        ("language_model.decay=1000", "warmup 50 and decay 1000 together exceed the 1000 steps"),
     ],
 )
 def test_sizes_and_steps_that_cannot_be_are_refused(override, reason):

@@ -56,8 +56,8 @@ def run_zoom_study(study: Study, output: Path) -> dict:
 
 def is_inside(record: dict, size: int) -> float:
     """
-    1 if each of the things that a record's question names lies whole in a crop of a later round, or in a scout if there
-    was none, else 0.
+    1 if each of the things that a record's question names lies whole in a crop of a later round, or if there was none,
+    in a scout, else 0.
     """
     kind, _, seed = record["id"].partition("-")
     _, *scouts = (crop["box"] for crop in record["looked_at"] if not crop["round"])
