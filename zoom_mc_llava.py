@@ -352,7 +352,8 @@ class MCLlavaZoomMixin:
             for view in views
         ]
         for view, boxes in zip(views, added):
-            view.add(boxes, number)
+            if boxes:
+                view.add(boxes, number)
         if not any(added):
             return []
 

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import re
+import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -226,6 +227,15 @@ def test_the_bar_ends_with_all_crops(model, processor, expected, capsys):
     with cli.crop_progress(model, expected), torch.inference_mode():
         model(**inputs)
     assert re.search(r"Encoding crops: 3 100%[^\r\n]*\n$", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("zoom", [0, 1])
+def test_the_bar_ends_before_the_answer_begins(trial, zoom):
+    """The answer used to follow an unfinished bar."""
+    options = ("--zoom", zoom, "--max-crops", 16)
+    command = [sys.executable, "-m", "mc_llava", "ask", trial.pictures[0], trial.questions[0], *map(str, options)]
+    shown = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True).stdout
+    assert re.search(r"Encoding crops: \d+ 100%[^\r\n]*\n[^\r\n]+\n$", shown.decode())
 
 
 class TestChat:
