@@ -131,6 +131,7 @@ class EndpointHandler:
         )
         self.check_unicode = get_class_from_dynamic_module("processing_mc_llava.check_unicode", path)
         self.check_context = get_class_from_dynamic_module("generation_mc_llava.check_context", path)
+        self.find_ends = get_class_from_dynamic_module("generation_mc_llava.find_ends", path)
 
     def __call__(self, data: dict) -> list[dict] | dict:
         """
@@ -429,8 +430,7 @@ class EndpointHandler:
         text = self._decode(new_ids)
         if ends := [text.index(stop) for stop in stops if stop in text]:
             return text[: min(ends)], True
-        eos = self.model.generation_config.eos_token_id  # one id, or several
-        return text, bool(len(new_ids)) and new_ids[-1].item() in (eos if isinstance(eos, list) else [eos])
+        return text, bool(len(new_ids)) and new_ids[-1].item() in self.find_ends(self.model, None, {})
 
     def _encode(
         self, prompt: str, images: list[Image.Image], knobs: dict, length: int, prefix_cache

@@ -191,10 +191,7 @@ class PrefixCache:
         if columns > min((start for start, runs in zip(starts, found) if runs), default=columns):
             for index in range(len(next(iter(filter(None, found)))[0][0].layers)):
                 keys, values = (self._fill(found, starts, index, part, columns) for part in range(2))
-                # Not by `update`, which copies them. A layer grows into tensors of its own.
-                layer = cache.layers[index]
-                layer.lazy_initialization(keys, values)
-                layer.keys, layer.values = keys, values
+                fill_layer(cache.layers[index], keys, values)
             with self._lock:
                 self.reused += sum(max(0, columns - start) for start in starts)
         return cache, prompts
@@ -294,6 +291,12 @@ class PrefixCache:
                 del self._tokens[name]
 
 
+def fill_layer(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor):
+    """Give a new layer keys and values. `update` would copy them; the layer grows into tensors of its own."""
+    layer.lazy_initialization(keys, values)
+    layer.keys, layer.values = keys, values
+
+
 def read_bytes(embeds: torch.Tensor) -> np.ndarray:
     """float[batch, length, hidden] as uint8[batch, length, bytes] on the host, in one copy."""
     return embeds.detach().contiguous().view(torch.uint8).cpu().numpy()
@@ -390,4 +393,4 @@ def can_keep_prefixes(model, generation_config=None, **options) -> bool:
     return True
 
 
-__all__ = ["PrefixCache", "can_keep_prefixes"]
+__all__ = ["PrefixCache", "can_keep_prefixes", "fill_layer"]

@@ -30,7 +30,7 @@ from .crops_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS, Box, Crop
 from .encoded_images_mc_llava import UNKNOWN, EncodedImages, describe_crops, read_integers, sum_per_image
 from .generation_mc_llava import CACHE, GREEDY, find_ends
 from .hashing_mc_llava import adapter_names, describe_encoder, picture_key
-from .prefix_cache_mc_llava import PrefixCache, can_keep_prefixes
+from .prefix_cache_mc_llava import PrefixCache, can_keep_prefixes, fill_layer
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device, look_up_bytes
 from .zoom_plan_mc_llava import look_closer, pays, plan_rounds, share_evenly
 
@@ -547,7 +547,8 @@ def last_attention(
         hidden, position_ids = hidden[:, -1:], position_ids[:, -1:]
         before = DynamicCache(config=language_model.config)
         for index, layer in enumerate(cache.layers[:deepest]):
-            before.update(layer.keys[:, :, : length - 1], layer.values[:, :, : length - 1], index)
+            known = (part[:, :, : length - 1] for part in (layer.keys, layer.values))
+            fill_layer(before.layers[index], *known)
     mask = create_causal_mask(
         config=language_model.config, inputs_embeds=hidden, attention_mask=attention_mask, **{CACHE: before}
     )

@@ -17,6 +17,7 @@ from helpers import ROOT, picture
 from PIL import Image, ImageChops
 
 from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype, cli
+from mc_llava.engine import Engine
 from mc_llava.evaluation.tasks import TASKS
 
 
@@ -236,6 +237,18 @@ def test_the_bar_ends_before_the_answer_begins(trial, zoom):
     command = [sys.executable, "-m", "mc_llava", "ask", trial.pictures[0], trial.questions[0], *map(str, options)]
     shown = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True).stdout
     assert re.search(r"Encoding crops: \d+ 100%[^\r\n]*\n[^\r\n]+\n$", shown.decode())
+
+
+@pytest.mark.parametrize("zoom", [0, 2])
+def test_only_with_zoom_the_keys_of_a_single_question_are_kept(trial, zoom, monkeypatch):
+    kept = []
+    answer = Engine.answer
+    monkeypatch.setattr(Engine, "answer", lambda self, *rest: kept.append(self.prefix_cache) or answer(self, *rest))
+    cli.ask([trial.pictures[0], "What color is the star?"], zoom=zoom, max_crops=25, num_tokens=64)
+    if zoom:
+        assert kept[0].reused > 0, "the answer goes on from the last draft"
+    else:
+        assert kept == [None]
 
 
 class TestChat:

@@ -147,6 +147,8 @@ def test_guided_zoom_costs_its_crops_and_its_looks():
     assert (grid.look_flops, grid.tower_flops, grid.prefill_flops) == (0, zoomed.tower_flops, zoomed.prefill_flops)
     drafts = 2 * (grid.prefill_flops + 16 * grid.flops_per_new_token)
     assert zoomed.look_flops == drafts
+    short = estimate(config, 16, 64, new_tokens=3, looks=2)
+    assert short.look_flops == 2 * (grid.prefill_flops + 3 * grid.flops_per_new_token), "no draft is longer"
     config.zoom_heads = None  # also a general question, up to the fifth layer's heads
     general = estimate(config, 16, 64, looks=2).look_flops - drafts
     assert 2 * 0.6 < general / grid.prefill_flops < 2 * 0.75
