@@ -224,6 +224,34 @@ def generate(bench: Bench) -> dict[str, float]:
 
 
 @row
+def zoom(bench: Bench) -> dict[str, float]:
+    """The questions of examples/questions.json, each asked alone (`tiny`)."""
+    import inspect
+
+    from PIL import Image
+
+    from mc_llava.engine import Engine, ask_about
+    from mc_llava.loading import load
+
+    model, processor, _ = load(TINY, dtype="float32", device=bench.device)
+    asked = json.loads((ROOT / "examples" / "questions.json").read_text(encoding="utf-8"))
+    conversations = [ask_about([Image.open(ROOT / "examples" / row["image"])], row["question"]) for row in asked]
+
+    def ask_all(**knobs):
+        for conversation in conversations:
+            Engine(model, processor, max_new_tokens=16, **knobs).answer([conversation])
+
+    def seconds(**knobs):
+        return bench.seconds(lambda: ask_all(**knobs), repeats=3)
+
+    grid = seconds(max_crops=32, num_tokens=128)
+    if "zoom" not in inspect.signature(Engine).parameters:
+        return {"grid of 32 (s)": grid}
+    zoomed = seconds(max_crops=22, num_tokens=64, zoom=4)
+    return {"grid of 32 (s)": grid, "zoom (s)": zoomed, "zoom, of the grid's time (share)": zoomed / grid}
+
+
+@row
 def load_memory(bench: Bench) -> dict[str, float]:
     """Loading 12 megapixels: the peak of memory."""
     from PIL import ExifTags, Image
@@ -473,8 +501,8 @@ def compare(name: str, trees: dict[str, Path], options: argparse.Namespace) -> d
 
 def summary(part: str, runs: dict[str, list[dict]]) -> dict:
     """The median and the spread of a part's values in each tree, and of the ratios of the pairs."""
-    found = {label: [run["values"][part] for run in each] for label, each in runs.items()}
-    if "before" in found:
+    found = {label: [run["values"][part] for run in each if part in run["values"]] for label, each in runs.items()}
+    if found.get("before"):  # an earlier commit may lack what is measured
         found["ratio"] = [after / before for before, after in zip(found["before"], found["after"]) if before]
     return {
         label: {name: round_to(function(values), 4) for name, function in STATISTICS.items()}
