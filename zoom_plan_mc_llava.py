@@ -12,14 +12,15 @@ from .crops_mc_llava import (
 )
 
 
-# A round covers a region with 2 x 2 crops, or with 3 x 3 that also cover a margin of a sixth of its side, into which a
-# thing at its edge may extend. They overlap so much that a thing at a seam lies whole in one of them. All of it was
-# chosen on development scenes, like how `split_budget` divides crops; see docs/tiny.md.
-FEW, MANY = 4, 9
+# A round covers a region with 2 x 2 crops, or with 3 x 2 that also cover a margin of a sixth of its width on the left
+# and the right, into which a sign at its edge may extend: signs are wider than high, so that scouts rarely cut one
+# above or below. The crops overlap so much that a thing at a seam lies whole in one of them. All of it was chosen on
+# development scenes, like how `split_budget` divides crops; see docs/tiny.md.
+FEW, MANY = 4, 6
 OVERLAP = (2, 5)
 MARGINS = {FEW: (0, 1), MANY: (1, 6)}
 SCOUT_OVERLAP = (1, 8)
-LEAST_SCOUTS = 6  # before 3 x 3 crops are affordable
+LEAST_SCOUTS = 6  # before 3 x 2 crops are affordable
 WORTH_A_LOOK = (1, 1000)  # the least part of the relevance for which a closer look pays
 
 
@@ -28,11 +29,11 @@ def split_budget(max_crops: int, rounds: int) -> tuple[int, int, int, int]:
     Divide `max_crops` crops among scouts and rounds of looking closer.
 
     Each round covers one region with `MANY` crops, or several as long as all rounds together take at most two thirds
-    of the crops; the remaining crops scout. 64 crops are 28 scouts and 2 rounds of 2 regions, or 37 scouts and 3
-    rounds of 1.
+    of the crops; the remaining crops scout. 64 crops are 28 scouts and 2 rounds of 3 regions, or 28 scouts and 3
+    rounds of 2.
 
     Returns:
-        rounds (fewer if the crops don't suffice), scouts, regions per round, crops per region. With fewer than 15
+        rounds (fewer if the crops don't suffice), scouts, regions per round, crops per region. With fewer than 12
         crops there is one round of `FEW`, with fewer than 8 there is none.
     """
     if rounds < 1 or max_crops < 2 * FEW:
@@ -160,17 +161,12 @@ def share_evenly(boxes: list[Box], num_tokens: int) -> list[Crop]:
     return [Crop(box, share + (index < more)) for index, box in enumerate(boxes)]
 
 
-def _with_margin(region: Box, margin: tuple[int, int], whole: Box) -> Box:
-    """A region and a margin around it, a fraction of its sides, as far as the whole picture goes."""
+def _widen(region: Box, margin: tuple[int, int], whole: Box) -> Box:
+    """A region and a margin on its left and right, a fraction of its width, as far as the whole picture goes."""
     part, of = margin
     left, top, right, bottom = region
-    across, down = (right - left) * part // of, (bottom - top) * part // of
-    return (
-        max(left - across, whole[0]),
-        max(top - down, whole[1]),
-        min(right + across, whole[2]),
-        min(bottom + down, whole[3]),
-    )
+    across = (right - left) * part // of
+    return max(left - across, whole[0]), top, min(right + across, whole[2]), bottom
 
 
 def can_be_closer(boxes: list[Box], covered: set[Box], side: int) -> list[bool]:
@@ -211,10 +207,10 @@ def look_closer(
 
         scouts, the most relevant one marked          closer
         +-----+-----+-----+
-        |     |  7  |  1  |                            +--+--+--+
-        +-----+=====+-----+      -->                   +--+--+--+     3 x 3 crops of the marked one
-        |  0  # 80  #  2  |                            +--+--+--+     and a margin around it
-        +-----+=====+-----+
+        |     |  7  |  1  |
+        +-----+=====+-----+                            +--+--+--+
+        |  0  # 80  #  2  |      -->                   +--+--+--+     3 x 2 crops of the marked one
+        +-----+=====+-----+                            +--+--+--+     and a margin beside it
 
     Args:
         boxes: all crops so far, the whole picture first.
@@ -232,7 +228,7 @@ def look_closer(
     known, new = set(boxes), []
     for _, region in sorted(left)[:regions]:
         covered.add(region)
-        for box in tile(_with_margin(region, MARGINS[per_region], whole=boxes[0]), per_region, OVERLAP):
+        for box in tile(_widen(region, MARGINS[per_region], whole=boxes[0]), per_region, OVERLAP):
             if box not in known:
                 known.add(box)
                 new.append(box)

@@ -18,7 +18,7 @@ from .scenes import ask, draw_scene, make_scene
 from .scenes.scene import contains
 
 
-MAX_CROPS = 16  # a round of zoom then starts from 7 scouts
+MAX_CROPS = 13  # a round of zoom then starts from 7 scouts
 FIRST_SCENE = 1_000_000  # of the test split; training and the study see others
 KINDS = ("ocr", "attribute", "hard")  # their questions name one thing
 

@@ -183,12 +183,12 @@ class TestShapes:
         assert (handler.cache.misses - misses, handler.cache.hits - hits) == (1, 1)
 
     def test_zoom_tells_where_it_looked(self, handler, trial):
-        knobs = {"zoom": 1, "max_crops": 16, "num_tokens": 64}
+        knobs = {"zoom": 3, "max_crops": 24, "num_tokens": 64}
         asked = {"inputs": trial.questions[0], "image": encoded(trial), "parameters": {**PARAMETERS, **knobs}}
         (reply,) = handler(asked)
         assert reply["generated_text"] == plain_reply(trial.folder, trial.pictures[0], trial.questions[0], **knobs)
         assert trial.is_right(0, reply["generated_text"])
-        assert [crop["round"] for crop in reply["looked_at"]] == [0] * 7 + [1] * 9
+        assert [crop["round"] for crop in reply["looked_at"]] == [0] * 7 + [1] * 6 + [2] * 6 + [3] * 6
         assert json.loads(json.dumps(reply)) == reply
         chat = ask(trial, {"role": "user", "content": [{"type": "image", "url": encoded(trial)}]}, **knobs)
         assert handler(chat)["looked_at"]

@@ -83,12 +83,12 @@ def test_neither_knob_is_exceeded_in_any_round(width, height, zoom, max_crops, n
 
 
 def test_the_budget_is_divided_as_documented():
-    assert split_budget(64, 2) == (2, 28, 2, 9) and split_budget(64, 3) == (3, 37, 1, 9)
-    assert split_budget(16, 1) == (1, 7, 1, 9) and split_budget(10, 1) == (1, 6, 1, 4)
-    assert split_budget(16, 5)[0] == 1 and split_budget(25, 5)[0] == 2
-    assert split_budget(8, 3) == (1, 4, 1, 4) and split_budget(14, 1)[3] == 4 and split_budget(15, 1)[3] == 9
-    assert [split_budget(crops, 9)[0] for crops in (23, 24, 32, 33)] == [1, 2, 2, 3]
-    assert [split_budget(crops, rounds)[2] for crops, rounds in ((26, 1), (27, 1), (53, 2), (54, 2))] == [1, 2, 1, 2]
+    assert split_budget(64, 2) == (2, 28, 3, 6) and split_budget(64, 3) == (3, 28, 2, 6)
+    assert split_budget(16, 1) == (1, 10, 1, 6) and split_budget(10, 1) == (1, 6, 1, 4)
+    assert split_budget(16, 5)[0] == 1 and split_budget(25, 5)[0] == 3
+    assert split_budget(8, 3) == (1, 4, 1, 4) and split_budget(11, 1)[3] == 4 and split_budget(12, 1)[3] == 6
+    assert [split_budget(crops, 9)[0] for crops in (17, 18, 23, 24)] == [1, 2, 2, 3]
+    assert [split_budget(crops, rounds)[2] for crops, rounds in ((17, 1), (18, 1), (35, 2), (36, 2))] == [1, 2, 1, 2]
     assert split_budget(7, 1) == (0, 7, 0, 0) and split_budget(0, 3) == (0, 0, 0, 0)
 
 
@@ -101,9 +101,9 @@ def test_the_most_relevant_crops_are_covered_and_things_at_their_seams_lie_whole
     scouts = [(0, 0, 1800, 1200), *tile((0, 0, 1800, 1200), 6, (1, 4))]
     relevance = [0.9, 0.01, 0.02, 0.8, 0.01, 0.05, 0.0]
     (region, second), covered = (scouts[3], scouts[5]), set()
-    closer = look_closer(scouts, relevance, covered, 1, 9, 96)
-    assert covered == {region} and len(closer) == 9
-    around = (region[0] - 120, 0, region[2] + 120, region[3] + 120)  # a sixth; the picture ends above
+    closer = look_closer(scouts, relevance, covered, 1, 6, 96)
+    assert covered == {region} and len(closer) == 6
+    around = (region[0] - 120, region[1], region[2] + 120, region[3])  # a sixth
     assert all(contains(around, box) for box in closer)
     side = closer[0][2] - closer[0][0]
     thing = side * 2 // 5 - 2
@@ -111,11 +111,11 @@ def test_the_most_relevant_crops_are_covered_and_things_at_their_seams_lie_whole
     for x in range(left, right - thing, 13):
         for y in range(top, bottom - thing, 17):
             assert any(contains(box, (x, y, x + thing, y + thing)) for box in closer)
-    more = look_closer([*scouts, *closer], [*relevance, *[0.0] * 9], covered, 1, 9, 96)
-    assert covered == {region, second} and len(more) == 9, "what was covered once is not covered again"
+    more = look_closer([*scouts, *closer], [*relevance, *[0.0] * 6], covered, 1, 6, 96)
+    assert covered == {region, second} and len(more) == 6, "what was covered once is not covered again"
     few = look_closer(scouts, relevance, set(), 1, 4, 96)
     assert len(few) == 4 and all(contains(region, box) for box in few)
-    assert look_closer(scouts, relevance, set(), 1, 9, 5000) == [], "crops that the tower sees in full"
+    assert look_closer(scouts, relevance, set(), 1, 6, 5000) == [], "crops that the tower sees in full"
 
 
 def test_the_gate_asks_for_a_thousandth_of_the_relevance_where_a_closer_look_shows_more():

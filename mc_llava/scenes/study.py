@@ -44,10 +44,10 @@ STUDIED_TOKENS = (40, 128, 364, 728)
 GRID = tuple(Setting(crops, tokens) for crops in STUDIED_CROPS for tokens in reversed(STUDIED_TOKENS))
 ZOOMED = (
     Setting(10, 32, zoom=1),
-    Setting(16, 64, zoom=1),
-    Setting(25, 64, zoom=2),
+    Setting(12, 64, zoom=1),
+    Setting(18, 64, zoom=2),
+    Setting(24, 64, zoom=3),
     Setting(32, 128, zoom=1),
-    Setting(34, 64, zoom=3),
 )
 SETTINGS = (*GRID, *ZOOMED)
 FILES = {"scenes": "study", "photographs": "study_photographs"}

@@ -20,8 +20,8 @@ UNIFORM = {
     "scenes140": ((128, 256),),
 }
 ZOOMED = {
-    "scenes": ((10, 32, 1), (16, 64, 1), (25, 32, 2), (25, 64, 2), (32, 128, 1), (34, 40, 3), (34, 64, 3)),
-    "scenes70": ((36, 128, 3),),
+    "scenes": ((10, 32, 1), (12, 64, 1), (18, 64, 2), (24, 40, 3), (24, 64, 3), (32, 128, 1)),
+    "scenes70": ((30, 128, 3),),
     "scenes140": ((69, 256, 2),),
 }
 SETTINGS = tuple(Setting(*knobs, task=task) for task in UNIFORM for knobs in (*UNIFORM[task], *ZOOMED[task]))
