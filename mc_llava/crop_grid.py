@@ -55,11 +55,11 @@ def draw_looks(image: Image.Image, encoded) -> Image.Image:
         return draw_crop_grid(image, plan)
     image = image.copy()
     draw = ImageDraw.Draw(image)
-    thin = max(1, max(image.size) // 1000)
+    thin = max(1, max(image.size) // 800)
     for crop, number in zip(plan, encoded.crop_rounds.tolist()):
         color = CLOSER[min(number, len(CLOSER)) - 1] if number else SCOUT
         left, top, right, bottom = crop.box
-        width = max(2 * thin, min((right - left) // 30, (bottom - top) // 30, 6 * thin)) if number else thin
+        width = max(thin + 1, min((right - left) // 30, (bottom - top) // 30, 5 * thin)) if number else thin
         # Each corner may coincide with the one before it: a crop of one pixel.
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=width)
     return image
