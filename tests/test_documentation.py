@@ -354,6 +354,16 @@ class TestFigures:
         assert len(rows) == 5
         assert set(rows) <= set((ROOT / "docs" / "tiny.md").read_text().splitlines())
 
+    def test_what_tiny_knows(self):
+        from mc_llava.scenes import scene
+
+        text = (ROOT / "docs" / "tiny.md").read_text()
+        code = (ROOT / "scripts" / "prepare_objects.py").read_text()
+        objects = re.findall(r'"(\w+)": "', code.partition("# fmt: skip")[0])
+        assert f"{', '.join(scene.COLORS)};" in text
+        assert f"{', '.join(scene.SHAPES + scene.OBJECTS)};" in text
+        assert f"{len(objects)} objects, from {min(objects)} to {max(objects)}," in text
+
     @pytest.mark.slow
     def test_the_estimate(self, monkeypatch, capsys):
         monkeypatch.chdir(ROOT)
