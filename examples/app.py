@@ -35,7 +35,7 @@ from starlette.responses import PlainTextResponse
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # a Space runs this file in a clone that is not installed
 
-from mc_llava import FeatureCache, count_closer, load_image
+from mc_llava import FeatureCache, count_closer, explain_no_zoom, load_image
 from mc_llava.crop_grid import draw_crop_grid, draw_looks
 from mc_llava.engine import Engine, ask_about
 from mc_llava.estimate import Estimate, estimate
@@ -136,10 +136,13 @@ class Demo:
         except ValueError as error:
             raise gr.Error(str(error), print_exception=False) from error
         tokens = sum(crop.num_tokens for crop in plan)
-        looks, closer = count_closer(*size, side=self.planner.size["height"], **knobs)
+        side = self.planner.size["height"]
+        looks, closer = count_closer(*size, side=side, **knobs)
         words = f"**{len(plan) + closer} crops** (the whole picture, a grid of {len(plan) - 1}"
         words += f" and {closer} where the question points" if closer else ""
         words += f"), **{tokens} visual tokens**. "
+        if knobs["zoom"] and (reason := explain_no_zoom(*size, side=side, **knobs)):
+            words += f"Zoom changes nothing here: {reason}. "
         try:
             cost = self.cost(len(plan) + closer, tokens, looks)
         except ValueError:
@@ -325,7 +328,10 @@ def slider(knob: Knob, **options) -> Slider:
 
 def build_page(demo: Demo, examples: list[list[str]]) -> gr.Blocks:
     with Page(title="MC-LLaVA", analytics_enabled=False, delete_cache=KEEP_PICTURES) as page:
-        gr.Markdown("# MC-LLaVA\nAsk about a picture. The model looks at all of it and at a grid of crops.")
+        gr.Markdown(
+            "# MC-LLaVA\nAsk about a picture. The model looks at all of it and at a grid of crops; with zoom, it then "
+            "looks closer where the question points."
+        )
         with gr.Row():
             with gr.Column():
                 picture = Upload(label="Picture", sources=["upload", "clipboard"], elem_id="picture")

@@ -89,7 +89,7 @@ def ask(
     num_tokens: NumTokens = None,
     zoom: Zoom = None,
     show: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw where it looked, or the crop grid, into this picture.")
+        Path | None, typer.Option(metavar="FILE", help="Write a picture of where zoom looked, or of the crop grid.")
     ] = None,
     max_new_tokens: MaxNewTokens = 200,
     dtype: DtypeOption = "auto",
@@ -137,6 +137,8 @@ def ask(
         answer = {**describe_reply(reply, model, network), **looked_at, "seconds": seconds}
         print(json.dumps(answer, ensure_ascii=False))
     say_if_cut(reply)
+    if knobs["zoom"]:
+        say_closer(reply)
     if show is not None:  # last: the disk may be full
         write_picture(draw_looks(images[0], reply.images[0]), show)
         say(f"wrote {show}")
@@ -567,6 +569,11 @@ def describe_reply(reply: "Reply", model: str, network: "MCLlavaForConditionalGe
 def say_if_cut(reply: "Reply"):
     if reply.finish_reason == "length":
         say(f"The answer was cut off by --max-new-tokens or the end of the context (new tokens: {reply.new_tokens}).")
+
+
+def say_closer(reply: "Reply"):
+    rounds = [crop["round"] for crop in reply.looked_at if crop["round"]]
+    say(f"zoom looked closer at {len(rounds)} crops (rounds: {max(rounds)})" if rounds else "zoom looked no closer")
 
 
 def check_picture_file(path: Path, source: str):

@@ -47,18 +47,19 @@ def draw_looks(image: Image.Image, encoded) -> Image.Image:
     A copy of an RGB image with the crops of an `EncodedImages` of this image.
 
     Of guided zoom's `ZoomedImages`, scouts are thin grey frames and the crops of later rounds bold ones, one color a
-    round. Other crops are drawn as their grid.
+    round. The smaller a crop, the thinner its frame, so that what was looked at stays visible. Other crops are drawn
+    as their grid.
     """
     (plan,) = encoded.plans
     if not hasattr(encoded, "crop_rounds"):
         return draw_crop_grid(image, plan)
     image = image.copy()
     draw = ImageDraw.Draw(image)
-    line = max(1, max(image.size) // 600)
+    thin = max(1, max(image.size) // 800)
     for crop, number in zip(plan, encoded.crop_rounds.tolist()):
         color = CLOSER[min(number, len(CLOSER)) - 1] if number else SCOUT
         left, top, right, bottom = crop.box
-        width = 4 * line if number else line
+        width = max(thin + 1, min((right - left) // 30, (bottom - top) // 30, 5 * thin)) if number else thin
         # Each corner may coincide with the one before it: a crop of one pixel.
         draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=width)
     return image

@@ -22,7 +22,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import pytest
-from helpers import NEW_TOKENS, ROOT
+from helpers import EXAMPLES, NEW_TOKENS, ROOT
 from PIL import Image
 
 from mc_llava import MCLlavaProcessor
@@ -230,6 +230,8 @@ def test_zoom_shows_where_it_looked(page, trial):
     page.locator("#grid img").wait_for()
     set_knob(page, "zoom", 1)
     page.locator("#cost", has_text="where the question points").wait_for()
+    set_knob(page, "max_crops", 4)
+    page.locator("#cost", has_text="Zoom changes nothing here: it needs max_crops of at least 8").wait_for()
     set_knob(page, "max_crops", 16)
     page.locator("#cost", has_text="a grid of 6 and 9 where the question points").wait_for()
     scouts = grid_of(page, 16)
@@ -237,8 +239,13 @@ def test_zoom_shows_where_it_looked(page, trial):
     assert trial.is_right(0, ask(page, trial.questions[0])[-1])
     assert "The model looked in" in page.locator("#status").inner_text()
     assert page.locator("#grid img").get_attribute("src") != scouts
-    if os.environ.get("SCREENSHOT") == "1":
-        page.screenshot(path=SCREENSHOT, full_page=True)
+    if os.environ.get("SCREENSHOT") == "1":  # of the README's question, down to the first examples
+        page.get_by_text("Sampling").click()
+        (question,) = (example["question"] for example in EXAMPLES if "box" in example)
+        ask(page, question)
+        page.screenshot(path=SCREENSHOT, full_page=True, clip={"x": 0, "y": 0, "width": 1280, "height": 1180})
+        with Image.open(SCREENSHOT) as shot:
+            shot.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(SCREENSHOT, optimize=True)
 
 
 def test_examples(page, trial):

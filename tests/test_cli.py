@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import processes
@@ -16,7 +17,8 @@ import torch
 from helpers import ROOT, picture
 from PIL import Image, ImageChops
 
-from mc_llava import MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype, cli
+from mc_llava import Crop, MCLlavaForConditionalGeneration, MCLlavaProcessor, choose_dtype, cli
+from mc_llava.crop_grid import draw_looks
 from mc_llava.engine import Engine
 from mc_llava.evaluation.tasks import TASKS
 
@@ -107,11 +109,23 @@ def test_ask_zooms_and_shows_where(tmp_path):
         assert before.size == after.size and ImageChops.difference(before.convert("RGB"), after).getbbox()
         left, top, _, _ = next(crop["box"] for crop in answer["looked_at"] if crop["round"] == 1)
         assert after.getpixel((left, top)) == (255, 200, 0)
+    assert b"zoom looked closer at 9 crops (rounds: 1)" in result.stderr
     assert b"zoom adds up to 9 crops where the question points (rounds: up to 1)" in result.stderr
     few = run("ask", scene, "Which?", "--zoom", 1, "--max-crops", 4, "--max-new-tokens", 1)
     assert b"tokens: 128; zoom changes nothing here: it needs max_crops of at least 8" in few.stderr
+    assert b"zoom looked no closer" in few.stderr
     refused = run("ask", scene, scene, "Which?", "--show", shown)
     assert refused.returncode == 1 and b"--show draws one picture, got 2" in refused.stderr
+
+
+def test_frames_leave_what_was_looked_at_visible():
+    """In 12 megapixels, nine small crops of a later round that overlap by half: most of their pixels stay."""
+    closer = [(x, y, x + 100, y + 100) for x in (1000, 1050, 1100) for y in (1000, 1050, 1100)]
+    plan = [Crop(box, 1) for box in ((0, 0, 4000, 3000), *closer)]
+    looked = SimpleNamespace(plans=[plan], crop_rounds=torch.tensor([0] + [3] * len(closer)))
+    part = np.asarray(draw_looks(Image.new("RGB", (4000, 3000)), looked).crop((1000, 1000, 1200, 1200)))
+    assert 0.5 < (part == 0).all(axis=-1).mean() < 0.7
+    assert part[0, 0].tolist() == part[5, 120].tolist() == [255, 0, 90]
 
 
 @pytest.mark.parametrize(
@@ -236,7 +250,7 @@ def test_the_bar_ends_before_the_answer_begins(trial, zoom):
     options = ("--zoom", zoom, "--max-crops", 16)
     command = [sys.executable, "-m", "mc_llava", "ask", trial.pictures[0], trial.questions[0], *map(str, options)]
     shown = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True).stdout
-    assert re.search(r"Encoding crops: \d+ 100%[^\r\n]*\n[^\r\n]+\n$", shown.decode())
+    assert re.search(r"Encoding crops: \d+ 100%[^\r\n]*\nIt says \w+\.\n(zoom looked .*\n)?$", shown.decode())
 
 
 @pytest.mark.parametrize("zoom", [0, 2])

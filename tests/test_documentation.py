@@ -351,8 +351,18 @@ class TestFigures:
 
     def test_the_study_is_docs_tinys(self):
         rows = re.findall(r"^\| (?:\d+|blind) \|(?: [\d.]* ?\|){8,}$", (ROOT / "README.md").read_text(), re.MULTILINE)
-        assert len(rows) == 13
+        assert len(rows) == 5
         assert set(rows) <= set((ROOT / "docs" / "tiny.md").read_text().splitlines())
+
+    def test_what_tiny_knows(self):
+        from mc_llava.scenes import scene
+
+        text = (ROOT / "docs" / "tiny.md").read_text()
+        code = (ROOT / "scripts" / "prepare_objects.py").read_text()
+        objects = re.findall(r'"(\w+)": "', code.partition("# fmt: skip")[0])
+        assert f"{', '.join(scene.COLORS)};" in text
+        assert f"{', '.join(scene.SHAPES + scene.OBJECTS)};" in text
+        assert f"{len(objects)} objects, from {min(objects)} to {max(objects)}," in text
 
     @pytest.mark.slow
     def test_the_estimate(self, monkeypatch, capsys):
