@@ -11,11 +11,11 @@ from PIL import Image
 from transformers.pipelines.base import pad_collate_fn
 
 from mc_llava import (
+    ZOOM_FIELDS,
     FeatureCache,
     MCLlavaForConditionalGeneration,
     MCLlavaProcessor,
     PrefixCache,
-    ZOOM_FIELDS,
     ZoomedImages,
     can_keep_prefixes,
     check_plan,
@@ -208,7 +208,8 @@ def test_where_it_looked(zooming, processor, zoom):
         if zoom == 1:  # of two regions
             scouts = [index for index, number in enumerate(rounds) if number == 0 and index]
             best = [plan[index].box for index in sorted(scouts, key=relevance.__getitem__)[-2:]]
-            regions = [(box[0] - (box[2] - box[0]) // 6, box[1], box[2] + (box[2] - box[0]) // 6, box[3]) for box in best]
+            margins = [(right - left) // 6 for left, _, right, _ in best]
+            regions = [(left - m, top, right + m, bottom) for m, (left, top, right, bottom) in zip(margins, best)]
             closer = [crop.box for crop, number in zip(plan, rounds) if number]
             assert all(any(contains(region, box) for region in regions) for box in closer)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
