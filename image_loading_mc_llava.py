@@ -57,7 +57,7 @@ def load_image(image, input_data_format: str | None = None) -> Image.Image:
         name = str(image) if len(str(image)) <= 80 else f"{str(image)[:77]}..."
         return _decode(_read(image, name), name)
     if isinstance(image, (bytes, bytearray, memoryview)):
-        return _decode(io.BytesIO(image), f"{len(image)} bytes")
+        return _decode(io.BytesIO(image), f"data of {len(image)} bytes")
     if hasattr(image, "read"):
         name = getattr(image, "name", None) or "the open file"
         return _decode(_read_open(image, name), name)

@@ -283,7 +283,7 @@ def test_errors_are_words(page, trial, tmp_path):
     page.locator("#picture").get_by_label("Remove Image").click()
     upload(page, tmp_path / "broken.png")
     words = message()
-    assert "10 bytes is not an image that can be read: save it as PNG or JPEG" in words
+    assert "data of 10 bytes is not an image that can be read: save it as PNG or JPEG" in words
     assert "/" not in words and "component" not in words
 
 

@@ -1196,7 +1196,7 @@ class TestCommandLine:
         for name, crops in (("a", 0), ("b", 2)):
             self.call(*common, "--max-crops", crops, "--output", tmp_path / name)
             shown = capsys.readouterr()
-            assert "failed and counted as wrong: textvqa 11: 1 bytes is not an image" in shown.err
+            assert "failed and counted as wrong: textvqa 11: data of 1 bytes is not an image" in shown.err
             assert "overall  vqa_accuracy  0.00   0.00 to 0.00   2" in shown.out
             settings = read_results(tmp_path / name / "textvqa.json")["settings"]
             assert settings["max_crops"] == crops and settings["revision"].startswith("sha256:")

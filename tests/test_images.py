@@ -597,7 +597,7 @@ def test_a_file_whose_bytes_can_not_be_read():
         ("http://exa mple.com/x.png", "cannot read the image http://exa mple"),
         ("http://localhost:abc/", "cannot read the image http://localhost:abc/"),
         ("http://[::1/", r"cannot read the image http://\[::1/"),
-        (b"", "0 bytes is not an image"),
+        (b"", "data of 0 bytes is not an image"),
         (b"not an image", "not an image"),
         (encode(picture(64, 64))[:-2000], "corrupt"),
         (encode(picture(64, 64), "JPEG")[:-500], "corrupt"),
