@@ -292,7 +292,7 @@ class PrefixCache:
 
 
 def fill_layer(layer: DynamicLayer, keys: torch.Tensor, values: torch.Tensor):
-    """Give a new layer keys and values. `update` would copy them; the layer grows into tensors of its own."""
+    """Give a new layer keys and values, without copying them as `update` does. They are not changed as it grows."""
     layer.lazy_initialization(keys, values)
     layer.keys, layer.values = keys, values
 
@@ -393,4 +393,4 @@ def can_keep_prefixes(model, generation_config=None, **options) -> bool:
     return True
 
 
-__all__ = ["PrefixCache", "can_keep_prefixes", "fill_layer"]
+__all__ = ["PrefixCache", "can_keep_prefixes"]

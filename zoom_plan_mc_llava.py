@@ -13,9 +13,10 @@ from .crops_mc_llava import (
 
 
 # A round covers a region with 2 x 2 crops, or with 3 x 2 that also cover a margin of a sixth of its width on the left
-# and the right, into which a sign at its edge may extend: signs are wider than high, so that scouts rarely cut one
-# above or below. The crops overlap so much that a thing at a seam lies whole in one of them. All of it was chosen on
-# development scenes, like how `split_budget` divides crops; see docs/tiny.md.
+# and on the right, into which a sign at its edge may extend. Signs are wider than they are tall, so scouts, which
+# overlap, rarely cut one at the top or the bottom; a thing that is taller may be cut there. The crops overlap so much
+# that a thing at a seam lies whole in one of them. All of it was chosen on development scenes, like how
+# `split_budget` divides crops; see docs/tiny.md.
 FEW, MANY = 4, 6
 OVERLAP = (2, 5)
 MARGINS = {FEW: (0, 1), MANY: (1, 6)}
@@ -162,9 +163,15 @@ def share_evenly(boxes: list[Box], num_tokens: int) -> list[Crop]:
 
 
 def _widen(region: Box, margin: tuple[int, int], whole: Box) -> Box:
-    """A region and a margin on its left and right, a fraction of its width, as far as the whole picture goes."""
+    """
+    A region and a margin on its left and right, a fraction of its width, as far as the whole picture goes. If the
+    region is as wide as the picture, scouts can cut a thing only above and below: then the margin is there.
+    """
     part, of = margin
     left, top, right, bottom = region
+    if (left, right) == (whole[0], whole[2]):
+        down = (bottom - top) * part // of
+        return left, max(top - down, whole[1]), right, min(bottom + down, whole[3])
     across = (right - left) * part // of
     return max(left - across, whole[0]), top, min(right + across, whole[2]), bottom
 
@@ -210,7 +217,7 @@ def look_closer(
         |     |  7  |  1  |
         +-----+=====+-----+                            +--+--+--+
         |  0  # 80  #  2  |      -->                   +--+--+--+     3 x 2 crops of the marked one
-        +-----+=====+-----+                            +--+--+--+     and a margin beside it
+        +-----+=====+-----+                            +--+--+--+     and a margin on its left and right
 
     Args:
         boxes: all crops so far, the whole picture first.

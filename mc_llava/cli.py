@@ -137,7 +137,7 @@ def ask(
         answer = {**describe_reply(reply, model, network), **looked_at, "seconds": seconds}
         print(json.dumps(answer, ensure_ascii=False))
     say_if_cut(reply)
-    if knobs["zoom"]:
+    if any(closer):
         say_closer(reply)
     if show is not None:  # last: the disk may be full
         write_picture(draw_looks(images[0], reply.images[0]), show)
@@ -573,7 +573,7 @@ def say_if_cut(reply: "Reply"):
 
 def say_closer(reply: "Reply"):
     rounds = [crop["round"] for crop in reply.looked_at if crop["round"]]
-    say(f"zoom looked closer at {len(rounds)} crops (rounds: {max(rounds)})" if rounds else "zoom looked no closer")
+    say(f"zoom looked closer with {len(rounds)} crops (rounds: {max(rounds)})" if rounds else "zoom did not look closer")
 
 
 def check_picture_file(path: Path, source: str):

@@ -46,7 +46,7 @@ def draw_looks(image: Image.Image, encoded) -> Image.Image:
     """
     A copy of an RGB image with the crops of an `EncodedImages` of this image.
 
-    Of guided zoom's `ZoomedImages`, scouts are thin grey frames and the crops of later rounds bold ones, one color a
+    Of guided zoom's `ZoomedImages`, scouts are thin gray frames and the crops of later rounds bold ones, one color a
     round. The smaller a crop, the thinner its frame, so that what was looked at stays visible. Other crops are drawn
     as their grid.
     """

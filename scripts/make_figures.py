@@ -26,7 +26,7 @@ ROOT = Path(__file__).parent.parent
 EXAMPLES = json.loads((ROOT / "examples" / "questions.json").read_text())
 (EXAMPLE,) = (example for example in EXAMPLES if "box" in example)
 PICTURE = ROOT / "examples" / EXAMPLE["image"]
-OPTIONS = ("--max-crops 0", "--max-crops 8", "--max-crops 32", "--max-crops 12 --zoom 1")
+OPTIONS = ("--max-crops 0", "--max-crops 8", "--max-crops 32", "--max-crops 18 --zoom 2")
 
 # In pixels of the figure, which the README shows at half its size.
 WIDTH, GAP = 384, 20  # of a column, and between two columns

@@ -104,7 +104,7 @@ def test_the_examples_are_answered_through_the_auto_classes_and_need_crops(examp
         return processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
     # The example that make_figures.py draws: a grid of 32 crops mistakes it.
-    assert scenes.is_correct(example["key"], ask(**({"max_crops": 12, "zoom": 1} if "box" in example else {})))
+    assert scenes.is_correct(example["key"], ask(**({"max_crops": 18, "zoom": 2} if "box" in example else {})))
     # One of two directions, "yes" and "there is none" may be right without seeing anything.
     if example["kind"] not in ("position", "existence", "absent"):
         assert not scenes.is_correct(example["key"], ask(max_crops=0))

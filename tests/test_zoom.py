@@ -212,6 +212,7 @@ def test_where_it_looked(zooming, processor, zoom):
             regions = [(left - m, top, right + m, bottom) for m, (left, top, right, bottom) in zip(margins, best)]
             closer = [crop.box for crop, number in zip(plan, rounds) if number]
             assert all(any(contains(region, box) for region in regions) for box in closer)
+            assert all(any(contains(region, box) for box in closer) for region in regions)
     text = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     assert torch.equal(zooming.generate(**text, image_features=looked, **GREEDY), output.sequences)
 
@@ -467,6 +468,19 @@ def test_attention_is_that_of_the_language_model(zooming, processor):
                 for place, (layer, head) in enumerate(heads):
                     torch.testing.assert_close(found[:, place], expected[layer][:, head, -1], rtol=1e-4, atol=1e-5)
     zooming.set_attn_implementation("eager")
+
+
+def test_attention_without_a_mask(zooming, processor):
+    inputs = processor(TEXTS[1], IMAGES[2])
+    images = {name: inputs[name] for name in processor.image_processor.model_input_names}
+    embeds = zooming.model.embed_prompt(inputs["input_ids"], zooming.get_image_features(**images).pooler_output)
+    answer = zooming.generate(inputs_embeds=embeds, **GREEDY, return_dict_in_generate=True)
+    with torch.no_grad():
+        expected, found = (
+            last_attention(zooming.model.language_model, embeds, None, [(0, 1), (1, 2)], cache)
+            for cache in (None, answer.cache)  # of the prompt and the answer
+        )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_model_without_measured_heads_says_so_once(processor, caplog):

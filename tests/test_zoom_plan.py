@@ -26,6 +26,11 @@ def contains(outer, inner) -> bool:
     return outer[0] <= inner[0] and outer[1] <= inner[1] and outer[2] >= inner[2] and outer[3] >= inner[3]
 
 
+def center_of_box(box) -> tuple:
+    x, y = (box[0] + box[2]) // 2, (box[1] + box[3]) // 2
+    return (x, y, x + 1, y + 1)
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     width=sizes,
@@ -113,9 +118,20 @@ def test_the_most_relevant_crops_are_covered_and_things_at_their_seams_lie_whole
             assert any(contains(box, (x, y, x + thing, y + thing)) for box in closer)
     more = look_closer([*scouts, *closer], [*relevance, *[0.0] * 6], covered, 1, 6, 96)
     assert covered == {region, second} and len(more) == 6, "what was covered once is not covered again"
+    both = look_closer(scouts, relevance, set(), 2, 6, 96)
+    assert len(both) == 12 and all(any(contains(box, center_of_box(one)) for box in both) for one in (region, second))
     few = look_closer(scouts, relevance, set(), 1, 4, 96)
     assert len(few) == 4 and all(contains(region, box) for box in few)
     assert look_closer(scouts, relevance, set(), 1, 6, 5000) == [], "crops that the tower sees in full"
+
+
+def test_a_region_as_wide_as_the_picture_has_its_margin_above_and_below():
+    scouts = [(0, 0, 600, 2400), *tile((0, 0, 600, 2400), 6, (1, 8))]
+    assert {box[:1] + box[2:3] for box in scouts} == {(0, 600)}, "one column"
+    left, top, right, bottom = region = scouts[3]
+    closer = look_closer(scouts, [float(box == region) for box in scouts], set(), 1, 6, 96)
+    assert len(closer) == 6
+    assert min(box[1] for box in closer) == top - 100 and max(box[3] for box in closer) == bottom + 100  # a sixth
 
 
 def test_the_gate_asks_for_a_thousandth_of_the_relevance_where_a_closer_look_shows_more():

@@ -92,7 +92,7 @@ draw_crop_grid(picture, plan)
 # ones).
 
 # %%
-zoomed = prepare(zoom=1, max_crops=12)
+zoomed = prepare(zoom=2, max_crops=18)
 looked = model.zoom(**zoomed)
 text = {name: zoomed[name] for name in ("input_ids", "attention_mask")}
 print("With zoom:", reply(text, image_features=looked))
