@@ -573,7 +573,8 @@ def say_if_cut(reply: "Reply"):
 
 def say_closer(reply: "Reply"):
     rounds = [crop["round"] for crop in reply.looked_at if crop["round"]]
-    say(f"zoom looked closer with {len(rounds)} crops (rounds: {max(rounds)})" if rounds else "zoom did not look closer")
+    how = f"looked closer with {len(rounds)} crops (rounds: {max(rounds)})" if rounds else "did not look closer"
+    say(f"zoom {how}")
 
 
 def check_picture_file(path: Path, source: str):
