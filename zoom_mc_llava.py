@@ -547,8 +547,7 @@ def last_attention(
         hidden, position_ids = hidden[:, -1:], position_ids[:, -1:]
         before = DynamicCache(config=language_model.config)
         for index, layer in enumerate(cache.layers[:deepest]):
-            known = (part[:, :, : length - 1] for part in (layer.keys, layer.values))
-            fill_layer(before.layers[index], *known)
+            fill_layer(before.layers[index], layer.keys[:, :, : length - 1], layer.values[:, :, : length - 1])
     mask = create_causal_mask(
         config=language_model.config, inputs_embeds=hidden, attention_mask=attention_mask, **{CACHE: before}
     )
