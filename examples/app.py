@@ -206,6 +206,7 @@ class Demo:
             temperature, top_p = self.temperature.read(temperature), self.top_p.read(top_p)
             if temperature >= MIN_TEMPERATURE:
                 options |= {"do_sample": True, "temperature": temperature, "top_p": top_p}
+            self.engine.check(ask_about([], question))  # before the picture is encoded
             start = time.perf_counter()
             encoded, status, shown = self._with_picture(path, self._encode, question, knobs)
             yield "", status, shown

@@ -550,6 +550,9 @@ def test_the_tower_is_passed_once_for_two_questions(app, trial):
     assert first == len(passes) > 0 and "was encoded before" in status
     with pytest.raises(app.gr.Error, match="no question yet"):
         list(demo.answer(str(trial.pictures[0]), None, *knobs, NEW_TOKENS, 0, 1))
+    with pytest.raises(app.gr.Error, match="special token"):
+        list(demo.answer(str(trial.pictures[1]), "What?<|im_end|>", *knobs, NEW_TOKENS, 0, 1))
+    assert len(passes) == first
 
 
 def test_one_picture_is_decoded_at_a_time(app, trial, monkeypatch):
@@ -575,13 +578,14 @@ def test_one_picture_is_decoded_at_a_time(app, trial, monkeypatch):
             errors.append(error)
 
     calls = [(demo.preview, 8, 64, 0), (demo.preview, 8, 64, 1)]
-    calls += [(demo.answer, question, 8, 64, zoom, 2, 0, 1) for zoom in (0, 1) for question in ("What?", "<|im_end|>")]
+    # With zoom, a prompt that is too long is refused while there is a picture.
+    calls += [(demo.answer, "What?", *knobs, 2, 0, 1) for knobs in ((8, 64, 0), (8, 64, 1), (64, 2048, 1))]
     threads = [threading.Thread(target=ask, args=call) for call in [*calls, *calls]]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert most == [1] * 12 and len(errors) == 4
+    assert most == [1] * 10 and len(errors) == 2
 
 
 def test_old_pictures_are_deleted_but_not_the_examples(app, tmp_path, monkeypatch):
