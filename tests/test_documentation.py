@@ -14,6 +14,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import processes
 import pytest
 import torch
@@ -353,6 +354,19 @@ class TestFigures:
         rows = re.findall(r"^\| (?:\d+|blind) \|(?: [\d.]* ?\|){8,}$", (ROOT / "README.md").read_text(), re.MULTILINE)
         assert len(rows) == 5
         assert set(rows) <= set((ROOT / "docs" / "tiny.md").read_text().splitlines())
+
+    def test_no_kind_is_below_grids_of_the_same_cost(self):
+        rows = json.loads((ROOT / "docs" / "study_zoom.json").read_text())["settings"]
+        compared = 0
+        for row in rows:
+            for kind, found in row["accuracy"].items() if row["zoom"] else ():
+                grids = [
+                    other["accuracy"][kind] for other in rows if not other["zoom"] and other["size"] == row["size"]
+                ]
+                curve = sorted((grid["gflops"], grid["score"]) for grid in grids)  # np.interp continues it level
+                assert found["score"] >= np.interp(found["gflops"], *zip(*curve)), (row["max_crops"], kind)
+                compared += 1
+        assert compared == 46
 
     def test_what_tiny_knows(self):
         from mc_llava.scenes import scene

@@ -40,7 +40,7 @@ def test_every_setting_is_measured_drawn_and_found_again(folder, tmp_path, monke
             row[kind]["questions"] == 2 and 0 <= row[kind]["low"] <= row[kind]["score"] for kind in scenes.KINDS
         )
     assert whole["accuracy"]["all"]["questions"] == 2 * len(scenes.KINDS)
-    for name in ("study_crops.png", "study_tokens.png"):
+    for name in ("study_crops.png", "study_tokens.png", "study_kinds.png"):
         with Image.open(tmp_path / "docs" / name) as figure:
             assert figure.width > 500
     table = study.markdown(found).splitlines()
@@ -92,6 +92,14 @@ def test_photographs_are_measured_by_kind(folder, tmp_path, monkeypatch):
         assert set(row["accuracy"]) == {*PHOTOGRAPH_KINDS, "all"} and row["accuracy"]["all"]["questions"] == 8
     whole, zoomed = found["settings"]
     assert whole["crops"] == 1 < zoomed["crops"] and (whole["zoom"], zoomed["zoom"]) == (0, 1)
+    assert len({found["gflops"] for found in whole["accuracy"].values()}) == 1
+    records = [
+        {"part": kind, "scores": {"accuracy": 1}, "crops": crops, "tokens": 40}
+        for kind, crops in (("ocr", 9), ("large", 1))
+    ]
+    row = measured.measure(Setting(8, 40, zoom=1), records)
+    costs = [row["accuracy"][kind]["gflops"] for kind in ("large", "all", "ocr")]
+    assert costs == sorted(set(costs)) and row["gflops"] == costs[1] == pytest.approx(sum(costs[::2]) / 2, abs=1e-3)
     table = study.markdown(found).splitlines()
     assert table[2].startswith("| 0 | 0 | 128 | 1 | ") and "existence | absent | large | GFLOPs" in table[0]
     assert table[3].startswith("| 1 | 8 | 40 | ") and len(table) == 10, "zoom is not in the second table"

@@ -143,16 +143,23 @@ class Study:
         return records
 
     def measure(self, setting: Setting, records: list[dict]) -> dict:
-        """One row: the knobs, means over the questions, and accuracies by kind, also of "all" kinds together."""
+        """
+        One row: the knobs, means over the questions, and by kind, also of "all" kinds together, the accuracy and the
+        FLOPs: with zoom they depend on the question.
+        """
         scored = [(record["part"], record["scores"]["accuracy"]) for record in records]
+        accuracy = accuracies(scored + [("all", score) for _, score in scored])
+        for kind, found in accuracy.items():
+            own = [record for record in records if kind in (record["part"], "all")]
+            found["gflops"] = round(mean_flops(self.model.config, own) / 1e9, 3)
         return {
             "zoom": setting.zoom,
             "max_crops": setting.max_crops,
             "num_tokens": setting.num_tokens,
             "crops": round(sum(record["crops"] for record in records) / len(records), 1),
             "tokens": round(sum(record["tokens"] for record in records) / len(records), 1),
-            "gflops": round(mean_flops(self.model.config, records) / 1e9, 3),
-            "accuracy": accuracies(scored + [("all", score) for _, score in scored]),
+            "gflops": accuracy["all"]["gflops"],
+            "accuracy": accuracy,
         }
 
 
@@ -168,7 +175,7 @@ def in_turns(questions: Iterator[Question], kinds: int) -> Iterator[Question]:
 
 def run_study(study: Study, output: Path, task: str = "scenes") -> dict:
     """
-    Measure all settings on a task, and write a file of `FILES` and two figures.
+    Measure all settings on a task, and write a file of `FILES` and three figures.
 
     Args:
         output: folder for the study's results.
@@ -191,6 +198,7 @@ def run_study(study: Study, output: Path, task: str = "scenes") -> dict:
     output.mkdir(parents=True, exist_ok=True)
     write_json(output / f"{FILES[task]}.json", found)
     draw_figures(found, output, FILES[task])
+    draw_kinds(found, output / f"{FILES[task]}_kinds.png")
     return found
 
 
@@ -318,6 +326,35 @@ def draw_figures(study: dict, output: Path, name: str):
         axes.set_xticks(places, [str(row[knob]) for row in rows])
         axes.set_xlabel(f"{knob} at {other} = {fixed}")
         axes.set_ylabel("right answers, % (dotted: without the picture)")
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, 103)  # points at 100 are whole
         figure.legend(loc="outside upper center", ncols=4)  # inside, it would hide points
         figure.savefig(output / f"{name}_{'crops' if knob == 'max_crops' else 'tokens'}.png", dpi=110)
+
+
+def draw_kinds(study: dict, path: Path):
+    """A panel for each kind: accuracy over the FLOPs of that kind's questions, of grids and of zoom."""
+    kinds, columns = list(study["blind"]), 4
+    rows = -(-len(kinds) // columns)
+    zoomed = [row for row in study["settings"] if row["zoom"]]
+    grid = [
+        row
+        for row in study["settings"]
+        if not row["zoom"] and row["num_tokens"] == NUM_TOKENS and row["max_crops"] <= MAX_CROPS
+    ]
+    figure = Figure(figsize=(3 * columns, 0.6 + 2.6 * rows), layout="constrained")
+    for axes, kind in zip(figure.subplots(rows, columns, sharex=True, sharey=True).flat, kinds):
+        for some, style, label in ((grid, "o--", "grid"), (zoomed, "s-", "zoom")):
+            draw_over_flops(axes, some, kind, fmt=style, label=label)
+        axes.set_title(NAMES.get(kind, kind))
+    figure.supxlabel("GFLOPs of a question of this kind")
+    figure.supylabel("right answers, %")
+    figure.axes[0].set_ylim(0, 103)  # points at 100 are whole
+    figure.axes[0].legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+
+
+def draw_over_flops(axes, rows: list[dict], kind: str, **style):
+    """A kind's accuracy in rows, with intervals, over the FLOPs of its questions."""
+    rows = sorted(rows, key=lambda row: row["accuracy"][kind]["gflops"])
+    scores, spread = scores_and_bars(rows, kind)
+    axes.errorbar([row["accuracy"][kind]["gflops"] for row in rows], scores, spread, capsize=3, **style)

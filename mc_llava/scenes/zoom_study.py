@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from ..journal import write_json
 from .questions import benchmark_question
 from .scene import contains
-from .study import NAMES, Setting, Study, accuracies, scores_and_bars
+from .study import NAMES, Setting, Study, accuracies, draw_over_flops
 
 
 UNIFORM = {
-    "scenes": ((8, 128), (16, 128), (32, 128)),
+    "scenes": ((2, 128), (4, 128), (8, 128), (16, 128), (32, 128)),
     "scenes70": ((32, 128), (128, 256)),
     "scenes140": ((128, 256),),
 }
@@ -27,6 +27,7 @@ ZOOMED = {
 SETTINGS = tuple(Setting(*knobs, task=task) for task in UNIFORM for knobs in (*UNIFORM[task], *ZOOMED[task]))
 SIZES = {"scenes": 35, "scenes70": 70, "scenes140": 140}
 COLUMNS = {**NAMES, "large": "large", "all": "all"}
+DRAWN = ("ocr", "large", "all")  # in the figure
 
 
 def run_zoom_study(study: Study, output: Path) -> dict:
@@ -84,21 +85,18 @@ def markdown(study: dict) -> str:
 
 
 def draw_figure(study: dict, output: Path):
-    """Accuracy over FLOPs: a panel for each size of signs, OCR and all kinds, uniform crops and zoom."""
+    """Accuracy over FLOPs: a panel for each size of signs, a color for each of `DRAWN`, uniform crops and zoom."""
     sizes = sorted({row["size"] for row in study["settings"]})
     figure = Figure(figsize=(4 * len(sizes), 4), layout="constrained")
     for axes, size in zip(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0], sizes):
-        for kind, color in (("ocr", "C0"), ("all", "C1")):
-            for zoomed, style in ((False, "o--"), (True, "s-")):
+        for color, kind in enumerate(DRAWN):
+            for zoomed, style, name in ((False, "o--", "grid"), (True, "s-", "zoom")):
                 rows = [row for row in study["settings"] if row["size"] == size and bool(row["zoom"]) == zoomed]
-                rows.sort(key=lambda row: row["gflops"])
-                scores, spread = scores_and_bars(rows, kind)
-                label = f"{'OCR' if kind == 'ocr' else 'all kinds'}, {'zoom' if zoomed else 'grid'}"
-                flops = [row["gflops"] for row in rows]
-                axes.errorbar(flops, scores, spread, fmt=style, color=color, capsize=3, label=label)
+                if rows := [row for row in rows if kind in row["accuracy"]]:
+                    draw_over_flops(axes, rows, kind, fmt=style, color=f"C{color}", label=f"{COLUMNS[kind]}, {name}")
         axes.set_title(f"signs of 1/{size} of the height")
         axes.set_xlabel("GFLOPs of a question")
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, 103)  # points at 100 are whole
     figure.axes[0].set_ylabel("right answers, %")
     figure.axes[0].legend(loc="lower right")
     figure.savefig(output / "study_zoom.png", dpi=110)
