@@ -138,7 +138,9 @@ class FeatureCache:
         Arguments and errors are those of `encode`, which takes the result as `images`, with the same options.
         """
         prepared, device = self._prepare(model, image_processor, images, plans, options), input_device(model)
-        for image in prepared:
+        for image, given in zip(prepared, images):
+            if image.picture is given:  # the caller may change it before its crops are cut
+                image.picture = given.copy()
             keys = {crop.box: ((*image.name, *self._made_by), crop.box) for crop in image.plan}
             with self._lock:
                 new = [box for box, key in keys.items() if key not in self._crops]
@@ -270,8 +272,14 @@ def _look_up_pixels(boxes: "dict[PreparedImage, list[Box]]", device: torch.devic
     """The pixel values of crops of pictures, in parts of float32[up to `CROPS_PER_LOOK_UP`, 3, side, side]."""
     values = torch.from_numpy(next(iter(boxes)).values).to(device)  # the same for all
     crops = (crop for image in boxes for crop in image.cut(boxes[image], device))
-    while part := list(islice(crops, CROPS_PER_LOOK_UP)):
-        yield look_up_bytes(part, values)
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    while True:
+        with torch.cuda.stream(stream):  # of the caller: another thread, which makes later parts, has its own
+            part = list(islice(crops, CROPS_PER_LOOK_UP))
+            pixels = look_up_bytes(part, values) if part else None
+        if pixels is None:
+            return
+        yield pixels
 
 
 class PreparedImage:

@@ -69,12 +69,21 @@ def injected_names(hook) -> list[str] | None:
     return getattr(hook, "keywords", {}).get("adapter_names")
 
 
-def describe_encoder(model) -> tuple[str, str, str]:
-    """The hash of the weights that encode crops, and the dtype, autocast's included, and the device of the results."""
+def is_training(*parts: nn.Module) -> bool:
+    """Whether a module in these parts is in training mode, where dropout changes results."""
+    return any(module.training for part in parts for module in part.modules())
+
+
+def describe_encoder(model) -> tuple[str, str, str, bool]:
+    """
+    The hash of the weights that encode crops, the dtype, autocast's included, and the device of the results, and
+    whether the model is in training mode.
+    """
     weights_hash = model.hash_encoder()  # or an error, if weights are on "meta", where there is no autocast
     device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    return weights_hash, str(dtype), str(model.device)
+    parts = (model.model.vision_tower, model.model.coord_embed, model.model.multi_modal_projector)
+    return weights_hash, str(dtype), str(model.device), is_training(*parts)
 
 
 def picture_key(pixels: bytes, size: tuple[int, int], resample: int | None, values: bytes, made_by: tuple) -> tuple:
@@ -174,5 +183,6 @@ __all__ = [
     "forward_hooks",
     "hash_tensors",
     "injected_names",
+    "is_training",
     "picture_key",
 ]

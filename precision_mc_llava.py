@@ -17,7 +17,7 @@ BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 def computes_in_bfloat16() -> bool:
     """Whether torch multiplies bfloat16 matrices with instructions of this CPU. Older releases of torch can't tell."""
     held_to = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "")).upper()
-    if held_to in WITHOUT_BFLOAT16 or not torch.backends.mkldnn.is_available():
+    if held_to in WITHOUT_BFLOAT16 or not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return False
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()
     return any(capabilities.get(name) for name in BFLOAT16)

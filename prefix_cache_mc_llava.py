@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
+from math import gcd
 from threading import Lock
 
 import numpy as np
@@ -20,10 +21,10 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
 from .encoded_images_mc_llava import read_integers
-from .hashing_mc_llava import adapter_names, adapter_states, forward_hooks, injected_names
+from .hashing_mc_llava import adapter_names, adapter_states, forward_hooks, injected_names, is_training
 
 
-SAMPLE = 4096  # values of each weight that are compared, spread evenly
+SAMPLE = 4096  # values of each weight that are compared, spread evenly; more for those with more rows or columns
 ROOM = 128  # tokens that a `RoomyLayer` can grow by before it is copied
 # Whose forward hooks leave keys and values alone: they record outputs, gather weights or ask for gradients.
 HARMLESS_HOOKS = ("torch.", "transformers.", "accelerate.", "peft.peft_model", "peft.mixed_model", "peft.utils.")
@@ -125,8 +126,9 @@ class PrefixCache:
     A token is identified by the embeddings of all tokens up to it, those of images included, by the dtype and by the
     language model's weights and adapters. What prompts share is kept once. Threads may share a cache.
 
-    Changed weights are detected by torch's version counters and by `SAMPLE` values of each weight. After changing
-    single values in a way that torch doesn't count (through `.data`, or a NumPy view), call `clear`.
+    Changed weights are detected by torch's version counters and by values of each row and column, at least `SAMPLE` of
+    each weight. After changing single values in a way that torch doesn't count (through `.data`, a NumPy view, or a
+    fused optimizer), or attributes of layers, call `clear`.
 
     Args:
         max_bytes: upper bound of the size of all keys and values in bytes. They stay on the device that computed them,
@@ -324,20 +326,34 @@ def describe_language_model(model) -> bytes:
     device = language_model.device.type  # the vision tower may be offloaded
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     digest.update(f"{autocast} {model.config.get_text_config().to_json_string()}".encode())
+    digest.update(f"{is_training(language_model)}".encode())
     digest.update(str(adapter_states(language_model)).encode())
     samples = {}
     for name, tensor in chain(language_model.named_parameters(), language_model.named_buffers()):
         for part in plain_tensors(tensor):
             changes = None if part.is_inference() else part._version
             digest.update(f"{name} {part.dtype} {list(part.shape)} {part.data_ptr()} {changes}".encode())
-            flat = part.detach().reshape(-1)
-            sample = flat[:: max(1, len(flat) // SAMPLE) | 1]  # an odd step meets all columns
+            sample = part.detach().reshape(-1)[:: sampling_step(part.shape)]
             if not part.dtype.is_complex:
                 sample = sample.view(INTEGERS[part.itemsize])
             samples.setdefault((sample.dtype, part.device), []).append(sample)
     for parts in samples.values():
         digest.update(torch.cat(parts).view(torch.uint8).cpu().numpy().tobytes())
     return digest.digest()
+
+
+def sampling_step(shape: torch.Size) -> int:
+    """
+    The step between the sampled values of a weight, which are counted row by row. It is not longer than a row, and has
+    no factor in common with its length: so each row and each column has a sample.
+    """
+    size, columns = shape.numel(), shape[-1] if shape else 1
+    if not size:
+        return 1
+    step = max(1, size // max(SAMPLE, columns, size // columns))
+    while gcd(step, columns) > 1:
+        step -= 1
+    return step
 
 
 def describe_rows(model, rows: int) -> list[bytes]:
@@ -373,13 +389,14 @@ def refuse_prefixes(model):
             "the language model's weights are offloaded, so that changes of them can't be detected: leave "
             "prefix_cache out, or load the model to a device"
         )
-    for hook in forward_hooks(model.model.language_model):
+    before = [hook for module in (model, model.model) for hook in module._forward_pre_hooks.values()]
+    for hook in forward_hooks(model.model.language_model) + before:
         function = getattr(hook, "func", hook)  # of a partial
         function = function if hasattr(function, "__qualname__") else type(function)
         name = f"{function.__module__}.{function.__qualname__}"
         if not name.startswith(HARMLESS_HOOKS) and injected_names(hook) is None:
             raise ValueError(
-                f"the language model has the forward hook {name}, which may change keys and values: remove it, or "
+                f"the model has the forward hook {name}, which may change keys and values: remove it, or "
                 "leave prefix_cache out"
             )
 

@@ -188,14 +188,20 @@ class Engine:
         conversations = self._encode_parts(conversations)
         images = [images_of(conversation) for conversation in conversations]
         prompts = [self._write_prompt(conversation, add_generation_prompt=True) for conversation in conversations]
-        inputs = self.processor.tokenizer(prompts, padding=True, return_tensors="pt").to(input_device(self.model))
+        # One by one, because a fast tokenizer keeps the option to pad, which other threads' calls would change.
+        rows = [torch.tensor(self.processor.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+        input_ids, attention_mask = self._pad(rows)
         options = self._fill_options(options)
         output = self.model.generate(
-            **inputs, image_features=[image.features for image in chain(*images)], streamer=streamer, **options
+            input_ids,
+            attention_mask=attention_mask,
+            image_features=[image.features for image in chain(*images)],
+            streamer=streamer,
+            **options,
         )
-        new_tokens = output[:, inputs["input_ids"].shape[1] :]
+        new_tokens = output[:, input_ids.shape[1] :]
         texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
-        lengths = inputs["attention_mask"].sum(-1).tolist()
+        lengths = list(map(len, rows))
         return [
             Reply(text.strip(), encoded, length, *self._end_of(ids, length, options))
             for text, encoded, length, ids in zip(texts, images, lengths, new_tokens.tolist())
@@ -288,19 +294,24 @@ class Engine:
                 )
         return likelihoods
 
+    def _pad(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """Ids and mask of prompts of several lengths, padded on the left: int64[batch, length] each."""
+        padding, masks = self.processor.tokenizer.pad_token_id, [torch.ones_like(row) for row in rows]
+        ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
+        mask = pad_sequence(masks, batch_first=True, padding_side="left")
+        return ids.to(input_device(self.model)), mask.to(input_device(self.model))
+
     def _row_likelihoods(
         self, rows: list[torch.Tensor], lengths: list[int], images: list[EncodedImages]
     ) -> list[Likelihood]:
         """The likelihoods of the last `lengths[i]` tokens of each row i. Each row is about all the images."""
-        padding = self.processor.tokenizer.pad_token_id
-        input_ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
-        attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+        input_ids, attention_mask = self._pad(rows)
         kept = max(lengths) + 1  # padded on the left, all options end in the last column
         with torch.no_grad():
             logits = self.model(
-                input_ids=input_ids.to(input_device(self.model)),
-                attention_mask=attention_mask.to(input_device(self.model)),
-                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0).to(input_device(self.model)),
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=(attention_mask.cumsum(-1) - 1).clamp(min=0),
                 image_features=[image.features for image in images] * len(rows),
                 logits_to_keep=kept,
             ).logits

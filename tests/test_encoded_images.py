@@ -684,6 +684,25 @@ class TestFeatureCache:
         (encoded,) = cache.encode(adapted, processor.image_processor, [prepared])
         assert torch.equal(encoded.features, found) and cache.hits == 2
 
+    def test_what_dropout_made_is_not_reused(self, processor):
+        model, cache = small_model(), FeatureCache()
+        model.model.vision_tower.encoder.layers[0].train()
+        cache.encode(model, processor, [IMAGES[1]])
+        model.eval()
+        cache.encode(model, processor, [IMAGES[1]])
+        assert (cache.hits, cache.misses) == (0, 2)
+
+    def test_a_picture_that_is_changed_after_it_was_prepared(self, processor):
+        model, cache, frame = small_model(), FeatureCache(), IMAGES[1].copy()
+        (prepared,) = cache.prepare(model, processor, [frame])
+        frame.paste("red", (0, 0, *frame.size))
+        cache.encode(model, processor, [prepared])
+        with torch.no_grad():
+            next(model.model.coord_embed.parameters()).add_(1)  # its crops are cut again
+        (found,) = cache.encode(model, processor, [prepared])
+        (expected,) = FeatureCache().encode(model, processor, [IMAGES[1]])
+        assert torch.equal(found.features, expected.features)
+
     def test_a_whole_processor_and_a_single_image(self, model, processor):
         cache = FeatureCache()
         (expected,) = cache.encode(model, processor.image_processor, [IMAGES[1]])

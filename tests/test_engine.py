@@ -53,6 +53,20 @@ def test_replies_are_those_of_generate(engine, model, processor):
         assert reply.image_tokens == sum(crop.num_tokens for plan in plans for crop in plan)
 
 
+def test_a_batch_is_padded_without_the_tokenizer(engine, monkeypatch):
+    """A fast tokenizer keeps the option to pad, which a call in another thread would change."""
+    kind, called = type(engine.processor.tokenizer), []
+    call = kind.__call__
+
+    def note(self, *args, **options):
+        called.append(options)
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(kind, "__call__", note)
+    engine.answer([ask_about([SMALL], "Why?"), ask_about([], "What is it, and where is it?")], **GREEDY)
+    assert called and not any("padding" in options for options in called)
+
+
 def test_pictures_of_a_call_share_passes(model, processor, passes):
     images = [picture(200, 120, seed) for seed in range(7)]  # of 4 crops each
     together = Engine(model, processor, max_crops=4, num_tokens=18).encode(images)

@@ -68,6 +68,9 @@ class TestChoice:
         monkeypatch.setenv("DNNL_MAX_CPU_ISA", "AVX2")
         assert choose_dtype("cpu") == torch.float32
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "DEFAULT")  # it is read first
+        assert choose_dtype("cpu") == torch.bfloat16
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert choose_dtype("cpu") == torch.float32
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
         assert choose_dtype("cpu") == torch.float32
 

@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from mc_llava import GREEDY, MCLlavaForConditionalGeneration, PrefixCache, prefix_cache_mc_llava, zoom_mc_llava
 from mc_llava.engine import Engine, ask_about
-from mc_llava.prefix_cache_mc_llava import ROOM, RoomyLayer, Segment, can_keep_prefixes
+from mc_llava.prefix_cache_mc_llava import ROOM, SAMPLE, RoomyLayer, Segment, can_keep_prefixes, sampling_step
 
 
 IMAGES = [picture(200, 120), picture(150, 180, seed=1), picture(50, 40, seed=2)]
@@ -234,6 +234,20 @@ def swap(weight):
     weight.data = weight.data * 1.1
 
 
+def change_a_column(weight):
+    weight.detach().numpy()[..., 1] += 2
+
+
+def change_a_row(weight):
+    weight.detach().numpy()[-2] += 2
+
+
+def step_fused_in_a_column(weight):
+    weight.grad = torch.zeros_like(weight)
+    weight.grad[..., 1] = 1
+    torch.optim.SGD([weight], lr=1.0, fused=True).step()
+
+
 @pytest.mark.parametrize("change", [change_in_place, change_data, change_in_numpy, step_fused, swap])
 @pytest.mark.parametrize("name", ["layers.0.self_attn.k_proj.weight", "layers.1.mlp.fc1.bias", "embed_tokens.weight"])
 def test_other_weights(processor, change, name):
@@ -247,6 +261,38 @@ def test_other_weights(processor, change, name):
         change(weight[:1000] if name.startswith("embed") and change in (change_in_numpy,) else weight)
     assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs)
     assert kept.reused == reused
+
+
+@pytest.mark.parametrize(
+    "shape", [(8, 2560), (192, 192), (2560, 10240), (10240, 2560), (3000, 90, 7), (20_000,), (), (0, 5)]
+)
+def test_each_row_and_column_of_a_weight_is_sampled(shape):
+    places = torch.zeros(shape)
+    places.reshape(-1)[:: sampling_step(places.shape)] = 1
+    columns = shape[-1] if shape else 1
+    assert places.sum() <= 4 * max(SAMPLE, columns, places.numel() // max(1, columns))
+    if places.numel():
+        places = places.reshape(-1, columns)
+        assert places.any(0).all() and places.any(1).all()
+
+
+@pytest.mark.parametrize("change", [change_a_column, change_a_row, step_fused_in_a_column])
+def test_a_row_or_a_column(processor, change, monkeypatch):
+    monkeypatch.setattr(prefix_cache_mc_llava, "SAMPLE", 4)
+    model, kept = small_model(), PrefixCache()
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    ask(model, inputs, prefix_cache=kept)
+    change(model.model.language_model.get_parameter("layers.0.self_attn.v_proj.weight"))
+    assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs) and not kept.reused
+
+
+def test_what_dropout_made_is_not_reused(processor):
+    model, kept = small_model(), PrefixCache()
+    inputs = processor("What is it?", IMAGES[0], **KNOBS)
+    model.model.language_model.layers[0].train()
+    ask(model, inputs, prefix_cache=kept)
+    model.eval()
+    assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs) and not kept.reused
 
 
 def test_another_dtype_and_another_model(processor):
@@ -351,6 +397,9 @@ def test_hooks_that_may_change_keys_and_values(processor):
             ask(model, inputs, prefix_cache=kept)
         assert not can_keep_prefixes(model)
         hook.remove()
+    hook = model.model.register_forward_pre_hook(steer)
+    assert not can_keep_prefixes(model)
+    hook.remove()
     assert ask(model, inputs, prefix_cache=kept) == ask(model, inputs) and kept.reused
 
 

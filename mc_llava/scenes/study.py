@@ -83,7 +83,8 @@ class Study:
 
     @property
     def made_with(self) -> dict:
-        return {"model": self.model_path, "revision": self.revision, "scenes": self.num_scenes}
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return {"model": self.model_path, "revision": self.revision, "dtype": dtype, "scenes": self.num_scenes}
 
     def engine(self, setting: Setting) -> Engine:
         knobs = {"max_crops": setting.max_crops, "num_tokens": setting.num_tokens, "zoom": setting.zoom}
