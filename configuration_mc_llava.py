@@ -123,8 +123,8 @@ class MCLlavaConfig(PreTrainedConfig):
         image_token_index (`int`, defaults to 50297): id of `<image>`; also readable as `image_token_id`.
         projector_hidden_act (`str`, defaults to `"gelu"`): activation between the projector's two layers.
         zoom_heads (`list[dict]`, *optional*): the attention heads that find what a question asks about, each with
-            `layer` and `head`, counted from 0, and how often it did when it was measured (`rate`, out of `questions`,
-            and `chance`). `mc-llava zoom-heads` writes them.
+            `layer` and `head`, counted from 0, and how often it did when it was measured (`rate` with its
+            interval, `low` to `high`, out of `questions`, and `chance`). `mc-llava zoom-heads` writes them.
         eos_token_id, pad_token_id, bos_token_id (`int`): ids of `<|im_end|>`, `<pad>` and `<|endoftext|>`. They are
             kept here because the published `generation_config.json` names none.
 
@@ -204,7 +204,7 @@ class MCLlavaConfig(PreTrainedConfig):
                 config_dict[name] = without_kernels(config_dict[name])
         try:
             return super().from_dict(config_dict, **kwargs)
-        # The others are of a value's type, or an unknown dtype.
+        # AttributeError and TypeError come from a value of the wrong type or an unknown dtype.
         except (WrongValueError, StrictDataclassError, AttributeError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(f"config.json has a wrong value ({reason}): fetch it again") from error

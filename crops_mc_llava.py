@@ -135,7 +135,7 @@ def max_tokens_per_crop(side: int, patch_size: int) -> int:
     most = (check_knob("size", side, 1) // check_knob("patch_size", patch_size)) ** 2 - 1
     if most < 1:
         raise ValueError(
-            f"size {side} must hold at least 2 x 2 patches, got patch_size {patch_size}: take a smaller one"
+            f"size {side} must hold at least 2 x 2 patches, got patch_size {patch_size}: lower it or raise size"
         )
     return most
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, islice
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -20,14 +21,8 @@ def read_integers(*tensors: torch.Tensor) -> list[list]:
     device = tensors[0].device
     flat = torch.cat([tensor.reshape(-1).to(device, torch.int64) for tensor in tensors]).tolist()
     ends = accumulate(tensor.numel() for tensor in tensors)
-    return [_nest(flat[end - tensor.numel() : end], tensor.shape) for tensor, end in zip(tensors, ends)]
-
-
-def _nest(values: list[int], shape: torch.Size) -> list:
-    if len(shape) == 1:
-        return values
-    step = shape[1:].numel()
-    return [_nest(values[row * step : (row + 1) * step], shape[1:]) for row in range(shape[0])]
+    parts = (np.array(flat[end - tensor.numel() : end], np.int64) for tensor, end in zip(tensors, ends))
+    return [part.reshape(tensor.shape).tolist() for part, tensor in zip(parts, tensors)]
 
 
 def check_counts(crop_num_tokens: torch.LongTensor | None, image_grid_thw: torch.LongTensor | None):
@@ -91,7 +86,7 @@ class EncodedImages:
         crop_boxes, crop_coords, crop_num_tokens, image_grid_thw: the crops that the features were computed from, as
             the image processor returns them: int64[crops, 4], float[crops, 2], int64[crops] and int64[images, 3].
         weights_hash: hash of the weights that computed the features, see
-            `MCLlavaForConditionalGeneration.hash_encoder`; `UNKNOWN` if guided zoom ran with some on a disk.
+            `MCLlavaForConditionalGeneration.hash_encoder`; `UNKNOWN` if guided zoom ran with offloaded weights.
 
     Raises:
         ValueError: if the features or the coordinates are not finite floats, a coordinate is not in 0 to 1, a box is

@@ -191,7 +191,10 @@ class ContextEnd(StoppingCriteria):
 
 
 class SuppressToken(LogitsProcessor):
-    """Sets the logit of one token to -inf, so that it is never generated."""
+    """
+    Sets the logit of one token to -inf, so that it is never generated. transformers' `SuppressTokensLogitsProcessor`
+    compares the whole vocabulary at each step, which takes as long as a small layer.
+    """
 
     def __init__(self, token_id: int):
         self.token_id = token_id

@@ -377,7 +377,10 @@ class MCLlavaImageProcessor(PilBackend):
         is_in_range = (np.abs(table) <= MAX_VALUE).all()  # NaN is not
         if is_unset or not is_in_range or not np.ptp(table, axis=1).all():
             given = ", ".join(f"{name}={value}" for name, value in options.items())
-            raise ValueError(f"{given} make no pixels of bytes: take the published processor's")
+            raise ValueError(
+                f"{given} give the bytes 0 to 255 values that are equal, not finite or beyond "
+                f"+-{MAX_VALUE:g}: leave them out"
+            )
         return table
 
     def plans_of(self, sizes: list[tuple[int, int]], options: dict) -> list[list[Crop]]:

@@ -294,7 +294,7 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 of range.
         """
         refuse_zoom("get_image_features", kwargs)
-        # Not parameters by name: transformers' `generate` would take them from the language model, which got none.
+        # Not in the signature: `generate` moves every argument that it names from the language model's call here.
         output_hidden_states, output_attentions = (
             bool(kwargs.pop(name, None)) for name in ("output_hidden_states", "output_attentions")
         )

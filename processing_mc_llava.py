@@ -163,7 +163,8 @@ class MCLlavaProcessor(ProcessorMixin):
                          └─ at most num_tokens times
 
     Args:
-        image_processor (`MCLlavaImageProcessor`): its saved `max_crops` and `num_tokens` are the defaults of a call.
+        image_processor (`MCLlavaImageProcessor`): its saved `max_crops`, `num_tokens` and `zoom` are the
+            defaults of a call.
         tokenizer (`PreTrainedTokenizerBase`): the model's tokenizer, which pads on the left.
         chat_template (`str`, *optional*): the published ChatML by default.
 
@@ -266,18 +267,19 @@ class MCLlavaProcessor(ProcessorMixin):
             feature_cache (`FeatureCache`, *optional*): cache for the encoded images. Requires `model`.
             is_prompt (`bool`, *optional*): whether the texts are raw prompts (True) or questions (False), whatever
                 they hold. A question with a special token is refused.
-            kwargs: `max_crops`, `num_tokens`, `plans` (one per image, in the order of the texts; see
-                `MCLlavaImageProcessorKwargs`) and the options of transformers' processors (`padding`,
+            kwargs: `max_crops`, `num_tokens`, `zoom`, `plans` (one per image, in the order of the texts; see
+                `MCLlavaImageProcessorKwargs`), `device`, and the options of transformers' processors (`padding`,
                 `return_tensors`, ...), flat or in `images_kwargs` and `text_kwargs`.
 
         Returns:
             `BatchFeature` with int64 `input_ids` and `attention_mask` [batch, length], padded on the left. With
             images, also the fields of `MCLlavaImageProcessor` or, given `model`, `image_features`: a list with one
-            float[tokens, hidden] per image. Tensors are torch's by default, see `return_tensors`.
+            float[tokens, hidden] per image. With `zoom`, also `zoom_general_ids`, int64[images, tokens]: the general
+            question that guided zoom compares with. Tensors are torch's by default, see `return_tensors`.
 
         Raises:
             ValueError: if `text` is missing, an option is unknown or out of range, images and `<image>` tokens don't
-                match, an image can't be read, or truncation would cut visual tokens.
+                match, an image can't be read, truncation would cut visual tokens, or `zoom` is combined with `model`.
         """
         kwargs = self._check_kwargs(kwargs)
         if text is None:

@@ -16,7 +16,7 @@ Result = TypeVar("Result")
 
 def in_threads(function: Callable[[Item], Result], items: list[Item], threads: int) -> list[Result]:
     """
-    The function's result for each item, from at most so many threads, of which the caller's is one.
+    The function's result for each item, from at most `threads` threads, one of them the caller's.
 
     Raises:
         BaseException: what the function raised first. No further items are begun then.

@@ -637,8 +637,8 @@ def refuse_zoom(what: str, fields: dict):
 
 def warn_unmeasured(name: str):
     logger.warning_once(
-        f"zoom uses the late layers of {name or 'this model'}: which of its heads find what is asked about was never "
-        "measured. `mc-llava zoom-heads` measures them"
+        f"no attention heads were measured for {name or 'this model'}: zoom uses all heads of the layer at three "
+        "quarters of its depth. Measure them with `mc-llava zoom-heads`"
     )
 
 

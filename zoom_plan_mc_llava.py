@@ -84,7 +84,7 @@ def explain_no_zoom(width: int, height: int, zoom: int, max_crops: int, num_toke
         return f"it needs max_crops of at least {2 * FEW} and num_tokens of at least {2 * FEW + 1}"
     if columns * rows == 1:
         return "the picture is too small for a grid"
-    return "the grid shows every pixel already, unless max_crops is lower" if base == side else ""
+    return "the grid shows every pixel already; lower max_crops to zoom" if base == side else ""
 
 
 def tile(region: Box, most: int, overlap: tuple[int, int], least: int = 1) -> list[Box]:

@@ -456,7 +456,10 @@ def zoom_heads(
     chosen = choose_heads(measured, most)
     print(head_table(measured, chosen))
     if not chosen:
-        say("no head is better than chance: zoom will compare late layers with a general question")
+        say(
+            "no head is better than chance: zoom will use all heads of one layer, and compare their attention with "
+            "that under a general question"
+        )
     if config is not None:
         write_heads(config, chosen)
         say(f"wrote {len(chosen)} heads into {config}")

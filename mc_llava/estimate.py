@@ -6,7 +6,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
-from . import CROPS_PER_PASS, DRAFT, MCLlavaConfig, MCLlavaForConditionalGeneration, last_attention, relevant_heads
+from . import (
+    CROPS_PER_PASS,
+    DRAFT,
+    MCLlavaConfig,
+    MCLlavaForConditionalGeneration,
+    check_knob,
+    last_attention,
+    relevant_heads,
+)
 
 
 @dataclass(frozen=True)
@@ -60,10 +68,12 @@ def estimate(
     """
     length = image_tokens + text_tokens
     limit = config.text_config.max_position_embeddings
-    if text_tokens < 1 or new_tokens < 1 or length + new_tokens > limit:
+    check_knob("text_tokens", text_tokens, 1)
+    check_knob("new_tokens", new_tokens, 1)
+    if length + new_tokens > limit:
         raise ValueError(
-            f"{image_tokens} image tokens, {text_tokens} of text and {new_tokens} new ones must each be at least 1 "
-            f"and together at most {limit}: lower num_tokens or the answer's length"
+            f"{image_tokens} image tokens, {text_tokens} of text and {new_tokens} new ones exceed the context of "
+            f"{limit}: lower num_tokens or the answer's length"
         )
     with torch.device("meta"):
         model = MCLlavaForConditionalGeneration._from_config(config, dtype=dtype)

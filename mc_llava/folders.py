@@ -98,7 +98,7 @@ def _read_index(index: Path) -> list[str]:
             shown = str(name)[:200].encode("utf-8", "backslashreplace").decode()
             raise ValueError(f"{index.parent} lacks the shard {shown} that {INDEX} names: fetch it again")
         if not name.endswith(".safetensors"):
-            raise ValueError(f"{index} names {name}, which is no .safetensors: fetch it again")
+            raise ValueError(f"{index} names {name}, which is not a .safetensors file: fetch it again")
     return names
 
 
@@ -117,7 +117,7 @@ def _check_header(path: Path):
         with safe_open(path, framework="numpy"):
             pass
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is cut, or no file of safetensors ({error}): fetch it again") from error
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}): fetch it again") from error
 
 
 def is_whole(path: Path) -> bool:

@@ -109,7 +109,7 @@ def parse(line: bytes) -> dict:
     """The JSON object in a line. Raises a ValueError or a RecursionError if there is none."""
     entry = json.loads(line.decode())  # of bytes, json would guess the encoding
     if not isinstance(entry, dict):
-        raise ValueError("a line is no object")
+        raise ValueError("a line is not an object")
     return entry
 
 

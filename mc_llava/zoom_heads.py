@@ -96,7 +96,7 @@ def measure_heads(
 
 
 def choose_heads(measured: list[Head], most: int) -> list[Head]:
-    """The best heads of at most `most`, none of which could be as good by chance."""
+    """The best heads, at most `most`, without any that could be as good by chance."""
     return [head for head in measured if head.low > head.chance][:most]
 
 

@@ -115,7 +115,7 @@ def preprocess(bench: Bench) -> dict[str, float]:
 
 def build_engine(bench: Bench, layers: int = 8, max_crops: int = 0):
     """
-    An `Engine` over the 3B model's width, one layer of its tower and so many of its language model. By default it
+    An `Engine` over the 3B model's width, one layer of its tower and `layers` of its language model. By default it
     reads one crop as 728 tokens.
     """
     import torch

@@ -101,7 +101,8 @@ def published_shapes(config: dict) -> dict[str, torch.Size]:
 def write_weights(folder: Path, shapes: dict[str, torch.Size], seed: int):
     """Write float16 weights in two or more shards of at most `SHARD_BYTES`, one shard in memory at a time."""
     torch.manual_seed(seed)
-    limit = min(SHARD_BYTES, 2 * sum(map(torch.Size.numel, shapes.values())) // 2 + 2**20)
+    total = 2 * sum(shape.numel() for shape in shapes.values())  # bytes
+    limit = min(SHARD_BYTES, total // 2 + 2**20)
     shards, size = [[]], 0
     for name, shape in shapes.items():
         if size + 2 * shape.numel() > limit:
@@ -124,7 +125,6 @@ def write_weights(folder: Path, shapes: dict[str, torch.Size], seed: int):
                 weight_map[name] = file_name
                 progress.update()
             save_file(tensors, folder / file_name, metadata={"format": "pt"})
-    total = 2 * sum(shape.numel() for shape in shapes.values())
     write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 

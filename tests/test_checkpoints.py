@@ -425,7 +425,9 @@ class TestConversion:
         damaged = {"empty": b"", "cut": whole[:-1000], "no header": whole[:100], "a page": b"<html>not found</html>"}
         file.write_bytes(damaged[damage])
         for load_it in (load_model, lambda source: convert(source, str(tmp_path / "target"))):
-            with pytest.raises(ValueError, match=f"{file.name} is cut, or no file of safetensors .*fetch it again"):
+            with pytest.raises(
+                ValueError, match=f"{file.name} is truncated or not a safetensors file .*fetch it again"
+            ):
                 load_it(str(folder))
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -789,7 +791,7 @@ class TestASavedImageProcessor:
         ):
             processor = MCLlavaProcessor.from_pretrained(converted)
             setattr(processor.image_processor, name, value)
-            with pytest.raises(ValueError, match=f"{name}.* (make no pixels of bytes|must be at least 1)"):
+            with pytest.raises(ValueError, match=f"{name}.* (give the bytes 0 to 255|must be at least 1)"):
                 processor("a", PHOTOGRAPH)
 
 

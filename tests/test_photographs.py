@@ -62,7 +62,7 @@ class TestFolders:
     )
     def test_names_by_which_replies_could_not_be_checked_are_refused(self, folder, tmp_path, name):
         Image.new("RGBA", (9, 9), "red").save(tmp_path / f"{name}.png")
-        with pytest.raises(ValueError, match=f"{name}.png is no name for an object"):
+        with pytest.raises(ValueError, match=f"{name}.png can't name an object"):
             Materials(str(folder), str(tmp_path)).renderings  # noqa: B018
 
     def test_what_is_missing_is_named(self, folder, tmp_path):

@@ -31,7 +31,7 @@ KIND_WEIGHTS = {
     "large": 4.0,
 }
 MANY_CROPS = 8  # at least, of the scenes of the short steps
-# Heads, the first of a layer, that learn where to look: from a thing's name, and from each word about it.
+# How many heads of a layer, the first ones, learn where to look: from a thing's name, and from each word about it.
 # Four heads of 32 numbers can pass on all 128 of a crop's token: with two, answers lost characters and their order.
 NAMING_LAYER, ANSWERING_LAYER = 1, 2
 LOOKING_HEADS = {NAMING_LAYER: 2, ANSWERING_LAYER: 4}

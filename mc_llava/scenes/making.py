@@ -181,7 +181,7 @@ def make_group(
     """
     things = [make_sign(rng, glyph, color, text, rng.choice(fonts), real) for color, text in signs]
     things += [make_shape(rng, glyph * rng.uniform(1.15, 1.6), name, color, real) for name, color in shapes]
-    things += [make_object(rng, glyph * rng.uniform(*OBJECT_HEIGHTS), name, path) for name, path in objects]
+    things += [make_object(glyph * rng.uniform(*OBJECT_HEIGHTS), name, path) for name, path in objects]
     things = [seen_at_an_angle(rng, thing) if real or thing.picture else thing for thing in things]
     rng.shuffle(things)
     down, position, placed = rng.random() < 0.5, 0, []
@@ -214,7 +214,7 @@ def _aspect(name: str) -> float:
     return 1.6 if name in ("car", "boat") else 1.0
 
 
-def make_object(rng: random.Random, side: float, name: str, path: str) -> Thing:
+def make_object(side: float, name: str, path: str) -> Thing:
     across, down = cut_out(path).size
     scale = side / max(across, down)
     width, height = max(1, round(across * scale)), max(1, round(down * scale))

@@ -73,10 +73,10 @@ class Materials:
         for path in files_in(self.objects, SUFFIXES, "objects") if self.objects else ():
             name = re.sub(r"-\d+$", "", path.stem).replace("_", " ").lower()
             if not re.fullmatch(r"[a-z]+( [a-z]+)*", name):
-                raise ValueError(f"{path} is no name for an object: use letters alone, and _ for a space")
+                raise ValueError(f"{path} can't name an object: use letters alone, and _ for a space")
             if reserved := set(name.split()) & RESERVED:
                 words = ", ".join(sorted(reserved))
-                raise ValueError(f"{path} is no name for an object: replies are checked for {words}, leave it out")
+                raise ValueError(f"{path} can't name an object: replies are checked for {words}, leave it out")
             found.setdefault(name, []).append(str(path))
         return {name: tuple(found[name]) for name in sorted(found)}
 

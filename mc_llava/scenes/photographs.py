@@ -108,7 +108,7 @@ class _Cast:
         """A thing whose box fills a share of `LARGE` of the picture."""
         rng, kind, area = self.rng, self.rng.random(), self.rng.uniform(*LARGE) * width * height
         if self.objects and kind < 0.5:
-            thing = make_object(rng, 100, *self.object())
+            thing = make_object(100, *self.object())
         elif kind < 0.75:
             thing = make_shape(rng, 100, *self.shape(), real=self.real)
         else:
