@@ -607,7 +607,7 @@ class TestStartedAgain:
             (b"\0" * 9 + b"\n", "Expecting value"),
             (settings + b'{"row": 0, "files": []}\n', "a row and an id"),
             (settings + b'{"row": 0, "id": "0", "files": [[1, 2, 3]]}\n', "malformed files"),
-            (settings + b"[1]\n", "no object"),
+            (settings + b"[1]\n", "not an object"),
             (settings + b"[" * 100_000, "recursion"),
         ):
             origin.write_bytes(text)

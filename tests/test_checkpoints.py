@@ -393,7 +393,7 @@ class TestConversion:
                     ("a\ud83d.safetensors", "lacks the shard a.ud83d"),
                     ("", "lacks the shard"),
                     ("..", "lacks the shard"),
-                    ("config.json", "index.json names config.json, which is no .safetensors"),
+                    ("config.json", "index.json names config.json, which is not a .safetensors"),
                     ("../source/SHARD", "lacks the shard ../source"),
                 )
             ),

@@ -111,9 +111,12 @@ def test_the_published_sizes():
 
 
 def test_what_does_not_fit_is_refused():
-    for options in ({"text_tokens": 1300}, {"new_tokens": 1300}, {"new_tokens": 0}, {"text_tokens": 0}):
-        with pytest.raises(ValueError, match="at least 1 and together at most 2048"):
+    for options in ({"text_tokens": 1300}, {"new_tokens": 1300}):
+        with pytest.raises(ValueError, match="exceed the context of 2048: lower num_tokens or"):
             estimate(MCLlavaConfig(), crops=1, image_tokens=728, **options)
+    for name in ("text_tokens", "new_tokens"):
+        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+            estimate(MCLlavaConfig(), crops=1, image_tokens=728, **{name: 0})
 
 
 def test_small_costs_are_not_rounded_to_nothing(capsys):
