@@ -135,7 +135,7 @@ def test_the_command(converted):
         assert line in text, text
     small = run("estimate", ROOT / "examples" / "coffee.jpg", "--model", converted).stdout.decode()
     assert "crops                      3" in small and "6.41 GB" not in small
-    assert "together at most 2048" in error_of("estimate", HUBBLE, "--num-tokens", 2000)
+    assert "exceed the context of 2048" in error_of("estimate", HUBBLE, "--num-tokens", 2000)
 
 
 def test_a_folder_without_a_configuration_is_not_taken_for_the_3b(tmp_path, processor):
