@@ -190,6 +190,15 @@ class ContextEnd(StoppingCriteria):
         return input_ids.shape[1] - self.prompt_length >= room
 
 
+def pad_prompts(rows: list[torch.LongTensor], pad_token_id: int | None) -> tuple[torch.LongTensor, torch.LongTensor]:
+    """Ids and mask of prompts of several lengths, padded on the left: int64[batch, length] each."""
+    masks = [torch.ones_like(row) for row in rows]
+    return (
+        pad_sequence(rows, batch_first=True, padding_value=pad_token_id or 0, padding_side="left"),
+        pad_sequence(masks, batch_first=True, padding_side="left"),
+    )
+
+
 class SuppressToken(LogitsProcessor):
     """
     Sets the logit of one token to -inf, so that it is never generated. transformers' `SuppressTokensLogitsProcessor`
@@ -536,18 +545,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
         repeats = kept.long().masked_scatter(kept & (ids == self.config.image_token_id), counts)
         (lengths,) = read_integers(repeats.sum(-1))
         ids = ids.flatten().repeat_interleave(repeats.flatten(), output_size=sum(lengths))
-        new_ids, attention_mask = self._pad_prompts(list(ids.split(lengths)))
+        new_ids, attention_mask = pad_prompts(list(ids.split(lengths)), self.config.pad_token_id)
         lengths, run_ends = self._read_prompts(new_ids, attention_mask)
         return replace(request, new_ids=new_ids, attention_mask=attention_mask, lengths=lengths, run_ends=run_ends)
-
-    def _pad_prompts(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Ids and mask of prompts of several lengths, padded on the left: int64[batch, length] each."""
-        masks = [torch.ones_like(row) for row in rows]
-        pad_token_id = self.config.pad_token_id or 0
-        return (
-            pad_sequence(rows, batch_first=True, padding_value=pad_token_id, padding_side="left"),
-            pad_sequence(masks, batch_first=True, padding_side="left"),
-        )
 
     def _check_context(self, lengths: list[int], run_ends: list[list[int]], tokens_per_image: list[int]):
         """Raise a ValueError if images don't match the `<image>` tokens, or a row has no room for an answer."""
@@ -576,4 +576,5 @@ __all__ = [
     "find_ends",
     "find_option",
     "one_cache",
+    "pad_prompts",
 ]

@@ -82,8 +82,7 @@ def describe_encoder(model) -> tuple[str, str, str, bool]:
     weights_hash = model.hash_encoder()  # or an error, if weights are on "meta", where there is no autocast
     device = model.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.dtype
-    parts = (model.model.vision_tower, model.model.coord_embed, model.model.multi_modal_projector)
-    return weights_hash, str(dtype), str(model.device), is_training(*parts)
+    return weights_hash, str(dtype), str(model.device), is_training(*model.model.encoder_parts)
 
 
 def picture_key(pixels: bytes, size: tuple[int, int], resample: int | None, values: bytes, made_by: tuple) -> tuple:

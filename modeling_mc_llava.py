@@ -261,6 +261,11 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
+    @property
+    def encoder_parts(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """The modules that make features of crops."""
+        return self.vision_tower, self.coord_embed, self.multi_modal_projector
+
     @can_return_tuple
     def get_image_features(
         self,
@@ -636,7 +641,7 @@ class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationM
         Raises:
             ValueError: if weights are offloaded to disk.
         """
-        parts = (self.model.vision_tower, self.model.coord_embed, self.model.multi_modal_projector)
+        parts = self.model.encoder_parts
         weights = hash_tensors(tensor for part in parts for tensor in read_weights(part).values())
         adapters = [(adapter_names(part), adapter_states(part)) for part in parts]
         tower = self.config.vision_config  # all that the shapes of its weights leave open

@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from .crops_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS, Box, Crop
 from .encoded_images_mc_llava import UNKNOWN, EncodedImages, describe_crops, read_integers, sum_per_image
-from .generation_mc_llava import CACHE, GREEDY, find_ends
+from .generation_mc_llava import CACHE, GREEDY, find_ends, pad_prompts
 from .hashing_mc_llava import adapter_names, describe_encoder, picture_key
 from .prefix_cache_mc_llava import PrefixCache, can_keep_prefixes, fill_layer
 from .resizing_mc_llava import can_cut_on, cut_crops, cut_on_device, look_up_bytes
@@ -448,7 +448,9 @@ class MCLlavaZoomMixin:
         found = per_crop(attention)
         if not self.config.zoom_heads:  # what any question looks at doesn't count (ViCrop, arXiv 2502.17422)
             warn_unmeasured(self.config.name_or_path)
-            prompts = self._pad_prompts([torch.tensor(ids, device=found.device) for ids in general])
+            prompts = pad_prompts(
+                [torch.tensor(ids, device=found.device) for ids in general], self.config.pad_token_id
+            )
             usual = image_attention(self.model, *prompts, self._project(views), relevant_heads(self.config))
             found = found / per_crop(usual).clamp(min=1e-6)
         read = torch.cat([found, is_sure.to(found)]).tolist()

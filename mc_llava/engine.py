@@ -13,7 +13,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from transformers import StoppingCriteriaList, TextIteratorStreamer
 
 from . import (
@@ -35,6 +34,7 @@ from . import (
     is_prepared,
     load_images,
     load_unprepared,
+    pad_prompts,
     to_plain,
 )
 
@@ -188,9 +188,10 @@ class Engine:
         conversations = self._encode_parts(conversations)
         images = [images_of(conversation) for conversation in conversations]
         prompts = [self._write_prompt(conversation, add_generation_prompt=True) for conversation in conversations]
+        device = input_device(self.model)
         # One by one, because a fast tokenizer keeps the option to pad, which other threads' calls would change.
-        rows = [torch.tensor(self.processor.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-        input_ids, attention_mask = self._pad(rows)
+        rows = [torch.tensor(self.processor.tokenizer(prompt)["input_ids"], device=device) for prompt in prompts]
+        input_ids, attention_mask = pad_prompts(rows, self.processor.tokenizer.pad_token_id)
         options = self._fill_options(options)
         output = self.model.generate(
             input_ids,
@@ -276,7 +277,7 @@ class Engine:
                 self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
                 for text in (prompt, whole.removeprefix(prompt))
             )
-            rows.append(torch.tensor(prompt_ids + answer_ids))
+            rows.append(torch.tensor(prompt_ids + answer_ids, device=input_device(self.model)))
             lengths.append(len(answer_ids))
         limit = self.model.config.text_config.max_position_embeddings
         if (longest := max(map(len, rows))) > limit:
@@ -294,18 +295,11 @@ class Engine:
                 )
         return likelihoods
 
-    def _pad(self, rows: list[torch.LongTensor]) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Ids and mask of prompts of several lengths, padded on the left: int64[batch, length] each."""
-        padding, masks = self.processor.tokenizer.pad_token_id, [torch.ones_like(row) for row in rows]
-        ids = pad_sequence(rows, batch_first=True, padding_value=padding, padding_side="left")
-        mask = pad_sequence(masks, batch_first=True, padding_side="left")
-        return ids.to(input_device(self.model)), mask.to(input_device(self.model))
-
     def _row_likelihoods(
         self, rows: list[torch.Tensor], lengths: list[int], images: list[EncodedImages]
     ) -> list[Likelihood]:
         """The likelihoods of the last `lengths[i]` tokens of each row i. Each row is about all the images."""
-        input_ids, attention_mask = self._pad(rows)
+        input_ids, attention_mask = pad_prompts(rows, self.processor.tokenizer.pad_token_id)
         kept = max(lengths) + 1  # padded on the left, all options end in the last column
         with torch.no_grad():
             logits = self.model(

@@ -150,9 +150,10 @@ class Study:
         """
         scored = [(record["part"], record["scores"]["accuracy"]) for record in records]
         accuracy = accuracies(scored + [("all", score) for _, score in scored])
+        costs = flops_of(self.model.config, records)
         for kind, found in accuracy.items():
-            own = [record for record in records if kind in (record["part"], "all")]
-            found["gflops"] = round(mean_flops(self.model.config, own) / 1e9, 3)
+            own = [cost for cost, record in zip(costs, records) if kind in (record["part"], "all")]
+            found["gflops"] = round(sum(own) / len(own) / 1e9, 3)
         return {
             "zoom": setting.zoom,
             "max_crops": setting.max_crops,
@@ -242,10 +243,10 @@ def majority(records: list[dict]) -> dict[str, dict]:
     return found
 
 
-def mean_flops(config, records: list[dict]) -> float:
+def flops_of(config, records: list[dict]) -> list[int]:
     """
-    FLOPs of the tower, zoom's drafts, the prompt and an answer of `ANSWER_TOKENS` tokens, averaged over the questions,
-    as if each were asked alone: if zoom has looked at all crops, the answer reuses the draft's keys and values.
+    For each question, the FLOPs of the tower, zoom's drafts, the prompt and an answer of `ANSWER_TOKENS` tokens, as if
+    it were asked alone: if zoom has looked at all crops, the answer reuses the draft's keys and values.
     """
 
     @cache
@@ -260,7 +261,7 @@ def mean_flops(config, records: list[dict]) -> float:
         looks = count_looks(looked_at)
         is_reused = looks > max((crop["round"] for crop in looked_at), default=0)
         costs.append(flops(record["crops"], record["tokens"], looks, is_reused))
-    return sum(costs) / len(costs)
+    return costs
 
 
 def count_looks(looked_at: list[dict]) -> int:
