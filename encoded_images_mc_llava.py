@@ -56,20 +56,20 @@ def count_image_tokens(crop_num_tokens: torch.LongTensor | None, image_grid_thw:
     return sum_per_image(*read_integers(crop_num_tokens, image_grid_thw[:, 0]))
 
 
-def count_places(run_ends: list[list[int]]) -> list[int]:
+def count_placeholders(run_ends: list[list[int]]) -> list[int]:
     """The number of `<image>` tokens in each row, of what `find_run_ends` found."""
     ends = list(accumulate((max(row, default=0) for row in run_ends), max))
     return [end - start for start, end in zip([0, *ends], ends)]
 
 
-def check_places(run_ends: list[list[int]], tokens_per_image: list[int], may_be_joined: bool = False):
+def check_placeholders(run_ends: list[list[int]], tokens_per_image: list[int], may_be_joined: bool = False):
     """See `MCLlavaModel.get_placeholder_mask`."""
     found = [end for row in run_ends for end in row if end]
     image_ends = list(accumulate(tokens_per_image))
     is_split = not (may_be_joined and len(image_ends) == 1) and not set(found) <= set(image_ends)
     if (found[-1] if found else 0) != image_ends[-1] or is_split:
         raise ValueError(
-            f"the rows have {count_places(run_ends)} <image> tokens, the images {tokens_per_image} tokens: "
+            f"the rows have {count_placeholders(run_ends)} <image> tokens, the images {tokens_per_image} tokens: "
             "use the processor's input_ids with its images, unshortened"
         )
 
@@ -261,10 +261,10 @@ __all__ = [
     "UNKNOWN",
     "EncodedImages",
     "check_counts",
-    "check_places",
+    "check_placeholders",
     "check_weights",
     "count_image_tokens",
-    "count_places",
+    "count_placeholders",
     "describe_crops",
     "input_device",
     "is_encoded",

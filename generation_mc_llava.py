@@ -16,7 +16,7 @@ from transformers.generation import LogitsProcessor, LogitsProcessorList, Stoppi
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ModelOutput
 
 from .crops_mc_llava import IMAGE_FIELDS, ZOOM_FIELDS
-from .encoded_images_mc_llava import check_counts, check_places, count_places, read_integers, sum_per_image
+from .encoded_images_mc_llava import check_counts, check_placeholders, count_placeholders, read_integers, sum_per_image
 from .prefix_cache_mc_llava import PrefixCache, refuse_prefixes
 
 
@@ -358,7 +358,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         check_images(encoded, kwargs)
         has_images = tokens_per_image or kwargs.get("pixel_values") is not None
         if has_images and kwargs.get("inputs_embeds") is not None:
-            raise ValueError("images need input_ids, not inputs_embeds: their places are found by <image>'s id")
+            raise ValueError("images need input_ids, not inputs_embeds: their <image> tokens are found by id")
 
         new_ids, attention_mask = self._read_ids(input_ids, cache, generation_config, kwargs)
         lengths, run_ends, counts = [], [], []
@@ -366,15 +366,17 @@ class MCLlavaGenerationMixin(GenerationMixin):
             lengths, run_ends, *counts = self._read_prompts(new_ids, attention_mask, kwargs)
         if counts:
             tokens_per_image = sum_per_image(*counts)
-        places = sum(count_places(run_ends))
-        if places and not tokens_per_image:
-            raise ValueError(f"the prompt has {places} <image> tokens but got no images: pass them, or remove <image>")
-        if tokens_per_image and not places and cache is not None:
+        placeholders = sum(count_placeholders(run_ends))
+        if placeholders and not tokens_per_image:
+            raise ValueError(
+                f"the prompt has {placeholders} <image> tokens but got no images: pass them, or remove <image>"
+            )
+        if tokens_per_image and not placeholders and cache is not None:
             raise ValueError(
                 "the cache holds the images of earlier turns, and the new input_ids have no <image> token: pass "
                 "input_ids and attention_mask with the cache, without images"
             )
-        is_short = encoded is not None and places == len(tokens_per_image) != sum(tokens_per_image)
+        is_short = encoded is not None and placeholders == len(tokens_per_image) != sum(tokens_per_image)
         return GenerationRequest(
             input_ids, new_ids, attention_mask, encoded, tokens_per_image, lengths, run_ends, is_short
         )
@@ -392,7 +394,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         elif input_ids is not None:
             if attention_mask is None:
                 attention_mask = self._mask_padding(input_ids, generation_config, kwargs)
-            # A cache holds the images of earlier turns: only ids that are not in it have places to fill.
+            # A cache holds the images of earlier turns: only ids that are not in it have placeholders.
             if cache is not None and attention_mask.shape == input_ids.shape:
                 new_ids = input_ids[:, check_cache(cache, input_ids) :]
         if new_ids is not None and not new_ids.numel():
@@ -447,7 +449,9 @@ class MCLlavaGenerationMixin(GenerationMixin):
             )
         if request.is_short:
             # Given both, transformers keeps input_ids in the sequences and feeds the embeddings to the model.
-            kwargs["inputs_embeds"] = self.model.fill_places(request.new_ids, request.encoded["image"].pooler_output)
+            kwargs["inputs_embeds"] = self.model.fill_placeholders(
+                request.new_ids, request.encoded["image"].pooler_output
+            )
         elif request.encoded:
             kwargs["mm_encoder_outputs"] = request.encoded
         elif request.tokens_per_image and prefix_cache is not None:
@@ -462,7 +466,7 @@ class MCLlavaGenerationMixin(GenerationMixin):
         encoded = kwargs.pop("mm_encoder_outputs", None)
         if kwargs.get("inputs_embeds") is None:
             kwargs["inputs_embeds"] = (
-                self.model.fill_places(request.new_ids, encoded["image"].pooler_output)
+                self.model.fill_placeholders(request.new_ids, encoded["image"].pooler_output)
                 if encoded
                 else self.get_input_embeddings()(request.new_ids)
             )
@@ -553,8 +557,8 @@ class MCLlavaGenerationMixin(GenerationMixin):
         """Raise a ValueError if images don't match the `<image>` tokens, or a row has no room for an answer."""
         image_tokens = [0] * len(lengths)
         if tokens_per_image:
-            check_places(run_ends, tokens_per_image)
-            image_tokens = count_places(run_ends)
+            check_placeholders(run_ends, tokens_per_image)
+            image_tokens = count_placeholders(run_ends)
         ends = list(accumulate(tokens_per_image))
         start, images = 0, []
         for in_row in image_tokens:

@@ -35,7 +35,7 @@ from .configuration_mc_llava import MCLlavaConfig, add_to_package
 from .encoded_images_mc_llava import (
     EncodedImages,
     check_counts,
-    check_places,
+    check_placeholders,
     check_weights,
     is_encoded,
     read_integers,
@@ -462,10 +462,10 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
             ValueError: as `get_placeholder_mask` does.
         """
         self.get_placeholder_mask(input_ids, [len(features) for features in image_features], may_be_joined)
-        return self.fill_places(input_ids, image_features)
+        return self.fill_placeholders(input_ids, image_features)
 
-    def fill_places(self, input_ids: torch.LongTensor, image_features: list[torch.Tensor]) -> torch.Tensor:
-        """`embed_prompt` without the check, which reads from the device: the images must match the places."""
+    def fill_placeholders(self, input_ids: torch.LongTensor, image_features: list[torch.Tensor]) -> torch.Tensor:
+        """`embed_prompt` without the check, which reads from the device: images must match the `<image>` tokens."""
         embeds = self.get_input_embeddings()(input_ids)
         mask = (input_ids == self.config.image_token_id).to(embeds.device)
         features = torch.cat(list(image_features)).to(embeds.device, embeds.dtype)
@@ -487,9 +487,9 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
                 of it, and another run, or another row, the rest.
         """
         if input_ids is None:
-            raise ValueError("images need input_ids: their places are found by the id of <image>")
+            raise ValueError("images need input_ids: their <image> tokens are found by id")
         (run_ends,) = read_integers(self.find_run_ends(input_ids))
-        check_places(run_ends, tokens_per_image, may_be_joined)
+        check_placeholders(run_ends, tokens_per_image, may_be_joined)
         return input_ids == self.config.image_token_id
 
     def find_run_ends(self, input_ids: torch.LongTensor) -> torch.LongTensor:
@@ -561,8 +561,8 @@ class MCLlavaModel(MCLlavaPreTrainedModel):
         is_empty = cache is None or (hasattr(cache, "get_seq_length") and cache.get_seq_length() == 0)
         if torch.compiler.is_compiling() or input_ids.shape[1] == 1 or not is_empty:
             return
-        if places := int((input_ids == self.config.image_token_id).sum()):
-            raise ValueError(f"the prompts have {places} <image> tokens but got no images: pass the images")
+        if placeholders := int((input_ids == self.config.image_token_id).sum()):
+            raise ValueError(f"the prompts have {placeholders} <image> tokens but got no images: pass the images")
 
 
 class MCLlavaForConditionalGeneration(MCLlavaPreTrainedModel, MCLlavaGenerationMixin, MCLlavaZoomMixin):

@@ -541,10 +541,10 @@ class MCLlavaProcessor(ProcessorMixin):
         prompt = render(parts)
         if str(parts) in prompt:  # the template reads strings alone, and prints a list as Python does
             prompt = render(question)
-        self.check_places(prompt, count)
+        self.check_placeholders(prompt, count)
         return prompt
 
-    def check_places(self, prompt: str, count: int):
+    def check_placeholders(self, prompt: str, count: int):
         """Raise a ValueError unless a prompt that a template has rendered has a place for each of `count` images."""
         if (written := prompt.count(self.image_token)) != count:
             raise ValueError(

@@ -247,7 +247,7 @@ class MCLlavaZoomMixin:
         """
         side = self.config.vision_config.image_size
         rows, input_ids, attention_mask, seen = prompts_of(views)
-        embeds, known, prompts = self.model.fill_places(input_ids, self._project(seen)), None, None
+        embeds, known, prompts = self.model.fill_placeholders(input_ids, self._project(seen)), None, None
         if prefix_cache is not None and can_keep_prefixes(self, **DRAFT_OPTIONS):
             known, prompts = prefix_cache.load(self, embeds, attention_mask)
         cache, is_sure = self._draft(embeds, attention_mask, known)
@@ -507,7 +507,7 @@ def image_attention(
         features: one float[tokens, hidden] per image, in batch order.
         heads: (layer, head), both counted from 0.
     """
-    embeds = model.fill_places(input_ids, features)
+    embeds = model.fill_placeholders(input_ids, features)
     found = last_attention(model.language_model, embeds, attention_mask, heads)
     return _to_images(found, input_ids, model.config.image_token_id, features)
 
@@ -516,10 +516,10 @@ def _to_images(
     attention: torch.Tensor, input_ids: torch.LongTensor, image_token_id: int, features: list[torch.Tensor]
 ) -> torch.Tensor:
     """Of attention to all tokens, float32[batch, heads, length], that to visual ones: float32[heads, tokens]."""
-    # The places of <image>, in order. How many there are is known: a boolean index would read it.
+    # The columns of <image>, in order. How many there are is known: a boolean index would read it.
     others = (input_ids != image_token_id).flatten().byte()
-    places = others.argsort(stable=True)[: sum(map(len, features))]
-    return attention.transpose(0, 1).flatten(1)[:, places.to(attention.device)]
+    columns = others.argsort(stable=True)[: sum(map(len, features))]
+    return attention.transpose(0, 1).flatten(1)[:, columns.to(attention.device)]
 
 
 def last_attention(
@@ -541,9 +541,9 @@ def last_attention(
         heads: (layer, head), both counted from 0.
         cache: keys and values of these tokens, and maybe of others after them. Then only the last token is run.
     """
-    places = torch.ones_like(inputs_embeds[..., 0]).long() if attention_mask is None else attention_mask
-    position_ids = (places.cumsum(-1) - 1).clamp(min=0)
-    length, deepest = places.shape[1], max(layer for layer, _ in heads)
+    kept = torch.ones_like(inputs_embeds[..., 0]).long() if attention_mask is None else attention_mask
+    position_ids = (kept.cumsum(-1) - 1).clamp(min=0)
+    length, deepest = kept.shape[1], max(layer for layer, _ in heads)
     hidden, before = inputs_embeds, None
     if cache is not None:
         hidden, position_ids = hidden[:, -1:], position_ids[:, -1:]
@@ -558,7 +558,7 @@ def last_attention(
     for index, layer in enumerate(language_model.layers[: deepest + 1]):
         if chosen := [head for at, head in heads if at == index]:
             keys = None if cache is None else cache.layers[index].keys[:, :, :length]
-            attention = _head_attention(layer, hidden, rotary, places, chosen, keys).to(inputs_embeds.device)
+            attention = _head_attention(layer, hidden, rotary, kept, chosen, keys).to(inputs_embeds.device)
             found |= {(index, head): attention[:, place] for place, head in enumerate(chosen)}
         if index < deepest:
             options = {"attention_mask": mask, "position_ids": position_ids, "position_embeddings": rotary}

@@ -188,10 +188,8 @@ class Engine:
         conversations = self._encode_parts(conversations)
         images = [images_of(conversation) for conversation in conversations]
         prompts = [self._write_prompt(conversation, add_generation_prompt=True) for conversation in conversations]
-        device = input_device(self.model)
-        # One by one, because a fast tokenizer keeps the option to pad, which other threads' calls would change.
-        rows = [torch.tensor(self.processor.tokenizer(prompt)["input_ids"], device=device) for prompt in prompts]
-        input_ids, attention_mask = pad_prompts(rows, self.processor.tokenizer.pad_token_id)
+        rows = [self.processor.tokenizer(prompt)["input_ids"] for prompt in prompts]
+        input_ids, attention_mask = self._pad(rows)
         options = self._fill_options(options)
         output = self.model.generate(
             input_ids,
@@ -202,11 +200,18 @@ class Engine:
         )
         new_tokens = output[:, input_ids.shape[1] :]
         texts = self.processor.batch_decode(new_tokens, skip_special_tokens=True)
-        lengths = list(map(len, rows))
         return [
-            Reply(text.strip(), encoded, length, *self._end_of(ids, length, options))
-            for text, encoded, length, ids in zip(texts, images, lengths, new_tokens.tolist())
+            Reply(text.strip(), encoded, len(row), *self._end_of(ids, len(row), options))
+            for text, encoded, row, ids in zip(texts, images, rows, new_tokens.tolist())
         ]
+
+    def _pad(self, rows: list[list[int]]) -> tuple[torch.LongTensor, torch.LongTensor]:
+        """
+        Ids and mask of prompts, padded on the left: int64[batch, length] each, on the model's device. A fast tokenizer
+        keeps the option to pad, which calls in other threads would change.
+        """
+        tensors = [torch.tensor(row, device=input_device(self.model)) for row in rows]
+        return pad_prompts(tensors, self.processor.tokenizer.pad_token_id)
 
     def _fill_options(self, options: dict) -> dict:
         """All options for `generate`: without the prefix cache if a caller's can't be combined with it."""
@@ -277,7 +282,7 @@ class Engine:
                 self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
                 for text in (prompt, whole.removeprefix(prompt))
             )
-            rows.append(torch.tensor(prompt_ids + answer_ids, device=input_device(self.model)))
+            rows.append(prompt_ids + answer_ids)
             lengths.append(len(answer_ids))
         limit = self.model.config.text_config.max_position_embeddings
         if (longest := max(map(len, rows))) > limit:
@@ -296,10 +301,10 @@ class Engine:
         return likelihoods
 
     def _row_likelihoods(
-        self, rows: list[torch.Tensor], lengths: list[int], images: list[EncodedImages]
+        self, rows: list[list[int]], lengths: list[int], images: list[EncodedImages]
     ) -> list[Likelihood]:
         """The likelihoods of the last `lengths[i]` tokens of each row i. Each row is about all the images."""
-        input_ids, attention_mask = pad_prompts(rows, self.processor.tokenizer.pad_token_id)
+        input_ids, attention_mask = self._pad(rows)
         kept = max(lengths) + 1  # padded on the left, all options end in the last column
         with torch.no_grad():
             logits = self.model(
@@ -373,10 +378,17 @@ class Engine:
             add_generation_prompt=True,
             tokenize=True,
             return_dict=True,
-            processor_kwargs={**self.knobs, **knobs, "padding": True, "return_tensors": "pt"},
+            processor_kwargs={**self.knobs, **knobs, "text_kwargs": {"padding": False, "return_tensors": None}},
         )
-        inputs = inputs.to(input_device(self.model))
-        return self.model.zoom(**inputs, feature_cache=self.feature_cache, prefix_cache=self.prefix_cache).unbind()
+        ids = inputs.pop("input_ids")
+        del inputs["attention_mask"]  # of prompts without padding
+        looked = self.model.zoom(
+            *self._pad(ids),
+            **inputs.to(input_device(self.model)),
+            feature_cache=self.feature_cache,
+            prefix_cache=self.prefix_cache,
+        )
+        return looked.unbind()
 
     def _write_prompt(self, conversation: list[dict], add_generation_prompt: bool) -> str:
         """The prompt of a conversation about encoded images, with one `<image>` per visual token."""
@@ -411,7 +423,7 @@ def check_prompts(
             raise ValueError(f"a conversation must be a list of messages, got {conversation!r:.200}")
         bare = map_image_parts(conversation, lambda part: {"type": "image"})
         prompt = processor.apply_chat_template(bare, add_generation_prompt=True)
-        processor.check_places(prompt, len(images_of(conversation)))
+        processor.check_placeholders(prompt, len(images_of(conversation)))
         lengths.append(len(processor.tokenizer(prompt)["input_ids"]))
         if lengths[-1] >= limit:
             raise ValueError(f"the text has {lengths[-1]} tokens, the context {limit}: shorten the text")

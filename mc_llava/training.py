@@ -301,7 +301,7 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
     """
     if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list) or not entry["conversations"]:
         raise ValueError("the row has no conversations")
-    turns, messages, places = entry["conversations"], [], 0
+    turns, messages, placeholders = entry["conversations"], [], 0
     if isinstance(turns[0], dict) and turns[0].get("from") == "gpt":
         turns = turns[1:]
     for turn in turns:
@@ -309,7 +309,7 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
         if role is None or not isinstance(value, str):
             raise ValueError(f"a turn must have from (one of {', '.join(ROLES)}) and value, got {str(turn)[:80]}")
         if role == "user":
-            places += value.count(IMAGE)
+            placeholders += value.count(IMAGE)
             value = value.replace(IMAGE, "")
         check_unicode(value, f"a turn of {turn['from']}")
         if not value.strip():
@@ -327,8 +327,8 @@ def read_row(entry: dict, images: str | os.PathLike, special_tokens: list[str]) 
         raise ValueError(f"image must be one path, got {str(image)[:80]}")
     if image is None:
         refuse_like_image({name: cell for name, cell in entry.items() if name not in ROW}, Path(images), "image")
-    if places != (0 if image is None else 1):
-        raise ValueError(f"the turns have {places} {IMAGE} for {0 if image is None else 1} images")
+    if placeholders != (0 if image is None else 1):
+        raise ValueError(f"the turns have {placeholders} {IMAGE} for {0 if image is None else 1} images")
     if image is not None:
         image = str(Path(images, image))
         check_unicode(image, "the path of the image")
