@@ -433,7 +433,7 @@ def study(
 @app.command(name="zoom-heads")
 def zoom_heads(
     model: ModelOption = DEFAULT_MODEL,
-    num_scenes: Annotated[int, typer.Option("--scenes", help="How many drawn scenes to ask about.", min=10)] = 300,
+    num_scenes: Annotated[int, typer.Option(help="How many drawn scenes to ask about.", min=10)] = 300,
     most: Annotated[int, typer.Option(help="Write at most this many heads.", min=1)] = 2,
     write: Annotated[bool, typer.Option("--write", help="Write the best heads into the model's config.json.")] = False,
     dtype: DtypeOption = "auto",

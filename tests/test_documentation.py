@@ -237,7 +237,7 @@ class TestCommands:
         stdin = b"What is it?\n" if words[1] == "chat" else b""
         if "<" in words:
             words, stdin = words[: words.index("<")], Path(words[-1]).read_bytes()
-        fewer = ["--scenes", "12"] if words[1] == "zoom-heads" else []
+        fewer = ["--num-scenes", "12"] if words[1] == "zoom-heads" else []
         printed = call([*words, *fewer], monkeypatch, capsys, stdin)
         if words[1] in ("ask", "chat", "estimate"):
             assert printed.strip()
